@@ -1,0 +1,19 @@
+"""Laplace posteriors over LoRA weights: fast, correct, and usable as the engine of other packages."""
+
+from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.laplace import LaplaceLoRA
+from bayesian_lora_kernels.ops.dispatch import backends, set_default_impl
+from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior
+from bayesian_lora_kernels.predictive.distribution import LogitPosterior
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KroneckerFactors",
+    "KroneckerPosterior",
+    "LaplaceLoRA",
+    "LogitPosterior",
+    "backends",
+    "ops",
+    "set_default_impl",
+]

@@ -1,0 +1,1 @@
+"""From a loader to the curvature: likelihoods, Kronecker factors, EKFAC eigenvalues, passes over the data."""

@@ -1,0 +1,261 @@
+"""Running sums of the two Kronecker factors of every layer, full or low-rank."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.model.capture import LayerInput, accumulate_dtype
+from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
+
+TOKENS = ("expand", "reduce", "last")
+FRESH_COLUMNS = 10
+# An update of a low-rank factor costs some small decompositions whatever its number of rows: gather rows first.
+ROWS_PER_COLUMN = 12
+
+
+@dataclass(frozen=True)
+class FactorSettings:
+    """How factors are kept; the meanings are LaplaceLoRA's."""
+
+    tokens: str = "expand"
+    rank: int | None = 32
+    rank_threshold: int = 256
+    tail: bool = True
+
+    def columns(self, width: int) -> int | None:
+        """Columns kept while streaming for a factor of this width; None if it is summed in full.
+
+        A stream needs twice the final rank and the fresh columns; where that is the whole width, the sum itself is
+        cheaper and exact.
+        """
+        if self.rank is None or width <= self.rank_threshold or 2 * self.rank + FRESH_COLUMNS >= width:
+            return None
+        return 2 * self.rank + FRESH_COLUMNS
+
+
+class FactorSum:
+    """`sum of x x^T` over the rows that are added: a full matrix, or low-rank columns with the exact trace."""
+
+    def __init__(self, width: int, columns: int | None):
+        self.columns = columns
+        self.width = width
+        self.matrix: Tensor | None = None  # [d, d] full, or [d, columns] with B B^T the estimate
+        self.trace: Tensor | float = 0.0
+        self._rows: list[tuple[Tensor, Tensor | None]] = []
+
+    def clone(self) -> FactorSum:
+        """An independent copy."""
+        copy = FactorSum(self.width, self.columns)
+        copy.matrix = None if self.matrix is None else self.matrix.clone()
+        copy.trace, copy._rows = self.trace, list(self._rows)
+        return copy
+
+    def gather(self, x: Tensor, mask: Tensor | None) -> bool:
+        """Keep rows for the next low-rank update; True when there are enough."""
+        assert self.columns is not None
+        self._rows.append((x, mask))
+        return sum(len(rows) for rows, _ in self._rows) >= ROWS_PER_COLUMN * self.columns
+
+    def take_rows(self) -> tuple[Tensor, Tensor | None]:
+        """The rows gathered so far, `[M, d]`, and their mask."""
+        rows = [x for x, _ in self._rows]
+        masks = [x.new_ones(len(x), dtype=torch.bool) if m is None else m for x, m in self._rows]
+        mask = None if all(m is None for _, m in self._rows) else torch.cat(masks)
+        self._rows = []
+        return rows[0] if len(rows) == 1 else torch.cat(rows), mask
+
+    @property
+    def waiting(self) -> bool:
+        """Whether rows have been gathered that no update has seen."""
+        return bool(self._rows)
+
+    def finish(self, scale: float, settings: FactorSettings) -> tuple[Tensor, Tensor]:
+        """The factor times `scale`, and its tail eigenvalue."""
+        assert self.matrix is not None
+        zero = torch.zeros((), dtype=torch.float64, device=self.matrix.device)
+        if self.columns is None:
+            return self._finish_full(scale, settings, zero)
+        assert settings.rank is not None
+        kept = self.matrix[:, : settings.rank] * scale**0.5
+        tail = (torch.as_tensor(self.trace, device=kept.device) * scale - kept.double().square().sum()).clamp_min(0)
+        return kept.contiguous(), tail / (self.width - settings.rank) if settings.tail else zero
+
+    def _finish_full(self, scale: float, settings: FactorSettings, zero: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.matrix is not None
+        matrix = self.matrix * scale
+        if settings.rank is None or self.width <= settings.rank_threshold or settings.rank >= self.width:
+            return matrix, zero
+        # Summed in full only because that was the cheaper way to the same low-rank factor.
+        values, vectors = torch.linalg.eigh(matrix.double())
+        values, vectors = values[-settings.rank :].flip(0).clamp_min(0), vectors[:, -settings.rank :].flip(1)
+        tail = (matrix.double().diagonal().sum() - values.sum()).clamp_min(0) / (self.width - settings.rank)
+        return (vectors * values.sqrt()).to(matrix.dtype), tail if settings.tail else zero
+
+
+class FactorSums:
+    """All the sums of a model, updated together: one grouped operation per kind and batch."""
+
+    def __init__(self, settings: FactorSettings, seed: int):
+        self.settings = settings
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sums: dict[Hashable, FactorSum] = {}
+
+    def add(self, rows: Mapping[Hashable, tuple[Tensor, Tensor | None]]) -> dict[Hashable, Tensor]:
+        """Add `{key: (x [M, d], mask [M])}`.
+
+        Returns:
+            `{key: sum of squares of the counted rows}`, 0-d float64: what the traces grew by, and not finite exactly
+            if a counted entry is not.
+        """
+        grown: dict[Hashable, Tensor] = {}
+        full: list[tuple[FactorSum, Tensor, Tensor | None]] = []
+        ready: list[FactorSum] = []
+        for key, (x, mask) in rows.items():
+            if mask is not None and x.device.type == "cpu":
+                x, mask = x[mask], None  # no synchronisation to avoid here: leave padding out altogether
+            squares = torch.linalg.vector_norm(x, dim=1, dtype=accumulate_dtype(x)).double().square()
+            grown[key] = (squares if mask is None else squares.masked_fill(~mask, 0)).sum()
+            if key not in self.sums:
+                self.sums[key] = FactorSum(x.shape[1], self.settings.columns(x.shape[1]))
+            total = self.sums[key]
+            total.trace = total.trace + grown[key]
+            if total.columns is None:
+                full.append((total, x, mask))
+            elif total.gather(x, mask):
+                ready.append(total)
+        self._add_full(full)
+        self._update(ready)
+        return grown
+
+    def _add_full(self, entries: Sequence[tuple[FactorSum, Tensor, Tensor | None]]) -> None:
+        for total, x, _ in entries:
+            if total.matrix is None:
+                total.matrix = x.new_zeros(total.width, total.width, dtype=accumulate_dtype(x))
+        for device in dict.fromkeys(x.device for _, x, _ in entries):
+            here = [entry for entry in entries if entry[1].device == device]
+            ops.grouped_outer_product(
+                [x for _, x, _ in here],
+                masks=[mask for _, _, mask in here],
+                outs=[total.matrix for total, _, _ in here if total.matrix is not None],
+            )
+
+    def _update(self, totals: Sequence[FactorSum]) -> None:
+        rows = [(total, *total.take_rows()) for total in totals]
+        for group in {(x.device, total.columns) for total, x, _ in rows}:
+            here = [entry for entry in rows if (entry[1].device, entry[0].columns) == group]
+            columns = group[1]
+            assert columns is not None
+            updated = ops.grouped_incremental_svd(
+                [total.matrix for total, _, _ in here],
+                [x for _, x, _ in here],
+                columns=columns,
+                masks=[mask for _, _, mask in here],
+                fresh=FRESH_COLUMNS,
+                generator=self.generator,
+            )
+            for (total, _, _), matrix in zip(here, updated, strict=True):
+                total.matrix = matrix
+
+    def finish(self, scales: Mapping[Hashable, float]) -> dict[Hashable, tuple[Tensor, Tensor]]:
+        """`{key: (factor, tail)}`, every factor multiplied by its scale."""
+        self._update([total for total in self.sums.values() if total.waiting])
+        return {key: self.sums[key].finish(scale, self.settings) for key, scale in scales.items()}
+
+
+class KroneckerSums:
+    """The factors of all layers while the data passes by.
+
+    Layers that saw the same tensor share one input factor. The sharing is read off each batch; should a batch break it,
+    the layers part with the sum they had in common.
+    """
+
+    def __init__(self, settings: FactorSettings, seed: int):
+        self.settings = settings
+        self._sums = FactorSums(settings, seed)
+        self._group: dict[str, int] = {}
+        self._counts: dict[int, float] = {}
+
+    def add_inputs(self, inputs: Mapping[str, LayerInput]) -> dict[str, Tensor]:
+        """Add one batch's inputs; returns `{layer name: sum of squares}` for one layer of each group."""
+        self._regroup(inputs)
+        rows: dict[Hashable, tuple[Tensor, Tensor | None]] = {}
+        names = {}
+        for name, (a, mask, _) in inputs.items():
+            group = self._group[name]
+            if group in names:
+                continue
+            names[group] = name
+            x, counted = token_rows(a, mask, self.settings.tokens, mean=True)
+            rows["a", group] = (x, counted)
+            count = float(len(x) if counted is None else counted.sum())
+            self._counts[group] = self._counts.get(group, 0.0) + count
+        grown = self._sums.add(rows)
+        return {name: grown["a", group] for group, name in names.items()}
+
+    def add_gradients(self, gradients: Mapping[str, Tensor], inputs: Mapping[str, LayerInput]) -> dict[str, Tensor]:
+        """Add one backward pass's output gradients; returns `{layer name: sum of squares}`."""
+        rows: dict[Hashable, tuple[Tensor, Tensor | None]] = {
+            ("s", name): token_rows(g, inputs[name].mask, self.settings.tokens, mean=False)
+            for name, g in gradients.items()
+        }
+        grown = self._sums.add(rows)
+        return {name: grown["s", name] for name in gradients}
+
+    def factors(self) -> dict[str, KroneckerFactors]:
+        """The finished factors: A a mean over tokens (or examples), S a sum. Shared inputs share their tensor."""
+        scales: dict[Hashable, float] = {("s", name): 1.0 for name in self._group}
+        scales |= {("a", group): 1.0 / max(self._counts[group], 1.0) for group in set(self._group.values())}
+        finished = self._sums.finish(scales)
+        result = {}
+        for name, group in self._group.items():
+            (a, tail_a), (s, tail_s) = finished["a", group], finished["s", name]
+            result[name] = KroneckerFactors(a, s, tail_a, tail_s)
+        return result
+
+    def _regroup(self, inputs: Mapping[str, LayerInput]) -> None:
+        """Groups as fine as this batch demands: equal group before, equal tensor now."""
+        placed: dict[tuple[int | None, object], int] = {}
+        for name in dict.fromkeys([*self._group, *inputs]):
+            before = self._group.get(name)
+            now = inputs[name].key if name in inputs else None
+            if (before, now) in placed:
+                self._group[name] = placed[before, now]
+                continue
+            group = before
+            if before is None or before in placed.values():  # new, or others kept the old group: take a copy along
+                group = max(self._counts, default=-1) + 1
+                self._counts[group] = self._counts.get(before, 0.0) if before is not None else 0.0
+                if before is not None:
+                    self._sums.sums["a", group] = self._sums.sums["a", before].clone()
+            assert group is not None
+            placed[before, now] = self._group[name] = group
+
+
+def token_rows(x: Tensor, mask: Tensor | None, tokens: str, *, mean: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows `[M, d]` that enter a factor, and their mask `[M]`, from `[N, T, d]`.
+
+    `expand` takes every token; `reduce` one row per example, the mean (of inputs) or sum (of gradients) over its valid
+    tokens; `last` the last valid token.
+    """
+    n, t, d = x.shape
+    if tokens == "expand":
+        return x.reshape(n * t, d), None if mask is None else mask.reshape(n * t)
+    if tokens == "last":
+        if mask is None:
+            return x[:, -1], None
+        last = (mask.long() * torch.arange(t, device=x.device)).argmax(dim=1)
+        return x[torch.arange(n, device=x.device), last], None
+    counted = x if mask is None else x.masked_fill(~mask[:, :, None], 0)
+    total = counted.sum(dim=1, dtype=accumulate_dtype(x))
+    if not mean:
+        return total, None
+    count = t if mask is None else mask.sum(dim=1, keepdim=True).clamp_min(1)
+    return total / count, None
+
+
+__all__ = ["TOKENS", "FactorSettings", "KroneckerSums", "token_rows"]

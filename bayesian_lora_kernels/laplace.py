@@ -1,0 +1,400 @@
+"""LaplaceLoRA: fit, tune, predict, save. It connects the parts and holds little code of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesian_lora_kernels.curvature.factors import TOKENS, FactorSettings
+from bayesian_lora_kernels.curvature.fit import CurvatureFit, Fit, FitSettings
+from bayesian_lora_kernels.curvature.likelihood import FISHERS, LIKELIHOODS
+from bayesian_lora_kernels.model.batches import inputs_and_labels
+from bayesian_lora_kernels.model.forward import Forward, ForwardFunction
+from bayesian_lora_kernels.model.layers import find_layers
+from bayesian_lora_kernels.posterior import archive, storage
+from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence
+from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior, as_precision
+from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
+from bayesian_lora_kernels.predictive.distribution import LogitPosterior
+from bayesian_lora_kernels.predictive.logits import LogitPredictor, Outputs
+from bayesian_lora_kernels.predictive.tuning import minimise_nll
+
+CURVATURES = ("kfac", "ekfac", "exact")
+PriorPrecision = float | Tensor | Mapping[str, float | Tensor]
+
+
+class LaplaceLoRA:
+    """Gaussian posterior over the trainable weights of a fine-tuned model, by a Laplace approximation.
+
+    The curvature is the sum over the data set of the per-example Fisher (generalised Gauss-Newton) of the negative
+    log-likelihood: posterior precision = curvature + prior precision, with no factor of the number of examples hidden
+    anywhere, and independent of batch size and padding.
+
+    Source: Yang, Robeyns, Wang, Aitchison 2024, "Bayesian low-rank adaptation for large language models".
+
+    Args:
+        model: a `peft.PeftModel`, or any `nn.Module` whose trainable parameters are all in `nn.Linear` modules.
+        forward: `callable(model, batch)` -> logits `[N, C]`, or `[N, T, C]`, or `(logits, mask [N, T])`. None serves
+            any module that returns logits, and takes the last valid token of a causal LM.
+        class_token_ids: `[C]`, restricts a causal LM's logits to these tokens; labels are then indices into them.
+        likelihood: `classification`, or `regression` with unit noise.
+        curvature: `kfac`, `ekfac` (a second pass corrects the eigenvalues), or `exact` (the full Gauss-Newton matrix of
+            all layers, in function space: for up to some thousand examples times logits).
+        memory_budget: bytes that captured tensors, and `exact`'s rows, may take; None: half of what is free. Batches
+            run in pieces, and rows move to the host or to disk, to stay within it.
+        fisher: `mc`, `exact`, `empirical`; `auto` is exact up to 16 backward passes, then mc.
+        fisher_samples: targets drawn per example with `mc`.
+        tokens: `expand`, `reduce` or `last`: how weight sharing over tokens is treated (`docs/method.md`).
+        rank: a factor wider than `rank_threshold` keeps this many columns; None keeps every factor in full.
+        rank_threshold: see `rank`.
+        tail: whether the directions outside the kept columns share the eigenvalue that the trace leaves them.
+        prior_precision: one positive number, or one for each module.
+        modules: regular expression or list of names; default: every trainable `nn.Linear`.
+        row_dtype: in which `exact` stores its rows; None: that of the gradients (float32, or float64).
+        seed: of everything random in `fit`.
+
+    Raises:
+        ValueError, TypeError: for a model without trainable `nn.Linear` parameters, with trainable parameters
+            elsewhere, and for every argument out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: ForwardFunction | None = None,
+        class_token_ids: Sequence[int] | Tensor | None = None,
+        likelihood: str = "classification",
+        curvature: str = "kfac",
+        memory_budget: int | None = None,
+        fisher: str = "auto",
+        fisher_samples: int = 1,
+        tokens: str = "expand",
+        rank: int | None = 32,
+        rank_threshold: int = 256,
+        tail: bool = True,
+        prior_precision: PriorPrecision = 1.0,
+        modules: str | Sequence[str] | None = None,
+        row_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        if forward is not None and not callable(forward):
+            raise TypeError(f"forward: expected a callable(model, batch) -> logits, got {type(forward).__name__}")
+        _check_choice("likelihood", likelihood, tuple(LIKELIHOODS))
+        _check_choice("curvature", curvature, CURVATURES)
+        _check_choice("fisher", fisher, FISHERS)
+        _check_choice("tokens", tokens, TOKENS)
+        _check_positive("rank", rank, optional=True)
+        _check_positive("rank_threshold", rank_threshold)
+        _check_positive("fisher_samples", fisher_samples)
+        _check_positive("memory_budget", memory_budget, optional=True)
+        if row_dtype is not None and not (isinstance(row_dtype, torch.dtype) and row_dtype.is_floating_point):
+            raise TypeError(f"row_dtype: expected a floating-point torch.dtype, got {row_dtype!r}")
+        self.model = model
+        self.likelihood = likelihood
+        self._forward = Forward(model, forward, class_token_ids)
+        self._layers = find_layers(model, modules, self._forward.head_rows)
+        self._settings = FitSettings(
+            curvature=curvature,
+            fisher=fisher,
+            fisher_samples=fisher_samples,
+            seed=seed,
+            memory_budget=memory_budget,
+            row_dtype=row_dtype,
+            factors=FactorSettings(tokens=tokens, rank=rank, rank_threshold=rank_threshold, tail=tail),
+        )
+        self._fit: Fit | None = None
+        self._prior = self._per_layer(prior_precision)
+
+    def fit(self, loader: Iterable[Any], progress: bool = True) -> LaplaceLoRA:
+        """Measure the curvature at the current weights.
+
+        Args:
+            loader: batches: mappings (`input_ids`, `attention_mask`, `labels`, ...) or tuples `(inputs, labels)`.
+                Labels are needed for the evidence and for the empirical Fisher only. EKFAC goes over the loader twice.
+            progress: whether to show a progress bar.
+
+        Returns:
+            Itself. Whatever happens, the model comes back as it was: mode, `.grad`, hooks, requires_grad; and a failed
+            fit leaves an earlier one in place.
+
+        Raises:
+            ValueError: for an empty loader, bad labels, numbers that are not finite, a layer that is never called.
+        """
+        likelihood = LIKELIHOODS[self.likelihood]()
+        self._fit = CurvatureFit(
+            self.model, self._layers, self._forward, likelihood, loader, self._settings, progress
+        ).run()
+        return self
+
+    def log_marginal_likelihood(self, prior_precision: PriorPrecision | None = None) -> Tensor:
+        """Laplace's estimate of `log p(labels | inputs, prior)`, 0-d float64, differentiable in `prior_precision`.
+
+        Rows of an output head that no class uses are integrated out and do not appear in it.
+
+        Raises:
+            RuntimeError: before `fit`, or if the data had no labels.
+            ValueError: if a prior precision is not positive.
+        """
+        fit = self._fitted("log_marginal_likelihood")
+        if fit.log_likelihood is None:
+            raise RuntimeError("log_marginal_likelihood: fit saw batches without labels, so there is no likelihood")
+        prior = self._prior if prior_precision is None else self._per_layer(prior_precision)
+        return log_evidence(fit.log_likelihood, fit.posterior, self._square_norms(), prior)
+
+    def optimize_prior_precision(
+        self, method: str = "marglik", per_module: bool = False, val_loader: Iterable[Any] | None = None
+    ) -> LaplaceLoRA:
+        """Choose the prior precision; later calls use it.
+
+        Args:
+            method: `marglik` maximises the log marginal likelihood; `nll` minimises the negative log-likelihood of the
+                probit predictive on held-out data.
+            per_module: one precision for each module (`marglik` only).
+            val_loader: labelled batches, for `nll`; goes over it a few times.
+
+        Returns:
+            Itself.
+
+        Raises:
+            RuntimeError: before `fit`.
+            ValueError: for another method, `nll` without data or per module.
+        """
+        fit = self._fitted("optimize_prior_precision")
+        _check_choice("method", method, ("marglik", "nll"))
+        if method == "marglik":
+            self._prior = self._per_layer(maximise_evidence(fit.posterior, self._square_norms(), per_module))
+            return self
+        if val_loader is None:
+            raise ValueError('val_loader: method="nll" needs held-out labelled batches, got None')
+        if per_module:
+            raise ValueError('per_module: expected method="marglik"; a held-out set is too small to tune every module')
+        likelihood = LIKELIHOODS[self.likelihood]()
+        best = minimise_nll(self._predictor(fit), likelihood, val_loader, list(self._prior))
+        self._prior = self._per_layer(best)
+        return self
+
+    def predict(self, batch: Any, outputs: Outputs = None) -> LogitPosterior:
+        """The Gaussian posterior over logits of a batch.
+
+        Args:
+            batch: as for `fit`; labels are ignored.
+            outputs: None, all the logits that forward returns; a LongTensor `[C]`, or `[N, C]` for each example; an int
+                k, the k most probable of each example.
+
+        Returns:
+            Mean `[N, C]` and covariance `[N, C, C]`, float32 (float64 for a float64 model).
+
+        Raises:
+            RuntimeError: before `fit`.
+            ValueError, TypeError: for `outputs` out of range, and logits that are not finite or not `[N, C]`.
+        """
+        fit = self._fitted("predict")
+        inputs, _ = inputs_and_labels(batch)
+        bare = inputs if isinstance(inputs, Mapping) or self._forward.function is None else batch
+        mean, covariances, indices = self._predictor(fit).predict(bare, outputs, [self._detached_prior()])
+        return LogitPosterior(mean, covariances[0], indices, self.likelihood == "classification")
+
+    def sample_weights(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Samples of the trainable weights, `{parameter name: [n, *shape]}`, around their MAP values.
+
+        Rows of an output head that no class uses are drawn from the prior's spread around theirs.
+
+        Raises:
+            RuntimeError: before `fit`.
+            ValueError: if n is not positive.
+        """
+        fit = self._fitted("sample_weights")
+        _check_positive("n", n)
+        prior = self._detached_prior()
+        deviations = fit.posterior.sample(n, prior, generator)
+        samples = {}
+        for layer in self._layers:
+            parts = layer.split(deviations[layer.name])
+            for name, parameter in layer.parameters().items():
+                value = parameter.detach()
+                deviation = parts[name].to(value.device)
+                if layer.rows is not None:
+                    whole = torch.randn(
+                        (n, *value.shape), generator=generator, dtype=deviation.dtype, device=value.device
+                    )
+                    whole *= prior[layer.name].to(whole.device).rsqrt().to(whole.dtype)
+                    whole[:, layer.rows] = deviation
+                    deviation = whole
+                samples[name] = value + deviation.to(value.dtype)
+        return samples
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the posterior into a folder, `laplace.json` and a safetensors file, whole or not at all.
+
+        It may be the adapter's own folder. The adapter is not written; loading checks that it is the same.
+
+        Raises:
+            RuntimeError: before `fit`.
+        """
+        fit = self._fitted("save_pretrained")
+        factor_settings = asdict(self._settings.factors)
+        description = {
+            "settings": {
+                "likelihood": self.likelihood,
+                "curvature": self._settings.curvature,
+                "fisher": self._settings.fisher,
+                "fisher_samples": self._settings.fisher_samples,
+                "seed": self._settings.seed,
+                "row_dtype": None if self._settings.row_dtype is None else str(self._settings.row_dtype).split(".")[1],
+                **factor_settings,
+            },
+            "class_token_ids": None
+            if self._forward.class_token_ids is None
+            else self._forward.class_token_ids.tolist(),
+            "custom_forward": self._forward.function is not None,
+            "prior_precision": {name: float(value) for name, value in self._prior.items()},
+            "n_examples": fit.n_examples,
+            "log_likelihood": fit.log_likelihood,
+            "adapter_sha256": storage.parameter_digest(self._parameters()),
+        }
+        tensors, layers = archive.pack(fit.posterior, fit.factors)
+        storage.save(folder, tensors, {**description, "layers": layers})
+
+    @classmethod
+    def from_pretrained(
+        cls, model: nn.Module, folder: str | os.PathLike[str], forward: ForwardFunction | None = None
+    ) -> LaplaceLoRA:
+        """Read a posterior for a model that already carries the adapter it was fitted to, on whatever device it is.
+
+        Raises:
+            FileNotFoundError: if there is no posterior in the folder.
+            ValueError: if a file is damaged or newer than this package, if the model's layers or weights are not those
+                of the fit, or if the fit had its own `forward` and none is given.
+        """
+        tensors, content = storage.load(folder)
+        if content["custom_forward"] and forward is None:
+            raise ValueError(f"{folder}: this posterior was fitted with its own forward; pass the same forward=...")
+        settings = dict(content["settings"])
+        row_dtype = settings.pop("row_dtype")
+        laplace = cls(
+            model,
+            forward=forward,
+            class_token_ids=content["class_token_ids"],
+            modules=_checked_names(model, content["layers"], folder),
+            row_dtype=None if row_dtype is None else getattr(torch, row_dtype),
+            **settings,
+        )
+        for layer in laplace._layers:
+            expected = tuple(content["layers"][layer.name]["shape"])
+            if expected != layer.shape:
+                raise ValueError(
+                    f"{folder}: expected {layer.name} of shape {list(expected)}, this model's has {list(layer.shape)}"
+                )
+        if storage.parameter_digest(laplace._parameters()) != content["adapter_sha256"]:
+            raise ValueError(
+                f"{folder}: the adapter's weights are not those the posterior was fitted to (another adapter, further "
+                "training, or another dtype)"
+            )
+        devices = {layer.name: layer.device for layer in laplace._layers}
+        posterior, factors = archive.unpack(tensors, content["layers"], devices)
+        laplace._fit = Fit(posterior, factors, content["n_examples"], content["log_likelihood"])
+        laplace._prior = laplace._per_layer(content["prior_precision"])
+        return laplace
+
+    @property
+    def n_examples(self) -> int:
+        """Examples that `fit` saw."""
+        return self._fitted("n_examples").n_examples
+
+    @property
+    def log_likelihood(self) -> float | None:
+        """Log-likelihood of the labels at the MAP weights, summed over the data; None without labels."""
+        return self._fitted("log_likelihood").log_likelihood
+
+    @property
+    def prior_precision(self) -> Tensor | dict[str, Tensor]:
+        """The prior precision, 0-d float64, or one for each module. May be set; nothing is refitted."""
+        values = list(self._prior.values())
+        if all(value is values[0] for value in values):
+            return values[0]
+        return dict(self._prior)
+
+    @prior_precision.setter
+    def prior_precision(self, value: PriorPrecision) -> None:
+        self._prior = self._per_layer(value)
+
+    @property
+    def factors(self) -> dict[str, KroneckerFactors]:
+        """`{module name: factors}`; modules that saw the same input share the same tensor for it."""
+        fit = self._fitted("factors")
+        if fit.factors is None:
+            raise RuntimeError('factors: curvature="exact" has no Kronecker factors')
+        return fit.factors
+
+    @property
+    def posterior(self) -> dict[str, KroneckerPosterior]:
+        """`{module name: its Gaussian}` under the current prior precision."""
+        posterior = self._fitted("posterior").posterior
+        if not isinstance(posterior, LayerwisePosterior):
+            raise RuntimeError('posterior: curvature="exact" couples all modules and has none for each')
+        return posterior.with_prior(self._prior)
+
+    def _fitted(self, what: str) -> Fit:
+        if self._fit is None:
+            raise RuntimeError(f"{what}: call fit(loader) first")
+        return self._fit
+
+    def _predictor(self, fit: Fit) -> LogitPredictor:
+        return LogitPredictor(self.model, self._layers, self._forward, fit.posterior, self._settings.memory_budget)
+
+    def _per_layer(self, prior_precision: PriorPrecision) -> dict[str, Tensor]:
+        names = [layer.name for layer in self._layers]
+        if not isinstance(prior_precision, Mapping):
+            return dict.fromkeys(names, as_precision(prior_precision))
+        if set(prior_precision) != set(names):
+            difference = sorted(set(prior_precision) ^ set(names))
+            raise ValueError(
+                f"prior_precision: expected one number for each of {len(names)} modules; missing or unknown: "
+                f"{', '.join(difference[:3])}"
+            )
+        values = {name: prior_precision[name] for name in names}
+        if len({id(value) if isinstance(value, Tensor) else float(value) for value in values.values()}) == 1:
+            return dict.fromkeys(names, as_precision(values[names[0]]))
+        return {name: as_precision(value) for name, value in values.items()}
+
+    def _detached_prior(self) -> dict[str, Tensor]:
+        detached = {id(value): value.detach() for value in self._prior.values()}
+        return {name: detached[id(value)] for name, value in self._prior.items()}
+
+    def _square_norms(self) -> dict[str, Tensor]:
+        return {layer.name: layer.matrix().double().square().sum() for layer in self._layers}
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {name: value for layer in self._layers for name, value in layer.parameters().items()}
+
+
+def _checked_names(model: nn.Module, layers: Mapping[str, Any], folder: Any) -> list[str]:
+    modules = dict(model.named_modules())
+    missing = [name for name in layers if name not in modules]
+    if missing:
+        raise ValueError(
+            f"{folder}: the posterior has {len(layers)} modules, of which this model lacks {len(missing)}, such as "
+            f"{missing[0]}"
+        )
+    return list(layers)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_positive(name: str, value: Any, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a positive int{' or None' if optional else ''}, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")

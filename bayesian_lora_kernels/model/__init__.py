@@ -1,0 +1,1 @@
+"""What knows torch.nn, PEFT and transformers: layers, capture, forward passes."""

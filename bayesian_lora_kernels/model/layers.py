@@ -1,0 +1,176 @@
+"""Which linear maps carry the trainable weights, and how their matrices map to the model's parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class LinearLayer:
+    """One `nn.Linear` with trainable parameters, seen as a single matrix `[d_out, d_in]` acting on its input.
+
+    A trainable bias is one more input column that is always 1; if only the bias is trainable, it is the only column.
+
+    Attributes:
+        name: the module's name in the model.
+        module: the module itself.
+        weight: name of its weight in the model if that is trainable, else None.
+        bias: name of its bias likewise.
+        input_source: the module whose own input identifies this layer's input. For a LoRA A it is the adapted layer,
+            because PEFT may cast that input separately for each of q, k and v.
+        rows: `[d_out]` int64, the output rows that are used, or None for all of them.
+    """
+
+    name: str
+    module: nn.Linear
+    weight: str | None
+    bias: str | None
+    input_source: nn.Module
+    rows: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_out, d_in)` of the matrix."""
+        d_out = self.module.out_features if self.rows is None else len(self.rows)
+        d_in = (self.module.in_features if self.weight else 0) + (1 if self.bias else 0)
+        return d_out, d_in
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's parameters live."""
+        return self.module.weight.device
+
+    def extend_input(self, a: Tensor) -> Tensor:
+        """The matrix's input `[..., d_in]` from the module's input `[..., in_features]`."""
+        if not self.bias:
+            return a
+        one = a.new_ones(()).expand(*a.shape[:-1], 1)
+        return torch.cat([a, one], dim=-1) if self.weight else one
+
+    def matrix(self) -> Tensor:
+        """Current parameters as `[d_out, d_in]`, detached."""
+        columns = []
+        if self.weight:
+            columns.append(self.module.weight.detach())
+        if self.bias:
+            columns.append(self.module.bias.detach()[:, None])
+        matrix = torch.cat(columns, dim=1)
+        return matrix if self.rows is None else matrix[self.rows]
+
+    def split(self, matrices: Tensor) -> dict[str, Tensor]:
+        """`[..., d_out, d_in]` -> `{parameter name: [..., *shape]}`, with `d_out` the used rows only."""
+        parts = {}
+        if self.weight:
+            parts[self.weight] = matrices[..., : self.module.in_features]
+        if self.bias:
+            parts[self.bias] = matrices[..., -1]
+        return parts
+
+    def parameters(self) -> dict[str, Tensor]:
+        """`{name: parameter}` of what is trainable here, at full size."""
+        named: dict[str, Tensor] = {}
+        if self.weight:
+            named[self.weight] = self.module.weight
+        if self.bias:
+            named[self.bias] = self.module.bias
+        return named
+
+
+def find_layers(
+    model: nn.Module, modules: str | Sequence[str] | None = None, rows: dict[str, Tensor] | None = None
+) -> list[LinearLayer]:
+    """The trainable linear layers of a model, in the order of `model.named_modules()`.
+
+    Args:
+        model: a `peft.PeftModel`, or any module whose trainable parameters are weights and biases of `nn.Linear`.
+        modules: a regular expression that must match the whole module name, or a list of names (a name also matches
+            at the end of a longer one, after a dot). None takes every trainable `nn.Linear`; then there must be no
+            trainable parameter elsewhere.
+        rows: `{module name: rows that are used}`, for an output head restricted to some classes.
+
+    Raises:
+        TypeError: if `modules` is neither.
+        ValueError: if nothing is trainable, if a trainable parameter lies outside `nn.Linear`, is shared between
+            layers, or if `modules` matches nothing; the parameters are named.
+    """
+    by_module: dict[str, dict[str, str]] = {}
+    outside: list[str] = []
+    owners: dict[int, list[str]] = {}
+    named_modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        owners.setdefault(id(parameter), []).append(name)
+        if isinstance(named_modules[owner], nn.Linear) and leaf in ("weight", "bias"):
+            by_module.setdefault(owner, {})[leaf] = name
+        else:
+            outside.append(name)
+    if not by_module and not outside:
+        raise ValueError(
+            "no trainable parameter: expected a model with requires_grad=True on some nn.Linear, for instance a PEFT "
+            "LoRA model loaded with is_trainable=True"
+        )
+    if modules is None:
+        selected = list(by_module)
+        if outside:
+            raise ValueError(
+                f"trainable parameters outside nn.Linear: {_some(outside)}. Freeze them, or choose the layers with "
+                "modules=... (the others then stay at their fine-tuned values)"
+            )
+    else:
+        selected = _select(list(by_module), modules)
+    chosen = set(selected)
+    for names in owners.values():
+        layers_of = {name.rpartition(".")[0] for name in names}
+        if len(layers_of) > 1 and layers_of & chosen:
+            raise ValueError(f"one parameter is shared by several modules, which is not supported: {_some(names)}")
+    return [
+        LinearLayer(
+            name=name,
+            module=named_modules[name],
+            weight=by_module[name].get("weight"),
+            bias=by_module[name].get("bias"),
+            input_source=_input_source(name, named_modules),
+            rows=(rows or {}).get(name),
+        )
+        for name in selected
+    ]
+
+
+def _input_source(name: str, named_modules: dict[str, nn.Module]) -> nn.Module:
+    """The LoRA layer around `<layer>.lora_A.<adapter>`, else the module itself."""
+    layer, _, adapter = name.rpartition(".lora_A.")
+    if layer and "." not in adapter:
+        return named_modules[layer]
+    return named_modules[name]
+
+
+def _select(available: list[str], modules: str | Sequence[str]) -> list[str]:
+    if isinstance(modules, str):
+        pattern = re.compile(modules)
+        selected = [name for name in available if pattern.fullmatch(name)]
+        missing = [] if selected else [modules]
+    elif isinstance(modules, Iterable):
+        wanted = list(modules)
+        matches = {want: [n for n in available if n == want or n.endswith("." + want)] for want in wanted}
+        found = {name for names in matches.values() for name in names}
+        selected = [name for name in available if name in found]
+        missing = [want for want, names in matches.items() if not names]
+    else:
+        raise TypeError(f"modules: expected a regular expression or a list of names, got {type(modules).__name__}")
+    if missing or not selected:
+        raise ValueError(
+            f"modules: {_some(missing) or 'an empty list'} matches no trainable nn.Linear; there are {_some(available)}"
+        )
+    return selected
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,65 @@
+"""How much memory there is, and how many examples of a batch fit into a share of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels
+from bayesian_lora_kernels.model.layers import LinearLayer
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def default_budget(device: torch.device) -> int:
+    """Half of what is free."""
+    return free_bytes(device) // 2
+
+
+def examples_within(
+    budget: int | None,
+    batch: Any,
+    layers: Sequence[LinearLayer],
+    *,
+    outputs: int = 1,
+    weight_gradients: bool = False,
+) -> int:
+    """How many examples of a batch can be captured at once; at least 1.
+
+    Args:
+        budget: bytes for captured inputs and gradients; None: half of what is free.
+        batch: on the device where it will run.
+        layers: that are captured.
+        outputs: cotangents whose gradients are held together.
+        weight_gradients: whether gradients are held as `[d_out, d_in]` per example, rather than per token.
+    """
+    size = batch_size(batch) or 1
+    if budget is None:
+        budget = default_budget(layers[0].device)
+    tokens = _tokens(batch)
+    per_example = 0
+    for layer in layers:
+        d_out, d_in = layer.shape
+        gradient = d_out * d_in if weight_gradients else d_out * min(tokens, max(d_in, 1))
+        per_example += layer.module.weight.element_size() * tokens * d_in + 4 * outputs * gradient
+    return max(1, min(size, budget // max(per_example, 1)))
+
+
+def _tokens(batch: Any) -> int:
+    inputs = inputs_and_labels(batch)[0]
+    tensors: Iterable[Any] = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    lengths = [
+        t.shape[1]
+        for t in tensors
+        if isinstance(t, Tensor) and (t.ndim >= 3 or (t.ndim == 2 and not t.is_floating_point()))
+    ]
+    return max(lengths, default=1)

@@ -1,0 +1,21 @@
+"""The operations: nothing in here knows a model. Each is one folder with its public function and its
+implementations.
+"""
+
+from .dispatch import backends, set_default_impl
+from .incremental_svd import grouped_incremental_svd, incremental_svd
+from .jacobian_covariance import jacobian_covariance, jacobian_gram
+from .outer_product import grouped_outer_product, outer_product
+from .small_eigh import small_eigh
+
+__all__ = [
+    "backends",
+    "grouped_incremental_svd",
+    "grouped_outer_product",
+    "incremental_svd",
+    "jacobian_covariance",
+    "jacobian_gram",
+    "outer_product",
+    "set_default_impl",
+    "small_eigh",
+]

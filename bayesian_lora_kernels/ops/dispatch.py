@@ -1,0 +1,180 @@
+"""Which implementation of an operation runs: a registry, the user's choice, and what this machine can do.
+
+An operation registers one loader per implementation; nothing is imported before it is needed, so that
+importing the package needs neither Triton nor a compiler nor a GPU. The choice is made when the operation
+runs, not when it is traced: ``impl`` travels through ``torch.compile`` as a plain string.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("bayesian_lora_kernels")
+
+# The order in which "auto" tries them.
+IMPLEMENTATIONS = ("native", "triton", "reference")
+CHOICES = ("auto", *IMPLEMENTATIONS)
+ENVIRONMENT_VARIABLE = "BLK_IMPL"
+
+
+def _accepts_everything(*arguments: Any) -> str | None:
+    return None
+
+
+def _suits_everything(*arguments: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute one operation: ``function`` of ``module``, imported when first used.
+
+    ``refuses`` takes the function's arguments and returns why it cannot take them (a device, a dtype, a
+    size), or None. ``suits_auto`` takes them too; False keeps it to an explicit choice (it is right, but not
+    faster here).
+    """
+
+    module: str
+    function: str
+    refuses: Callable[..., str | None] = _accepts_everything
+    suits_auto: Callable[..., bool] = _suits_everything
+
+    def load(self) -> Callable[..., None]:
+        function: Callable[..., None] = getattr(importlib.import_module(self.module), self.function)
+        return function
+
+
+_registry: dict[str, dict[str, Implementation]] = {}
+_default: str | None = None
+_logged: set[tuple[str, str, str]] = set()
+
+
+def register(operation: str, name: str, implementation: Implementation) -> None:
+    """Add an implementation of ``operation`` under one of the names of ``IMPLEMENTATIONS``."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"{operation}: expected an implementation among {IMPLEMENTATIONS}, got {name!r}")
+    _registry.setdefault(operation, {})[name] = implementation
+
+
+def check_impl(operation: str, impl: str) -> str:
+    """Return ``impl`` if it is one of ``auto``, ``reference``, ``triton``, ``native``; ValueError
+    otherwise.
+    """
+    if impl not in CHOICES:
+        raise ValueError(f"{operation}: expected impl to be one of {CHOICES}, got {impl!r}")
+    return impl
+
+
+def set_default_impl(name: str | None) -> None:
+    """Choose the implementation that ``impl="auto"`` stands for in this process.
+
+    ``name`` is ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``; None returns the choice to the
+    environment variable ``BLK_IMPL`` (itself ``"auto"`` where it is not set). An operation that has no
+    implementation of that name falls back as ``auto`` does; one that has it but cannot run it here raises
+    RuntimeError.
+
+    Raises ValueError for another name.
+    """
+    global _default
+    _default = None if name is None else check_impl("set_default_impl", name)
+
+
+def default_impl() -> str:
+    """What ``impl="auto"`` stands for now: ``set_default_impl``, else ``BLK_IMPL`` (read at every call), else
+    auto.
+    """
+    if _default is not None:
+        return _default
+    return check_impl(
+        f"environment variable {ENVIRONMENT_VARIABLE}", os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    )
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on (``TRITON_INTERPRET=1``), which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def machine_refuses(name: str) -> str | None:
+    """Why nothing of the implementation ``name`` can run on this machine, or None."""
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if not interpreting() and not torch.cuda.is_available():
+            return "no CUDA device is present, and TRITON_INTERPRET=1 is not set"
+    if name == "native":
+        try:
+            native = importlib.import_module("bayesian_lora_kernels.ops.native")
+        except ImportError as error:
+            return f"the native extension cannot be imported: {error}"
+        reason: str | None = native.why_unavailable()
+        return reason
+    return None
+
+
+def _log_once(operation: str, name: str, reason: str) -> None:
+    if (operation, name, reason) not in _logged:
+        _logged.add((operation, name, reason))
+        logger.info("%s: %s left out: %s", operation, name, reason)
+
+
+def choose(operation: str, impl: str, *arguments: Any) -> Callable[..., None]:
+    """The function that computes ``operation`` for these arguments.
+
+    Raises RuntimeError, with the reason, if an explicit ``impl`` cannot run.
+    """
+    offered = _registry[operation]
+    wanted = check_impl(operation, impl)
+    if wanted == "auto":
+        wanted = default_impl()
+        if wanted not in offered and wanted != "auto":
+            # A process-wide choice must not make the operations unusable that never had such an
+            # implementation.
+            reason = machine_refuses(wanted)
+            if reason is not None:
+                raise RuntimeError(f"{operation}: impl={wanted!r} (the default set) cannot run: {reason}")
+            _log_once(operation, wanted, f"{operation} has no {wanted} implementation")
+            wanted = "auto"
+    if wanted != "auto":
+        if wanted not in offered:
+            reason = f"{operation} has none; it has {', '.join(sorted(offered))}"
+        else:
+            reason = machine_refuses(wanted) or offered[wanted].refuses(*arguments)
+        if reason is not None:
+            raise RuntimeError(f"{operation}: impl={wanted!r} cannot run: {reason}")
+        return offered[wanted].load()
+    for name in IMPLEMENTATIONS:
+        candidate = offered.get(name)
+        if candidate is None or not candidate.suits_auto(*arguments):
+            continue
+        reason = machine_refuses(name) or candidate.refuses(*arguments)
+        if reason is None:
+            return candidate.load()
+        _log_once(operation, name, reason)
+    raise RuntimeError(f"{operation}: no implementation takes these arguments")
+
+
+def backends() -> dict[str, dict[str, Any]]:
+    """What this machine can run, and why not the rest.
+
+    Returns ``{name: {"available": bool, "reason": str or None, "operations": [names]}}`` for ``reference``,
+    ``triton`` and ``native``: ``reason`` says why ``available`` is False; ``operations`` are those that have
+    such an implementation. Plain values, ready for JSON. Asks for a CUDA device, which importing the package
+    never does.
+    """
+    report: dict[str, dict[str, Any]] = {}
+    for name in reversed(IMPLEMENTATIONS):
+        operations = sorted(operation for operation, offered in _registry.items() if name in offered)
+        reason = machine_refuses(name)
+        if reason is None and not operations:
+            reason = f"no operation of this version has a {name} implementation"
+        report[name] = {"available": reason is None, "reason": reason, "operations": operations}
+    return report

@@ -1,0 +1,208 @@
+"""Public ``incremental_svd`` and ``grouped_incremental_svd``: checks, random choice, allocation, dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import accumulation_dtype, check_device, check_mask, check_same_length, check_tensor, describe
+from ..dispatch import Implementation, check_impl, choose, register
+from .fresh import choose_rows, draw_numbers
+
+_REFERENCE = "bayesian_lora_kernels.ops.incremental_svd.reference"
+register("incremental_svd", "reference", Implementation(_REFERENCE, "incremental_svd"))
+register("grouped_incremental_svd", "reference", Implementation(_REFERENCE, "grouped_incremental_svd"))
+
+
+def incremental_svd(
+    basis: Tensor | None,
+    x: Tensor,
+    *,
+    columns: int | None = None,
+    mask: Tensor | None = None,
+    fresh: int = 10,
+    generator: torch.Generator | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Update a low-rank estimate of a sum of outer products by one batch, which is read once.
+
+    ``B B^T`` estimates ``sum x x^T`` over all counted rows of all batches (a sum, divided by nothing). To end
+    with k columns, stream with ``columns = 2 k + 10`` and keep the first k of the last result. Batches with
+    at most ``columns`` rows go a direct route, which uses no random numbers.
+
+    Args:
+        basis: ``B: [d, l]``, what the last call returned, or None for the first batch.
+        x: ``[M, d]``, the rows of the batch, float16, bfloat16, float32 or float64, any strides, M may be 0.
+        columns: how many columns the result has; default: as many as ``basis``. At least 1.
+        mask: ``[M]`` bool, True = the row counts; None: all count. Other rows may hold NaN or infinity.
+        fresh: how many test columns come from the batch instead of the basis: signed sums of 16 of its rows.
+            Half of the columns, where there are fewer columns than that.
+        generator: where the choice of rows and signs comes from, on any device; None: PyTorch's global
+            generator.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        ``[d, columns]``, orthogonal columns by descending norm, zero columns where the rank is smaller;
+        float64 for float64 ``x``, else float32. No gradient is recorded.
+
+    Raises:
+        TypeError: not a tensor, not a float dtype, ``mask`` not bool, ``basis`` of another dtype than the
+            result.
+        ValueError: a wrong shape or device, ``columns`` missing or below 1, ``fresh`` negative, an unknown
+            ``impl``, and (reference) NaN or infinity in a counted row or in ``basis``.
+        RuntimeError: an explicit ``impl`` cannot run; the message says why.
+
+    Source: Nystroem approximation of Tropp et al. 2017, algorithm 3, and Frangella, Tropp and Udell 2021; in
+    place of the incremental SVD of Yang et al. 2024 (Laplace-LoRA), appendix E.
+    """
+    where = "incremental_svd"
+    check_impl(where, impl)
+    columns = _check_columns(where, basis, columns, fresh)
+    check_tensor(f"{where}: x", x, ("M", "d"))
+    check_mask(f"{where}: mask", mask, x, (x.shape[0],))
+    with torch.no_grad():
+        if basis is None:
+            basis = x.new_zeros((x.shape[1], 0), dtype=accumulation_dtype(x))
+        rows, signs = choose_rows(draw_numbers(columns, x.device, generator), x.shape[0], mask)
+        return _incremental_svd(basis, x, mask, rows, signs, fresh, impl)
+
+
+def grouped_incremental_svd(
+    bases: Sequence[Tensor | None],
+    xs: Sequence[Tensor],
+    *,
+    columns: int | Sequence[int] | None = None,
+    masks: Sequence[Tensor | None] | None = None,
+    fresh: int = 10,
+    generator: torch.Generator | None = None,
+    impl: str = "auto",
+) -> list[Tensor]:
+    """``incremental_svd`` of many streams at once, of any widths, in few launches where there is a kernel for
+    it.
+
+    Args:
+        bases: one ``[d_i, l_i]`` tensor or None per stream.
+        xs: one ``[M_i, d_i]`` tensor per stream, all on one device.
+        columns: one number for all, or one per stream; default: as many as each basis has.
+        masks: one ``[M_i]`` bool tensor or None per stream; None: all rows count.
+        fresh, generator, impl: as ``incremental_svd``. All random numbers are drawn at once, so that a seed
+            gives other numbers than one call per stream would.
+
+    Returns:
+        A list of ``[d_i, columns_i]``, each as ``incremental_svd`` returns it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``incremental_svd``, with the entry's number; lists of
+            different lengths.
+
+    Source: as ``incremental_svd``.
+    """
+    where = "grouped_incremental_svd"
+    check_impl(where, impl)
+    if not isinstance(xs, list | tuple):
+        raise TypeError(f"{where}: expected xs to be a list of tensors, got {describe(xs)}")
+    count = len(xs)
+    masks = [None] * count if masks is None else masks
+    each = [columns] * count if columns is None or isinstance(columns, int) else columns
+    for name, value in (("bases", bases), ("masks", masks), ("columns", each)):
+        check_same_length(f"{where}: {name}", count, value)
+    if count == 0:
+        return []
+    widths = []
+    for i in range(count):
+        entry = f"{where}: entry {i}"
+        check_tensor(f"{entry}: x", xs[i], ("M", "d"))
+        check_device(f"{entry}: x", xs[i], xs[0].device)
+        check_mask(f"{entry}: mask", masks[i], xs[i], (xs[i].shape[0],))
+        widths.append(_check_columns(entry, bases[i], each[i], fresh))
+    with torch.no_grad():
+        numbers = draw_numbers(sum(widths), xs[0].device, generator).split(widths, dim=1)
+        chosen = [choose_rows(numbers[i], xs[i].shape[0], masks[i]) for i in range(count)]
+        filled = [
+            x.new_zeros((x.shape[1], 0), dtype=accumulation_dtype(x)) if basis is None else basis
+            for basis, x in zip(bases, xs, strict=True)
+        ]
+        rows, signs = [pair[0] for pair in chosen], [pair[1] for pair in chosen]
+        return _grouped_incremental_svd(filled, list(xs), list(masks), rows, signs, fresh, impl)
+
+
+def _check_columns(where: str, basis: Tensor | None, columns: int | None, fresh: int) -> int:
+    if basis is not None:
+        check_tensor(f"{where}: basis", basis, ("d", "l"))
+    if columns is None:
+        if basis is None:
+            raise ValueError(
+                f"{where}: expected columns (an int) with the first batch, got None and basis=None"
+            )
+        columns = basis.shape[1]
+    if columns < 1:
+        raise ValueError(f"{where}: expected columns of at least 1, got {columns}")
+    if fresh < 0:
+        raise ValueError(f"{where}: expected fresh of at least 0, got {fresh}")
+    return columns
+
+
+def _validate_and_allocate(where: str, basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
+    check_tensor(f"{where}: x", x, ("M", "d"))
+    check_mask(f"{where}: mask", mask, x, (x.shape[0],))
+    dtype = accumulation_dtype(x)
+    check_tensor(f"{where}: basis", basis, (x.shape[1], "l"), (dtype,))
+    check_device(f"{where}: basis", basis, x.device)
+    return x.new_empty((x.shape[1], rows.shape[0]), dtype=dtype)
+
+
+def _validate_and_allocate_all(
+    bases: Sequence[Tensor], xs: Sequence[Tensor], masks: Sequence[Tensor | None], rows: Sequence[Tensor]
+) -> list[Tensor]:
+    return [
+        _validate_and_allocate(f"grouped_incremental_svd: entry {i}", *entry)
+        for i, entry in enumerate(zip(bases, xs, masks, rows, strict=True))
+    ]
+
+
+@torch.library.custom_op("bayesian_lora_kernels::incremental_svd", mutates_args=())
+def _incremental_svd(
+    basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor, signs: Tensor, fresh: int, impl: str
+) -> Tensor:
+    out = _validate_and_allocate("incremental_svd", basis, x, mask, rows)
+    arguments = (out, basis, x, mask, rows, signs, fresh)
+    choose("incremental_svd", impl, *arguments)(*arguments)
+    return out
+
+
+@_incremental_svd.register_fake
+def _(
+    basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor, signs: Tensor, fresh: int, impl: str
+) -> Tensor:
+    return _validate_and_allocate("incremental_svd", basis, x, mask, rows)
+
+
+@torch.library.custom_op("bayesian_lora_kernels::grouped_incremental_svd", mutates_args=())
+def _grouped_incremental_svd(
+    bases: list[Tensor],
+    xs: list[Tensor],
+    masks: list[Tensor | None],
+    rows: list[Tensor],
+    signs: list[Tensor],
+    fresh: int,
+    impl: str,
+) -> list[Tensor]:
+    outs = _validate_and_allocate_all(bases, xs, masks, rows)
+    arguments = (outs, bases, xs, masks, rows, signs, fresh)
+    choose("grouped_incremental_svd", impl, *arguments)(*arguments)
+    return outs
+
+
+@_grouped_incremental_svd.register_fake
+def _(
+    bases: list[Tensor],
+    xs: list[Tensor],
+    masks: list[Tensor | None],
+    rows: list[Tensor],
+    signs: list[Tensor],
+    fresh: int,
+    impl: str,
+) -> list[Tensor]:
+    return _validate_and_allocate_all(bases, xs, masks, rows)

@@ -1,0 +1,146 @@
+"""One-touch randomised incremental SVD in plain PyTorch: the definition, and what CPU users run.
+
+State ``B: [d, l]``, ``B B^T`` the running estimate of ``sum x x^T``. Two routes, by the number of rows:
+
+- *sketch* (more rows than columns): Nystroem approximation of ``B B^T + X^T X`` with test columns taken from
+  ``B`` and from the batch (Tropp et al. 2017; Frangella, Tropp and Udell 2021). The batch is touched once, the
+  first of a stream twice;
+- *direct* (at most as many rows as columns): the leading part of ``[B, X^T]`` from its Gram matrix, which is
+  then as small as the sketch's and loses nothing but what the truncation must.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..masking import zero_masked
+
+
+def is_direct(rows: int, columns: int) -> bool:
+    """Whether a batch of ``rows`` rows goes the direct route: ``rows <= columns``."""
+    return rows <= columns
+
+
+def incremental_svd(
+    out: Tensor, basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor, signs: Tensor, fresh: int
+) -> None:
+    """Write to ``out: [d, columns]`` the update of ``basis: [d, l]`` by the counted rows of ``x: [M, d]``.
+
+    ``rows`` and ``signs``, ``[columns, 16]``, choose the fresh columns; the last ``fresh`` test columns are
+    such.
+    """
+    if out.numel() == 0:
+        return
+    counted = zero_masked(x, mask).to(out.dtype)
+    columns = min(out.shape[1], out.shape[0])
+    if is_direct(x.shape[0], out.shape[1]):
+        result = _direct(basis, counted, columns)
+    else:
+        fresh = fresh if fresh <= columns else columns // 2
+        result = _sketch(basis, counted, x.dtype, rows[:columns], signs[:columns], fresh)
+    out[:, : result.shape[1]] = result
+    out[:, result.shape[1] :] = 0.0
+
+
+def grouped_incremental_svd(
+    outs: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    rows: Sequence[Tensor],
+    signs: Sequence[Tensor],
+    fresh: int,
+) -> None:
+    """``incremental_svd`` for each entry."""
+    for out, basis, x, mask, chosen, sign in zip(outs, bases, xs, masks, rows, signs, strict=True):
+        incremental_svd(out, basis, x, mask, chosen, sign, fresh)
+
+
+def _direct(basis: Tensor, x: Tensor, columns: int) -> Tensor:
+    both = torch.cat([basis, x.T], dim=1).double()  # [d, l + M]
+    _check_finite(gram := both.T @ both)
+    values, vectors = torch.linalg.eigh(gram)
+    leading = min(columns, gram.shape[0])
+    values, vectors = values[-leading:].flip(0), vectors[:, -leading:].flip(1)
+    # Below this a column is the rounding of the stored state, or of the Gram matrix, and no direction of the
+    # data.
+    rounding = gram.shape[0] * max(torch.finfo(x.dtype).eps ** 2, torch.finfo(torch.float64).eps)
+    kept = values > rounding * values[:1]
+    return torch.where(kept, both @ vectors, 0.0).to(x.dtype)
+
+
+def _sketch(
+    basis: Tensor, x: Tensor, rounded_to: torch.dtype, rows: Tensor, signs: Tensor, fresh: int
+) -> Tensor:
+    omega = _test_columns(basis, x, rows, signs, fresh).to(rounded_to).to(x.dtype)
+    if basis.shape[1] == 0:
+        # The first batch has no basis to build on: one step of subspace iteration makes up for it. Without it, its
+        # loss is the largest of the stream and stays in the estimate (1.04 after one batch, 1.002 with it).
+        z, _, y = _touch(basis, x, omega)
+        omega = torch.linalg.qr(y).Q.to(rounded_to).to(x.dtype)
+    z, r, y = _touch(basis, x, omega)
+    y, z, r = y.double(), z.double(), r.double()
+    core = z.T @ z + r.T @ r  # Omega^T (B B^T + X^T X) Omega
+    _check_finite(core)
+    combination = _small_algebra(core, y.T @ y, torch.finfo(x.dtype).eps)
+    result = y @ combination
+    # A column smaller than the rounding errors of the columns of Y that it combines holds no direction of the data.
+    rounding = torch.finfo(x.dtype).eps * (y.norm(dim=0) @ combination.abs())
+    return torch.where(result.norm(dim=0) > rounding, result, 0.0).to(x.dtype)
+
+
+def _touch(basis: Tensor, x: Tensor, omega: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``Z = X Omega``, ``R = B^T Omega``, ``Y = (B B^T + X^T X) Omega``: all that is ever read of X."""
+    # Transposed, X is the right operand of both products and read in its own layout: a quarter faster on the CPU.
+    z = omega.T @ x.T  # [l, M]
+    r = omega.T @ basis  # [l, l]
+    y = torch.addmm(r @ basis.T, z, x)  # [l, d]
+    return z.T, r.T, y.T
+
+
+def _test_columns(basis: Tensor, x: Tensor, rows: Tensor, signs: Tensor, fresh: int) -> Tensor:
+    """Orthonormal ``[d, columns]`` spanning the leading columns of the basis and signed sums of rows of
+    ``x``.
+
+    A column that the basis does not fill (its rank is smaller, or the stream begins) is fresh too, and where
+    the batch has nothing to offer (all rows zero) the basis keeps its own.
+    """
+    columns = rows.shape[0]
+    old = x.new_zeros(x.shape[1], columns)
+    old[:, : basis.shape[1]] = basis[:, :columns]
+    new = torch.nn.functional.embedding_bag(rows, x, per_sample_weights=signs.to(x.dtype), mode="sum").T
+    old_norm, new_norm = old.norm(dim=0), new.norm(dim=0)
+    filled = old_norm > torch.finfo(x.dtype).eps * old_norm.max()
+    is_old = filled & (torch.arange(columns, device=x.device) < columns - fresh)
+    is_old |= filled & (new_norm == 0)
+    tiny = torch.finfo(x.dtype).tiny
+    stacked = torch.where(is_old, old / old_norm.clamp(min=tiny), new / new_norm.clamp(min=tiny))
+    # Without orthonormal test columns the update fails as soon as a few rows carry massive activations: they
+    # would dominate every column, and their difference be rounding. Householder QR also survives dependent
+    # columns.
+    return torch.linalg.qr(stacked).Q
+
+
+def _small_algebra(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
+    """``W: [l, l]`` with ``Y W`` orthogonal, descending, and ``Y W (Y W)^T = Y C^+ Y^T``; core ``C``, gram
+    ``Y^T Y``, float64.
+
+    Both are scaled so that ``C`` has a unit diagonal: the threshold of the pseudo-inverse then compares
+    directions, not sizes, and a massive activation does not wipe out the others.
+    """
+    diagonal = core.diagonal().sqrt()
+    scale = torch.where(diagonal > 0, 1.0 / diagonal, 0.0)
+    values, vectors = torch.linalg.eigh(core * scale * scale[:, None])
+    threshold = max(rounding, core.shape[0] * torch.finfo(torch.float64).eps) * values[-1:]
+    inverse_root = torch.where(values > threshold, values.clamp(min=1e-300).rsqrt(), 0.0)
+    whiten = scale[:, None] * vectors * inverse_root
+    _, rotation = torch.linalg.eigh(whiten.T @ gram @ whiten)
+    return whiten @ rotation.flip(1)
+
+
+def _check_finite(small: Tensor) -> None:
+    if not bool(small.isfinite().all()):
+        raise ValueError("incremental_svd: expected finite counted rows and basis, got NaN or infinity")

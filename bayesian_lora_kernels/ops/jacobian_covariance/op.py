@@ -1,0 +1,186 @@
+"""Public ``jacobian_covariance`` and ``jacobian_gram``: checks, allocation, dispatch."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..checks import accumulation_dtype, check_device, check_mask, check_tensor
+from ..dispatch import Implementation, check_impl, choose, register
+
+_REFERENCE = "bayesian_lora_kernels.ops.jacobian_covariance.reference"
+register("jacobian_covariance", "reference", Implementation(_REFERENCE, "jacobian_covariance"))
+register("jacobian_gram", "reference", Implementation(_REFERENCE, "jacobian_gram"))
+
+
+class KroneckerPrecision(Protocol):
+    """What ``jacobian_covariance`` asks of a posterior; ``KroneckerPosterior`` has it.
+
+    ``basis_s: [d_out, k_s]`` and ``basis_a: [d_in, k_a]`` have orthonormal columns. ``precision_blocks`` (a
+    property or a method) gives the eigenvalues of the posterior precision on four blocks: ``[k_s, k_a]`` kept
+    on both sides, ``[k_s]`` kept in S and in the complement of A, ``[k_a]`` in the complement of S and kept
+    in A, ``[]`` in both complements. Those of an absent complement (k = d) are not used.
+    """
+
+    @property
+    def basis_s(self) -> Tensor: ...  # noqa: D102
+    @property
+    def basis_a(self) -> Tensor: ...  # noqa: D102
+    @property
+    def precision_blocks(self) -> Any: ...  # noqa: D102
+
+
+def jacobian_gram(a: Tensor, g: Tensor, *, mask: Tensor | None = None, impl: str = "auto") -> Tensor:
+    """Inner products of the Jacobians of C outputs of every example: ``<J_c, J_c'>``,
+    ``J_c = sum_t g_ct a_t^T``.
+
+    Args:
+        a: ``[N, T, d_in]``, inputs of the module, float16, bfloat16, float32 or float64, any strides.
+        g: ``[N, C, T, d_out]``, gradients of the C outputs with respect to the module's output, likewise.
+        mask: ``[N, T]`` bool, True = the token counts; None: all count. Other tokens may hold NaN or
+            infinity.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        ``[N, C, C]``, bit-exactly symmetric, float64 if ``a`` or ``g`` is, else float32. A sum over tokens,
+        divided by nothing. The Jacobians never take more than a bounded share of memory. No gradient is
+        recorded.
+
+    Raises:
+        TypeError: not a tensor, not a float dtype, ``mask`` not bool.
+        ValueError: a wrong shape or device, an unknown ``impl``.
+        RuntimeError: an explicit ``impl`` cannot run; the message says why.
+
+    Source: Yang et al. 2024 (Laplace-LoRA), section 2.2, with unit covariance.
+    """
+    check_impl("jacobian_gram", impl)
+    with torch.no_grad():
+        return _jacobian_gram(a, g, mask, impl)
+
+
+def jacobian_covariance(
+    a: Tensor, g: Tensor, posterior: KroneckerPrecision, *, mask: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
+    """Covariance of C linearised outputs of every example under one module's posterior: ``J_c Sigma J_c'^T``.
+
+    Args:
+        a: ``[N, T, d_in]``, inputs of the module, float16, bfloat16, float32 or float64, any strides.
+        g: ``[N, C, T, d_out]``, gradients of the C outputs with respect to the module's output, likewise.
+        posterior: see ``KroneckerPrecision``; its scale is that of the data set's summed curvature plus the
+            prior precision, and the result has the scale of a covariance. Taken to the dtype of the result.
+        mask: ``[N, T]`` bool, True = the token counts; None: all count. Other tokens may hold NaN or
+            infinity.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        ``[N, C, C]``, bit-exactly symmetric and positive semi-definite up to rounding (a sum of Gram
+        matrices), float64 if ``a`` or ``g`` is, else float32. No gradient is recorded.
+
+    Raises:
+        TypeError: not a tensor, not a float dtype, ``mask`` not bool.
+        ValueError: a wrong shape or device, an unknown ``impl``.
+        RuntimeError: an explicit ``impl`` cannot run; the message says why.
+
+    Source: Yang et al. 2024 (Laplace-LoRA), equation 12 and appendix E, for low-rank factors with a tail on
+    either side.
+    """
+    check_impl("jacobian_covariance", impl)
+    with torch.no_grad():
+        blocks = posterior.precision_blocks
+        weights = [block.double().reciprocal() for block in (blocks() if callable(blocks) else blocks)]
+        return _jacobian_covariance(a, g, posterior.basis_s, posterior.basis_a, *weights, mask, impl)
+
+
+def _validate_and_allocate(where: str, a: Tensor, g: Tensor, mask: Tensor | None) -> Tensor:
+    check_tensor(f"{where}: a", a, ("N", "T", "d_in"))
+    examples, tokens, _ = a.shape
+    check_tensor(f"{where}: g", g, (examples, "C", tokens, "d_out"))
+    check_device(f"{where}: g", g, a.device)
+    check_mask(f"{where}: mask", mask, a, (examples, tokens))
+    outputs = g.shape[1]
+    return a.new_empty((examples, outputs, outputs), dtype=accumulation_dtype(a, g))
+
+
+def _validate_posterior_and_allocate(
+    a: Tensor,
+    g: Tensor,
+    basis_s: Tensor,
+    basis_a: Tensor,
+    weight_kept: Tensor,
+    weight_rest_a: Tensor,
+    weight_rest_s: Tensor,
+    weight_rest: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    where = "jacobian_covariance"
+    out = _validate_and_allocate(where, a, g, mask)
+    check_tensor(f"{where}: posterior.basis_s", basis_s, (g.shape[3], "k_s"))
+    check_tensor(f"{where}: posterior.basis_a", basis_a, (a.shape[2], "k_a"))
+    k_s, k_a = basis_s.shape[1], basis_a.shape[1]
+    for name, basis in (("basis_s", basis_s), ("basis_a", basis_a)):
+        check_device(f"{where}: posterior.{name}", basis, a.device)
+        if basis.shape[1] > basis.shape[0]:
+            raise ValueError(
+                f"{where}: posterior.{name}: expected at most as many columns as rows, got {basis.shape}"
+            )
+    blocks: tuple[tuple[str, Tensor, tuple[int, ...]], ...] = (
+        ("kept", weight_kept, (k_s, k_a)),
+        ("rest_a", weight_rest_a, (k_s,)),
+        ("rest_s", weight_rest_s, (k_a,)),
+        ("rest", weight_rest, ()),
+    )
+    for name, weight, shape in blocks:
+        check_tensor(f"{where}: posterior.precision_blocks, {name}", weight, shape)
+        check_device(f"{where}: posterior.precision_blocks, {name}", weight, a.device)
+    return out
+
+
+@torch.library.custom_op("bayesian_lora_kernels::jacobian_gram", mutates_args=())
+def _jacobian_gram(a: Tensor, g: Tensor, mask: Tensor | None, impl: str) -> Tensor:
+    out = _validate_and_allocate("jacobian_gram", a, g, mask)
+    choose("jacobian_gram", impl, out, a, g, mask)(out, a, g, mask)
+    return out
+
+
+@_jacobian_gram.register_fake
+def _(a: Tensor, g: Tensor, mask: Tensor | None, impl: str) -> Tensor:
+    return _validate_and_allocate("jacobian_gram", a, g, mask)
+
+
+@torch.library.custom_op("bayesian_lora_kernels::jacobian_covariance", mutates_args=())
+def _jacobian_covariance(
+    a: Tensor,
+    g: Tensor,
+    basis_s: Tensor,
+    basis_a: Tensor,
+    weight_kept: Tensor,
+    weight_rest_a: Tensor,
+    weight_rest_s: Tensor,
+    weight_rest: Tensor,
+    mask: Tensor | None,
+    impl: str,
+) -> Tensor:
+    posterior = (basis_s, basis_a, weight_kept, weight_rest_a, weight_rest_s, weight_rest)
+    out = _validate_posterior_and_allocate(a, g, *posterior, mask)
+    arguments = (out, a, g, *posterior, mask)
+    choose("jacobian_covariance", impl, *arguments)(*arguments)
+    return out
+
+
+@_jacobian_covariance.register_fake
+def _(
+    a: Tensor,
+    g: Tensor,
+    basis_s: Tensor,
+    basis_a: Tensor,
+    weight_kept: Tensor,
+    weight_rest_a: Tensor,
+    weight_rest_s: Tensor,
+    weight_rest: Tensor,
+    mask: Tensor | None,
+    impl: str,
+) -> Tensor:
+    posterior = (basis_s, basis_a, weight_kept, weight_rest_a, weight_rest_s, weight_rest)
+    return _validate_posterior_and_allocate(a, g, *posterior, mask)

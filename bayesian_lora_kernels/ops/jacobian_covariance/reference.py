@@ -1,0 +1,131 @@
+"""``<J_c, J_c'>`` of Jacobians ``J_c = sum_t g_ct a_t^T`` in plain PyTorch: the definition, and what CPU
+users run.
+
+In a Kronecker posterior the product splits into four orthogonal blocks, kept directions and complement on
+either side, each with its own variances. Every block is a Gram matrix of its own projections, so that all
+terms are positive: the textbook form, which subtracts the kept part from the whole, loses all digits once
+curvature outweighs the prior by more than the precision of float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..masking import zero_masked
+from .routes import prefer_tokens
+
+# Temporaries hold at most about this many elements (64 MiB in float32): examples, then input columns, go in
+# chunks.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+def jacobian_gram(out: Tensor, a: Tensor, g: Tensor, mask: Tensor | None) -> None:
+    """Write to ``out: [N, C, C]`` the inner products, from ``a: [N, T, d_in]``, ``g: [N, C, T, d_out]``,
+    ``mask: [N, T]``.
+    """
+    for examples in _chunks(a, g):
+        a_part, g_part = _prepare(a, g, mask, examples, out.dtype)
+        _store_symmetric(out[examples], _gram(a_part, g_part))
+
+
+def jacobian_covariance(
+    out: Tensor,
+    a: Tensor,
+    g: Tensor,
+    basis_s: Tensor,
+    basis_a: Tensor,
+    weight_kept: Tensor,
+    weight_rest_a: Tensor,
+    weight_rest_s: Tensor,
+    weight_rest: Tensor,
+    mask: Tensor | None,
+) -> None:
+    """Write to ``out: [N, C, C]`` the inner products in the posterior covariance.
+
+    ``basis_s: [d_out, k_s]`` and ``basis_a: [d_in, k_a]`` have orthonormal columns. Variances:
+    ``weight_kept: [k_s, k_a]`` where both sides are kept, ``weight_rest_a: [k_s]`` on the complement of
+    ``basis_a``, ``weight_rest_s: [k_a]`` on that of ``basis_s``, ``weight_rest: []`` on both complements.
+    """
+    basis_s, basis_a = basis_s.to(out.dtype), basis_a.to(out.dtype)
+    kept, rest_a, rest_s, rest = (
+        weight.sqrt().to(out.dtype) for weight in (weight_kept, weight_rest_a, weight_rest_s, weight_rest)
+    )
+    s_is_full = basis_s.shape[0] == basis_s.shape[1]
+    a_is_full = basis_a.shape[0] == basis_a.shape[1]
+    for examples in _chunks(a, g):
+        a_part, g_part = _prepare(a, g, mask, examples, out.dtype)
+        if a_part.shape[2] < a_part.shape[1]:
+            a_part, g_part = _compress_tokens(a_part, g_part)
+        g_kept = g_part @ basis_s  # [n, C, T, k_s]
+        a_kept = a_part @ basis_a  # [n, T, k_a], once for all C
+        projected = _jacobians(a_kept, g_kept) * kept  # [n, C, k_s, k_a]
+        result = _inner_products(projected.flatten(2), projected.flatten(2))
+        g_rest = None if s_is_full else g_part - g_kept @ basis_s.T
+        if g_rest is not None:
+            result += _gram(a_kept * rest_s, g_rest)
+        if not a_is_full:
+            # Both blocks on the complement of A share their input: one Gram matrix of the outputs side by
+            # side.
+            g_beside = [g_kept * rest_a] + ([] if g_rest is None else [g_rest * rest])
+            result += _gram(a_part - a_kept @ basis_a.T, torch.cat(g_beside, dim=-1))
+        _store_symmetric(out[examples], result)
+
+
+def _prepare(
+    a: Tensor, g: Tensor, mask: Tensor | None, examples: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    a, g = a[examples].to(dtype), g[examples].to(dtype)
+    if mask is None:
+        return a, g
+    part = mask[examples]
+    return zero_masked(a, part), zero_masked(g, part[:, None, :].expand(g.shape[:3]))
+
+
+def _compress_tokens(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The same Jacobians from d_in tokens: ``J_c = sum_i (J_c e_i) e_i^T``, for inputs narrower than there
+    are tokens.
+    """
+    identity = torch.eye(a.shape[2], dtype=a.dtype, device=a.device).expand(a.shape[0], -1, -1)
+    return identity, _jacobians(a, g).transpose(2, 3)
+
+
+def _jacobians(a: Tensor, g: Tensor) -> Tensor:
+    """``J: [n, C, d_out, d_in]``, in one matrix product per example for all C."""
+    n, outputs, tokens, d_out = g.shape
+    g_rows = g.transpose(2, 3).reshape(n, outputs * d_out, tokens)
+    return torch.bmm(g_rows, a).reshape(n, outputs, d_out, a.shape[2])
+
+
+def _gram(a: Tensor, g: Tensor) -> Tensor:
+    n, outputs, tokens, d_out = g.shape
+    d_in = a.shape[2]
+    if prefer_tokens(tokens, d_in, d_out, outputs):
+        g_wide = g.transpose(1, 2).reshape(n, tokens, outputs * d_out)
+        h = torch.bmm(torch.bmm(a, a.transpose(1, 2)), g_wide)
+        h = h.reshape(n, tokens, outputs, d_out).transpose(1, 2)
+        return _inner_products(h.flatten(2), g.flatten(2))
+    step = max(1, _CHUNK_ELEMENTS // max(1, n * outputs * d_out))
+    result = a.new_zeros(n, outputs, outputs)
+    for start in range(0, d_in, step):
+        jacobians = _jacobians(a[:, :, start : start + step], g).flatten(2)
+        result += _inner_products(jacobians, jacobians)
+    return result
+
+
+def _inner_products(left: Tensor, right: Tensor) -> Tensor:
+    return torch.bmm(left, right.transpose(1, 2))
+
+
+def _chunks(a: Tensor, g: Tensor) -> list[slice]:
+    """Slices of the examples, such that one slice's temporaries stay within ``_CHUNK_ELEMENTS``."""
+    examples, tokens, d_in = a.shape
+    outputs, d_out = g.shape[1], g.shape[3]
+    jacobian = 0 if prefer_tokens(tokens, d_in, d_out, outputs) else outputs * d_in * d_out
+    largest = max(1, tokens * d_in, outputs * tokens * d_out, tokens**2 if jacobian == 0 else jacobian)
+    step = max(1, _CHUNK_ELEMENTS // largest)
+    return [slice(start, start + step) for start in range(0, examples, step)]
+
+
+def _store_symmetric(out: Tensor, value: Tensor) -> None:
+    torch.add(value, value.transpose(1, 2), out=out).mul_(0.5)

@@ -1,0 +1,182 @@
+"""Public ``outer_product`` and ``grouped_outer_product``: checks, allocation, dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import accumulation_dtype, check_device, check_mask, check_same_length, check_tensor
+from ..dispatch import Implementation, check_impl, choose, register
+
+_REFERENCE = "bayesian_lora_kernels.ops.outer_product.reference"
+register("outer_product", "reference", Implementation(_REFERENCE, "outer_product"))
+register("grouped_outer_product", "reference", Implementation(_REFERENCE, "grouped_outer_product"))
+
+
+def outer_product(
+    x: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Sum of outer products of rows: ``out + scale * x^T diag(mask) x``, a sum over the counted rows, divided
+    by nothing.
+
+    Args:
+        x: ``[M, d]``, float16, bfloat16, float32 or float64, any strides, M may be 0.
+        mask: ``[M]`` bool, True = the row counts; None: all count. Other rows may hold NaN or infinity.
+        scale: a factor on the sum; the accumulated ``out`` is not scaled.
+        out: ``[d, d]`` in the dtype of the result, updated in place and returned; None: starts from zero.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        ``[d, d]``, float64 for float64 ``x``, else float32 (sums are in that dtype). What is added is
+        bit-exactly symmetric, and so the result if ``out`` was. No gradient is recorded.
+
+    Raises:
+        TypeError: not a tensor, not a float dtype, ``mask`` not bool, ``out`` of another dtype than the
+            result.
+        ValueError: a wrong shape or device, ``out`` whose elements share memory, an unknown ``impl``.
+        RuntimeError: an explicit ``impl`` cannot run; the message says why.
+
+    Source: the Kronecker factors of Martens and Grosse 2015, equation 23.
+    """
+    check_impl("outer_product", impl)
+    with torch.no_grad():
+        if out is None:
+            return _outer_product(x, mask, float(scale), impl)
+        _outer_product_accumulate(out, x, mask, float(scale), impl)
+        return out
+
+
+def grouped_outer_product(
+    xs: Sequence[Tensor],
+    *,
+    masks: Sequence[Tensor | None] | None = None,
+    scales: Sequence[float] | None = None,
+    outs: Sequence[Tensor] | None = None,
+    impl: str = "auto",
+) -> list[Tensor]:
+    """``outer_product`` of many inputs of any widths at once, in few launches where there is a kernel for it.
+
+    Args:
+        xs: tensors ``[M_i, d_i]``, all on one device; each sum is over the counted rows, divided by nothing.
+        masks: one ``[M_i]`` bool tensor or None per input; None: all rows count.
+        scales: one factor per input; None: 1.
+        outs: one ``[d_i, d_i]`` tensor per input, updated in place and returned; None: all start from zero.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        A list of ``[d_i, d_i]``, each as ``outer_product`` returns it (float64 for float64 input, else
+        float32).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``outer_product``, with the entry's number; lists of different
+            lengths.
+
+    Source: as ``outer_product``.
+    """
+    where = "grouped_outer_product"
+    check_impl(where, impl)
+    if not isinstance(xs, list | tuple):
+        raise TypeError(f"{where}: expected xs to be a list of tensors, got {type(xs).__name__}")
+    count = len(xs)
+    masks = [None] * count if masks is None else masks
+    scales = [1.0] * count if scales is None else scales
+    check_same_length(f"{where}: masks", count, masks)
+    check_same_length(f"{where}: scales", count, scales)
+    if outs is not None:
+        check_same_length(f"{where}: outs", count, outs)
+    if count == 0:
+        return []
+    with torch.no_grad():
+        if outs is None:
+            return _grouped_outer_product(list(xs), list(masks), [float(scale) for scale in scales], impl)
+        _grouped_outer_product_accumulate(
+            list(outs), list(xs), list(masks), [float(scale) for scale in scales], impl
+        )
+        return list(outs)
+
+
+def _validate_and_allocate(where: str, x: Tensor, mask: Tensor | None, out: Tensor | None) -> Tensor:
+    check_tensor(f"{where}: x", x, ("M", "d"))
+    check_mask(f"{where}: mask", mask, x, (x.shape[0],))
+    width, dtype = x.shape[1], accumulation_dtype(x)
+    if out is None:
+        return x.new_empty((width, width), dtype=dtype)
+    check_tensor(f"{where}: out", out, (width, width), (dtype,))
+    check_device(f"{where}: out", out, x.device)
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(
+            f"{where}: out: expected a tensor whose elements have their own memory, got a stride of 0"
+        )
+    return out
+
+
+def _validate_and_allocate_all(
+    xs: Sequence[Tensor], masks: Sequence[Tensor | None], outs: Sequence[Tensor] | None
+) -> list[Tensor]:
+    where = "grouped_outer_product"
+    results = []
+    for i, (x, mask) in enumerate(zip(xs, masks, strict=True)):
+        results.append(
+            _validate_and_allocate(f"{where}: entry {i}", x, mask, None if outs is None else outs[i])
+        )
+        check_device(f"{where}: entry {i}: x", x, xs[0].device)
+    return results
+
+
+@torch.library.custom_op("bayesian_lora_kernels::outer_product", mutates_args=())
+def _outer_product(x: Tensor, mask: Tensor | None, scale: float, impl: str) -> Tensor:
+    out = _validate_and_allocate("outer_product", x, mask, None)
+    choose("outer_product", impl, out, x, mask, scale, False)(out, x, mask, scale, False)
+    return out
+
+
+@_outer_product.register_fake
+def _(x: Tensor, mask: Tensor | None, scale: float, impl: str) -> Tensor:
+    return _validate_and_allocate("outer_product", x, mask, None)
+
+
+@torch.library.custom_op("bayesian_lora_kernels::outer_product_accumulate", mutates_args=("out",))
+def _outer_product_accumulate(out: Tensor, x: Tensor, mask: Tensor | None, scale: float, impl: str) -> None:
+    _validate_and_allocate("outer_product", x, mask, out)
+    choose("outer_product", impl, out, x, mask, scale, True)(out, x, mask, scale, True)
+
+
+@_outer_product_accumulate.register_fake
+def _(out: Tensor, x: Tensor, mask: Tensor | None, scale: float, impl: str) -> None:
+    _validate_and_allocate("outer_product", x, mask, out)
+
+
+@torch.library.custom_op("bayesian_lora_kernels::grouped_outer_product", mutates_args=())
+def _grouped_outer_product(
+    xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: str
+) -> list[Tensor]:
+    outs = _validate_and_allocate_all(xs, masks, None)
+    choose("grouped_outer_product", impl, outs, xs, masks, scales, False)(outs, xs, masks, scales, False)
+    return outs
+
+
+@_grouped_outer_product.register_fake
+def _(xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: str) -> list[Tensor]:
+    return _validate_and_allocate_all(xs, masks, None)
+
+
+@torch.library.custom_op("bayesian_lora_kernels::grouped_outer_product_accumulate", mutates_args=("outs",))
+def _grouped_outer_product_accumulate(
+    outs: list[Tensor], xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: str
+) -> None:
+    _validate_and_allocate_all(xs, masks, outs)
+    choose("grouped_outer_product", impl, outs, xs, masks, scales, True)(outs, xs, masks, scales, True)
+
+
+@_grouped_outer_product_accumulate.register_fake
+def _(
+    outs: list[Tensor], xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: str
+) -> None:
+    _validate_and_allocate_all(xs, masks, outs)

@@ -1,0 +1,5 @@
+"""Batched eigendecomposition of small symmetric matrices."""
+
+from .op import small_eigh
+
+__all__ = ["small_eigh"]

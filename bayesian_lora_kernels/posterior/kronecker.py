@@ -1,0 +1,252 @@
+"""The Kronecker-factored Gaussian posterior over one weight matrix.
+
+Everything is expressed in the eigenbases of the two factors. Each side keeps `k` orthonormal columns; what is left of
+the space, its complement, carries one shared eigenvalue. A full factor simply has an empty complement. The weight space
+thus splits into four blocks, and K-FAC and EKFAC differ only in the numbers that stand on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Blocks(NamedTuple):
+    """One number per eigendirection of the weight space, on its four blocks.
+
+    With `k_s` kept columns for the output gradients and `k_a` for the inputs:
+
+    - `kept [k_s, k_a]`: kept on both sides;
+    - `rest_a [k_s]`: kept for S, shared over the complement of A;
+    - `rest_s [k_a]`: kept for A, shared over the complement of S;
+    - `rest []`: both complements.
+    """
+
+    kept: Tensor
+    rest_a: Tensor
+    rest_s: Tensor
+    rest: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Blocks:
+        """Apply `function` to each block."""
+        return Blocks(*(function(block) for block in self))
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """The two factors of one module's curvature `A (x) S`, on the scale of METHOD: A a mean, S a sum over the data set.
+
+    Attributes:
+        a: input factor `[d_in, d_in]`, or `[d_in, k]`, k < d_in, with `a a^T` the low-rank estimate.
+        s: output-gradient factor `[d_out, d_out]`, or `[d_out, k]` likewise.
+        tail_a: 0-d, the eigenvalue that stands for every direction outside the k columns (0 for a full factor).
+        tail_s: 0-d, likewise.
+    """
+
+    a: Tensor
+    s: Tensor
+    tail_a: Tensor
+    tail_s: Tensor
+
+    def trace(self) -> Tensor:
+        """Trace of `A (x) S`, tails included: 0-d float64."""
+        return _factor_trace(self.a, self.tail_a) * _factor_trace(self.s, self.tail_s)
+
+
+def _is_full(factor: Tensor) -> bool:
+    return factor.shape[0] == factor.shape[1]
+
+
+def _factor_trace(factor: Tensor, tail: Tensor) -> Tensor:
+    factor = factor.double()
+    if _is_full(factor):
+        return factor.diagonal().sum()
+    return factor.square().sum() + tail.double() * (factor.shape[0] - factor.shape[1])
+
+
+class Eigenbasis(NamedTuple):
+    """Kept eigenvectors `[d, k]`, their eigenvalues `[k]` in float64, and the complement's shared eigenvalue (0-d)."""
+
+    vectors: Tensor
+    values: Tensor
+    tail: Tensor
+
+
+def eigenbasis(factor: Tensor, tail: Tensor) -> Eigenbasis:
+    """Eigendecomposition of one factor, without the directions that are numerically zero.
+
+    A factor made from fewer rows than its width has a null space whose basis is arbitrary; it becomes part of the
+    complement, so that nothing computed later depends on that arbitrary choice.
+    """
+    wide = factor.double()
+    if _is_full(factor):
+        values, vectors = torch.linalg.eigh((wide + wide.T) / 2)
+        # The rounding of the accumulation, not of this float64 decomposition, decides what is zero.
+        floor = values.amax().clamp_min(0) * factor.shape[0] * torch.finfo(factor.dtype).eps
+    else:
+        norms = torch.linalg.vector_norm(wide, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+        unit = wide / norms  # scaled columns keep the small eigenvalues of a graded matrix accurate
+        values, mixing = torch.linalg.eigh((unit.T @ unit) * norms[:, None] * norms[None, :])
+        vectors = (wide @ mixing) / values.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        floor = values.amax().clamp_min(0) * factor.shape[0] * torch.finfo(factor.dtype).eps ** 2
+    kept = values > floor
+    values, vectors = values[kept].flip(0), vectors[:, kept].flip(1)
+    if not _is_full(factor):
+        vectors = torch.linalg.qr(vectors)[0]
+    # A direction outside everything the factor saw has eigenvalue tail; for a full factor that is zero.
+    return Eigenbasis(vectors.to(factor.dtype), values, tail.double().clamp_min(0))
+
+
+def kronecker_eigenvalues(s: Eigenbasis, a: Eigenbasis) -> Blocks:
+    """K-FAC's curvature eigenvalues: products of the factors' eigenvalues, in float64."""
+    return Blocks(
+        kept=s.values[:, None] * a.values[None, :],
+        rest_a=s.values * a.tail,
+        rest_s=a.values * s.tail,
+        rest=s.tail * a.tail,
+    )
+
+
+@dataclass(frozen=True)
+class KroneckerPosterior:
+    """Gaussian over one weight matrix `W [d_out, d_in]` with precision `curvature + prior_precision * I`.
+
+    The curvature is the sum over the data set of the negative log-likelihood's Gauss-Newton matrix; nothing is divided
+    by the number of examples.
+
+    Attributes:
+        basis_s: `[d_out, k_s]` orthonormal columns.
+        basis_a: `[d_in, k_a]` orthonormal columns.
+        curvature: eigenvalues of the curvature on the four blocks, float64.
+        prior_precision: 0-d float64, positive; may require a gradient.
+    """
+
+    basis_s: Tensor
+    basis_a: Tensor
+    curvature: Blocks
+    prior_precision: Tensor
+
+    @classmethod
+    def from_factors(cls, factors: KroneckerFactors, prior_precision: float | Tensor) -> KroneckerPosterior:
+        """Posterior with precision `A (x) S + prior_precision * I`.
+
+        Raises:
+            ValueError: if a factor is not a matrix, or the prior precision is not a positive number.
+        """
+        for name, factor in (("a", factors.a), ("s", factors.s)):
+            if factor.ndim != 2 or factor.shape[1] > factor.shape[0]:
+                raise ValueError(
+                    f"KroneckerFactors.{name}: expected [d, d] or [d, k] with k < d, got {list(factor.shape)}"
+                )
+        s, a = eigenbasis(factors.s, factors.tail_s), eigenbasis(factors.a, factors.tail_a)
+        return cls(s.vectors, a.vectors, kronecker_eigenvalues(s, a), as_precision(prior_precision, factors.a.device))
+
+    def with_prior(self, prior_precision: float | Tensor) -> KroneckerPosterior:
+        """The same curvature under another prior precision."""
+        return replace(self, prior_precision=as_precision(prior_precision, self.basis_a.device))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_out, d_in)`."""
+        return self.basis_s.shape[0], self.basis_a.shape[0]
+
+    @property
+    def complement(self) -> tuple[int, int]:
+        """Dimensions outside the kept columns, `(d_out - k_s, d_in - k_a)`."""
+        return self.shape[0] - self.basis_s.shape[1], self.shape[1] - self.basis_a.shape[1]
+
+    @property
+    def precision_blocks(self) -> Blocks:
+        """Eigenvalues of the posterior precision on the four blocks, float64."""
+        return self.curvature.map(lambda block: block + self.prior_precision)
+
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of the curvature and their multiplicities, both `[m]` float64."""
+        n_s, n_a = self.complement
+        sizes = (1, n_a, n_s, n_s * n_a)
+        present = [(block.reshape(-1), size) for block, size in zip(self.curvature, sizes, strict=True) if size]
+        return (
+            torch.cat([block for block, _ in present]),
+            torch.cat([torch.full_like(block, size) for block, size in present]),
+        )
+
+    def logdet(self) -> Tensor:
+        """Log-determinant of the posterior precision: 0-d float64, differentiable in the prior precision."""
+        values, multiplicity = self.spectrum()
+        return ((values + self.prior_precision).log() * multiplicity).sum()
+
+    def apply(self, function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
+        """`f(precision)` times each of `matrices [..., d_out, d_in]`, for a function of the eigenvalues.
+
+        `torch.reciprocal` gives the covariance's action, `torch.rsqrt` its square root's.
+        """
+        dtype = matrices.dtype
+        q_s, q_a = self.basis_s.to(dtype), self.basis_a.to(dtype)
+        values = self.precision_blocks.map(lambda block: function(block).to(dtype))
+        n_s, n_a = self.complement
+        u = q_s.mT @ matrices  # [..., k_s, d_in]
+        p = u @ q_a  # [..., k_s, k_a]
+        result = q_s @ (values.kept * p) @ q_a.mT
+        if n_a:
+            u_rest = u - p @ q_a.mT
+            result = result + q_s @ (values.rest_a[:, None] * u_rest)
+        if n_s:
+            v_rest = matrices @ q_a - q_s @ p
+            result = result + (v_rest * values.rest_s) @ q_a.mT
+        if n_s and n_a:
+            result = result + values.rest * (matrices - q_s @ u - v_rest @ q_a.mT)
+        return result
+
+    def covariance(self, j1: Tensor, j2: Tensor) -> Tensor:
+        """`J1 Sigma J2^T`.
+
+        Args:
+            j1: `[n1, d_out, d_in]`, or `[n1, d_out * d_in]` in row-major order.
+            j2: `[n2, ...]` likewise.
+
+        Returns:
+            `[n1, n2]` in the dtype of `j1`.
+
+        Raises:
+            ValueError: if a Jacobian does not have this posterior's shape.
+        """
+        size = math.prod(self.shape)
+        for name, jacobian in (("j1", j1), ("j2", j2)):
+            if jacobian.ndim < 2 or jacobian[0:1].numel() not in (0, size) or jacobian.ndim > 3:
+                raise ValueError(
+                    f"covariance: expected {name} of shape [n, {self.shape[0]}, {self.shape[1]}] or [n, {size}], "
+                    f"got {list(jacobian.shape)}"
+                )
+        right = self.apply(torch.reciprocal, j2.reshape(-1, *self.shape))
+        return j1.reshape(-1, size) @ right.reshape(-1, size).mT
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """`[n, d_out, d_in]` zero-mean samples of the weight's deviation from its MAP value."""
+        noise = torch.randn((n, *self.shape), generator=generator, dtype=self.basis_a.dtype, device=self.basis_a.device)
+        return self.apply(torch.rsqrt, noise)
+
+    def to_dense(self) -> Tensor:
+        """Posterior precision of the row-major weight, `[d_out * d_in, d_out * d_in]` float64. For tests."""
+        size = math.prod(self.shape)
+        identity = torch.eye(size, dtype=torch.float64, device=self.basis_a.device).reshape(size, *self.shape)
+        return self.apply(lambda block: block, identity).reshape(size, size)
+
+
+def as_precision(value: float | Tensor, device: torch.device | None = None) -> Tensor:
+    """A prior precision as a 0-d float64 tensor on `device`; gradients pass through.
+
+    Raises:
+        ValueError: if it is not one finite positive number.
+    """
+    tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
+    if tensor.numel() != 1:
+        raise ValueError(f"prior_precision: expected one positive number, got a tensor of shape {list(tensor.shape)}")
+    tensor = tensor.reshape(())
+    if not (torch.isfinite(tensor) and tensor > 0):
+        raise ValueError(f"prior_precision: expected a finite positive number, got {tensor.item()}")
+    return tensor

@@ -1,0 +1,1 @@
+"""What the posterior over weights says about logits."""

@@ -1,0 +1,192 @@
+"""The posterior over chosen logits: one backward pass per logit, for all examples of a batch at once.
+
+`f ~ N(f_MAP, J Sigma J^T)`, with J the Jacobian at the MAP weights. Source: Yang et al. 2024 (Laplace-LoRA), section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.model.batches import batch_size, slice_batch, to_device
+from bayesian_lora_kernels.model.capture import Capture, accumulate_dtype, capture, measuring
+from bayesian_lora_kernels.model.forward import Forward, model_device
+from bayesian_lora_kernels.model.layers import LinearLayer
+from bayesian_lora_kernels.model.memory import examples_within
+from bayesian_lora_kernels.posterior.exact import ExactPosterior
+from bayesian_lora_kernels.posterior.kronecker import KroneckerPosterior
+from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
+
+MAX_LOGITS = 4096
+
+Outputs = None | int | Tensor | Sequence[int]
+
+
+class LogitPredictor:
+    """Means and covariances of logits for batches of one fitted model.
+
+    Args:
+        model: stays as it is.
+        layers: that carry the posterior.
+        forward: from a batch to logits.
+        posterior: of the layers' weights.
+        memory_budget: bytes for captured inputs and gradients; a batch that needs more runs in pieces.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[LinearLayer],
+        forward: Forward,
+        posterior: LayerwisePosterior | ExactPosterior,
+        memory_budget: int | None,
+    ):
+        self.model, self.layers, self.forward = model, layers, forward
+        self.posterior, self.memory_budget = posterior, memory_budget
+
+    def predict(
+        self, batch: Any, outputs: Outputs, priors: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """Means `[N, C]`, one covariance `[N, C, C]` per set of prior precisions, and the indices of the logits.
+
+        The Jacobian is formed once, whatever the number of priors.
+
+        Raises:
+            ValueError: for logits with a token dimension, indices out of range, too many logits at once, or values
+                that are not finite.
+        """
+        batch = to_device(batch, model_device(self.model))
+        size = batch_size(batch) or 1
+        exact = isinstance(self.posterior, ExactPosterior)
+        count = outputs if isinstance(outputs, int) else len(outputs) if isinstance(outputs, (list, tuple)) else None
+        count = outputs.shape[-1] if isinstance(outputs, Tensor) and outputs.ndim else count
+        step = examples_within(self.memory_budget, batch, self.layers, outputs=count or 8, weight_gradients=exact)
+        parts = []
+        with measuring(self.model):
+            for start in range(0, size, step):
+                piece = batch if step >= size else slice_batch(batch, start, start + step, size)
+                chosen = outputs
+                if isinstance(outputs, Tensor) and outputs.ndim == 2:
+                    chosen = outputs[start : start + step]
+                parts.append(self._piece(piece, chosen, priors))
+        means = torch.cat([mean for mean, _, _ in parts])
+        covariances = [torch.cat([part[1][i] for part in parts]) for i in range(len(priors))]
+        indices = parts[0][2]
+        if indices is not None and indices.ndim == 2:
+            indices = torch.cat([part[2] for part in parts if part[2] is not None])
+        return means, covariances, indices
+
+    def _piece(
+        self, batch: Any, outputs: Outputs, priors: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        recorded = capture(self.layers, self.forward, batch)
+        logits = recorded.logits
+        if logits.ndim != 2:
+            raise ValueError(
+                f"predict: expected forward to return logits [N, C], got {list(logits.shape)}; with a token dimension, "
+                "return the logits of one position per example"
+            )
+        if not torch.isfinite(logits).all():
+            raise ValueError("predict: the logits are not finite (NaN or infinity)")
+        indices, per_example = choose_logits(logits.detach(), outputs)
+        if isinstance(self.posterior, ExactPosterior):
+            jacobians = self._weight_jacobians(recorded, per_example)
+            covariances = [self.posterior.covariance(jacobians, prior) for prior in priors]
+        else:
+            covariances = self._layerwise(recorded, per_example, self.posterior, priors)
+        dtype = accumulate_dtype(logits)
+        mean = logits.detach().gather(1, per_example).to(dtype)
+        return mean, [covariance.to(logits.device, dtype) for covariance in covariances], indices
+
+    def _gradients(self, recorded: Capture, indices: Tensor, compressed: set[str]) -> dict[str, list[Tensor]]:
+        """Per layer the gradients of each chosen logit, one backward pass each."""
+        collected: dict[str, list[Tensor]] = {name: [] for name in recorded.inputs}
+        for c in range(indices.shape[1]):
+            cotangent = torch.zeros_like(recorded.logits).scatter_(1, indices[:, c : c + 1], 1)
+            gradients = recorded.backward(cotangent, weight_gradients=compressed, retain_graph=c + 1 < indices.shape[1])
+            for name, gradient in gradients.items():
+                collected[name].append(gradient)
+        return collected
+
+    def _weight_jacobians(self, recorded: Capture, indices: Tensor) -> dict[str, Tensor]:
+        gradients = self._gradients(recorded, indices, set(recorded.inputs))
+        return {name: torch.stack(parts, dim=1) for name, parts in gradients.items()}
+
+    def _layerwise(
+        self,
+        recorded: Capture,
+        indices: Tensor,
+        posterior: LayerwisePosterior,
+        priors: Sequence[Mapping[str, Tensor]],
+    ) -> list[Tensor]:
+        """Sum over layers of the covariance contractions.
+
+        A layer with fewer inputs than tokens hands over its weight gradient: to the contraction it is a layer whose
+        tokens are the unit vectors, and its wide output gradients never pile up.
+        """
+        compressed = {name for name, (a, _, _) in recorded.inputs.items() if a.shape[2] < a.shape[1]}
+        gradients = self._gradients(recorded, indices, compressed)
+        totals: list[Tensor | None] = [None] * len(priors)
+        for name in list(gradients):
+            g = torch.stack(gradients.pop(name), dim=1)  # [N, C, T, d_out] or [N, C, d_out, d_in]
+            a, mask, _ = recorded.inputs[name]
+            if name in compressed:
+                g = g.mT
+                a = torch.eye(a.shape[2], dtype=g.dtype, device=g.device).expand(len(g), -1, -1)
+                mask = None
+            layer: KroneckerPosterior = posterior.layers[name]
+            for i, prior in enumerate(priors):
+                part = ops.jacobian_covariance(a, g, layer.with_prior(prior[name]), mask=mask)
+                totals[i] = part if totals[i] is None else totals[i] + part.to(totals[i].device)  # type: ignore[operator,union-attr]
+        return [total for total in totals if total is not None]
+
+
+def choose_logits(logits: Tensor, outputs: Outputs) -> tuple[Tensor | None, Tensor]:
+    """What `.indices` says, and the indices per example `[N, C]`.
+
+    Raises:
+        TypeError: if `outputs` is of no known kind.
+        ValueError: if it is out of range, or asks for more than 4096 logits at once.
+    """
+    n, available = logits.shape
+    if outputs is None:
+        indices = None
+        per_example = torch.arange(available, device=logits.device).expand(n, -1)
+    elif isinstance(outputs, bool):
+        raise TypeError("outputs: expected None, an int, or a LongTensor [C] or [N, C], got a bool")
+    elif isinstance(outputs, int):
+        if not 1 <= outputs <= available:
+            raise ValueError(f"outputs: expected 1 to {available} most probable logits, got {outputs}")
+        indices = per_example = logits.topk(outputs, dim=1).indices
+    elif isinstance(outputs, (Tensor, list, tuple)):
+        indices = torch.as_tensor(outputs, device=logits.device)
+        if (
+            indices.is_floating_point()
+            or indices.dtype == torch.bool
+            or indices.ndim not in (1, 2)
+            or not indices.numel()
+        ):
+            raise ValueError(f"outputs: expected integers [C] or [{n}, C], got {indices.dtype} {list(indices.shape)}")
+        indices = indices.long()
+        if indices.ndim == 2 and len(indices) != n:
+            raise ValueError(f"outputs: expected one row for each of {n} examples, got {list(indices.shape)}")
+        if indices.min() < 0 or indices.max() >= available:
+            raise ValueError(
+                f"outputs: expected indices from 0 to {available - 1}, got {int(indices.min())} to {int(indices.max())}"
+            )
+        per_example = indices.expand(n, -1) if indices.ndim == 1 else indices
+    else:
+        raise TypeError(
+            f"outputs: expected None, an int, or a LongTensor [C] or [N, C], got {type(outputs).__name__}"
+            + (f" {outputs!r}" if isinstance(outputs, str) else "")
+        )
+    if per_example.shape[1] > MAX_LOGITS:
+        raise ValueError(
+            f"outputs: the covariance of {per_example.shape[1]} logits per example is too much at once (at most "
+            f"{MAX_LOGITS}); choose some with outputs=k or outputs=indices"
+        )
+    return indices, per_example
