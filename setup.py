@@ -1,7 +1,7 @@
 """Builds the native extension `bayesian_lora_kernels._native` from csrc/ where that is possible.
 
-Where it is not (no PyTorch in the build environment, no compiler, a compilation that fails), the installation carries on without
-it, and the reason is printed and kept in `_native_build.json` beside the package, where `ops/native.py` finds it.
+Where it is not (no PyTorch in the build environment, no compiler, a compilation that fails), the installation carries
+on without it; the reason is printed, and kept in the package as `_native_build.json`, where `ops/native.py` finds it.
 Everything else about the package is in pyproject.toml.
 """
 
@@ -39,10 +39,6 @@ def reason_not_to_build() -> str | None:
     return None
 
 
-def say(text: str) -> None:
-    print(f"bayesian_lora_kernels: {text}", file=sys.stderr, flush=True)
-
-
 def find_cuda() -> Path | None:
     """The CUDA toolkit, if this PyTorch can use one. Asks nvcc, which may be a script that lies outside the toolkit."""
     import torch
@@ -55,7 +51,9 @@ def find_cuda() -> Path | None:
         return None
     plan = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
     top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
-    return Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
+    cuda = Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
+    os.environ["CUDA_HOME"] = str(cuda)  # cpp_extension reads it when it is imported, which comes after this
+    return cuda
 
 
 def make_extension(cuda: Path | None) -> Extension:
@@ -73,7 +71,6 @@ def make_extension(cuda: Path | None) -> Extension:
 
         return CppExtension(NAME, sources, depends=headers, extra_compile_args={"cxx": cxx})
 
-    os.environ["CUDA_HOME"] = str(cuda)  # read when cpp_extension is imported
     from torch.utils.cpp_extension import CUDAExtension
 
     nvcc = [str(cuda / "bin" / "nvcc"), "--list-gpu-code"]
@@ -86,27 +83,40 @@ def make_extension(cuda: Path | None) -> Extension:
         [*sources, "csrc/small_eigh_cuda_op.cpp", "csrc/small_eigh_cuda.cu"],
         define_macros=[
             ("BLK_WITH_CUDA", "1"),
-            ("BLK_CUDA_ARCHITECTURES", '"' + " ".join(f"sm_{name}" for name in chosen) + '"'),
+            ("BLK_CUDA_ARCHITECTURES", ",".join(f"sm_{name}" for name in chosen)),
         ],
         depends=headers,
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3", *flags]},
     )
 
 
+def say(text: str) -> None:
+    print(f"bayesian_lora_kernels: {text}", file=sys.stderr, flush=True)
+
+
 REASON = reason_not_to_build()
+CUDA: Path | None = None
 if REASON is None:
     CUDA = find_cuda()
-    EXTENSION = make_extension(CUDA)
     from torch.utils.cpp_extension import BuildExtension as BaseCommand
+
+    try:
+        EXTENSION = make_extension(CUDA)
+    except Exception as error:  # an incomplete CUDA toolkit; without one, an error here is ours
+        if CUDA is None:
+            raise
+        say(f"CUDA left out: {error}")
+        CUDA = None
+        EXTENSION = make_extension(None)
 else:
-    CUDA = None
-    EXTENSION = Extension(NAME, sources=[])
     BaseCommand = build_ext
+    EXTENSION = Extension(NAME, sources=[])
 
 
 class BuildNative(BaseCommand):  # type: ignore[misc]
     def run(self) -> None:
         record: dict[str, str] = {}
+        inplace = self.inplace
         try:
             if REASON is not None:
                 raise RuntimeError(REASON)
@@ -115,6 +125,7 @@ class BuildNative(BaseCommand):  # type: ignore[misc]
         except Exception as error:  # whatever stops a compiler must not stop the installation
             record["reason"] = " ".join(str(error).split())
             say(f"native extension left out: {record['reason']}")
+            self.inplace = inplace  # setuptools does not restore it after an error
             # what an earlier build left there may be for another PyTorch
             Path(self.get_ext_fullpath(NAME)).unlink(missing_ok=True)
             self.extensions = []

@@ -3,12 +3,14 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <string>
+
 #ifdef BLK_WITH_CUDA
 #include <cuda_runtime_api.h>
 #endif
 
-#define BLK_STRING_(x) #x
-#define BLK_STRING(x) BLK_STRING_(x)
+#define BLK_STRING_(...) #__VA_ARGS__
+#define BLK_STRING(...) BLK_STRING_(__VA_ARGS__)
 
 namespace {
 
@@ -28,7 +30,7 @@ pybind11::dict build_info() {
   info["torch"] = TORCH_VERSION;
 #ifdef BLK_WITH_CUDA
   info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
-  info["architectures"] = BLK_CUDA_ARCHITECTURES;
+  info["architectures"] = BLK_STRING(BLK_CUDA_ARCHITECTURES);
 #else
   info["cuda"] = pybind11::none();
   info["architectures"] = "";

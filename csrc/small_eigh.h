@@ -1,20 +1,20 @@
 // Eigenvalues and eigenvectors of one small symmetric matrix, by two-sided cyclic Jacobi.
 //
-// One algorithm for host and device. It is written for a team of threads, rows() x lanes() of them: a CUDA block, or the
-// single thread of `SerialTeam`, for which every team loop below is a plain loop that the compiler vectorises.
+// One algorithm for host and device. It is written for a team of threads, rows() x lanes() of them: a CUDA block, or
+// the single thread of `SerialTeam`, for which every team loop below is a plain loop that the compiler vectorises.
 //
-// Order of the rotations: odd-even. A round rotates the disjoint neighbours (0, 1), (2, 3), ... or (1, 2), (3, 4), ... and
-// swaps each pair as it goes, so that n rounds bring every pair together once and leave the order reversed. Everything
-// happens in place, needs no schedule, and serves odd n without padding. Every sweep starts with the diagonal sorted:
-// equal eigenvalues then meet as neighbours, without which Jacobi loses its quadratic convergence on clusters (measured
-// at n = 128 on four eigenvalues of multiplicity 32: 7 sweeps instead of 19).
+// Order of the rotations: odd-even. A round rotates the disjoint neighbours (0, 1), (2, 3), ... or (1, 2), (3, 4), ...
+// and swaps each pair as it goes, so that n rounds bring every pair together once and leave the order reversed.
+// Everything happens in place, needs no schedule, and serves odd n without padding. Every sweep starts with the
+// diagonal sorted: equal eigenvalues then meet as neighbours, without which Jacobi loses its quadratic convergence on
+// clusters (measured at n = 128 on four eigenvalues of multiplicity 32: 7 sweeps instead of 19).
 //
 // Accuracy: an off-diagonal element is negligible if |a_pq| <= eps sqrt(|a_pp a_qq|). Measured against its two diagonal
 // elements and not against the norm, this keeps small eigenvalues of graded positive matrices accurate relative to
 // themselves (Demmel and Veselic, "Jacobi's method is more accurate than QR", SIAM J. Matrix Anal. Appl. 13, 1992).
 //
-// Storage: the strictly lower triangle by rows, without gaps (half the memory, and all that a symmetric update needs), and
-// the eigenvectors as rows, so that rotating two of them reads two contiguous rows.
+// Storage: the strictly lower triangle by rows, without gaps (half the memory, and all that a symmetric update needs),
+// and the eigenvectors as rows, so that rotating two of them reads two contiguous rows.
 #pragma once
 
 #include <math.h>
@@ -28,7 +28,7 @@
 namespace blk {
 
 constexpr int kMaxN = 128;      // largest matrix
-constexpr int kMaxSweeps = 60;  // 6 to 14 are usual, 30 the most seen; what needs more is reported, not looped over for ever
+constexpr int kMaxSweeps = 60;  // 6 to 14 are usual, 28 the most seen; what needs more is reported
 
 // What `small_eigh` returns when it is not the number of sweeps.
 constexpr int kNotFinite = -1;
@@ -81,7 +81,7 @@ BLK_HD bool negligible(T off, T p, T q) {
 template <typename Team, typename T>
 BLK_HD bool is_diagonal(const Team& team, const Workspace<T>& w, int n) {
   bool diagonal = true;
-  for (int i = team.row(); i < n; i += team.rows()) {
+  for (int i = team.row(); i < n && diagonal; i += team.rows()) {
     const T* row = w.lower + packed_row(i);
     for (int j = team.lane(); j < i; j += team.lanes()) diagonal &= negligible(row[j], w.diagonal[i], w.diagonal[j]);
   }

@@ -1,11 +1,11 @@
 // small_eigh on CUDA: one block per matrix, everything in shared memory.
 //
-// Model. A sweep is n rounds. Each has two barriers, n^2 / 8 blocks of the triangle (4 loads, 16 operations, 4 stores) and
-// n^2 / 2 pairs of vector elements (2 loads, 4 operations, 2 stores): about 4 n^3 operations and 3 n^3 shared-memory
-// accesses a sweep, 6 to 10 sweeps. Global memory: the matrix is read once, the results are written once, and between
-// sweeps the result serves as scratch for the sort, 3 n^2 numbers that stay in L2. Up to about n = 32 it is latency that
-// counts (barriers; three divisions and four square roots one after another in every rotation), which only several
-// resident matrices per multiprocessor hide: 3 of n = 74 in float64 fit into the 227 KB of sm_90.
+// Model. A sweep is n rounds. Each has two barriers, n^2 / 8 blocks of the triangle (4 loads, 16 operations, 4 stores)
+// and n^2 / 2 pairs of vector elements (2 loads, 4 operations, 2 stores): about 4 n^3 operations and 3 n^3 accesses to
+// shared memory a sweep, 6 to 10 sweeps. Global memory: the matrix is read once, the results are written once, and
+// between sweeps the result serves as scratch for the sort, 3 n^2 numbers that stay in L2. Up to about n = 32 it is
+// latency that counts (barriers; three divisions and four square roots one after another in every rotation), which
+// only several resident matrices per multiprocessor hide: 3 of n = 74 in float64 fit into the 227 KB of sm_90.
 #include "small_eigh.h"
 #include "small_eigh_cuda.h"
 

@@ -16,8 +16,8 @@ at::Tensor small_eigh_on_cuda(const at::Tensor& matrices, const at::Tensor& eige
                               const at::Tensor& eigenvectors) {
   const at::Tensor input = checked_matrices(matrices, eigenvalues, eigenvectors);
   const c10::cuda::CUDAGuard guard(input.device());
-  TORCH_CHECK_VALUE(input.size(0) <= std::numeric_limits<int>::max(), "small_eigh: expected at most 2^31 - 1 matrices, got ",
-                    input.size(0));
+  TORCH_CHECK_VALUE(input.size(0) <= std::numeric_limits<int>::max(),
+                    "small_eigh: expected at most 2^31 - 1 matrices, got ", input.size(0));
   const at::Tensor info = at::empty({input.size(0)}, input.options().dtype(at::kInt));
   const int n = static_cast<int>(input.size(1));
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "small_eigh", [&] {

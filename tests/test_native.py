@@ -233,7 +233,7 @@ def test_argument_errors() -> None:
         native.small_eigh(values[:, :3], vectors, good)
     with pytest.raises(TypeError, match="eigenvectors of dtype Float"):
         native.small_eigh(values, vectors.double(), good)
-    with pytest.raises(RuntimeError, match="overlap"):
+    with pytest.raises(RuntimeError, match="single memory location"):
         native.small_eigh(values, good, good)
 
 
@@ -270,8 +270,5 @@ def test_says_why_it_is_unavailable(
 
 
 def test_importing_the_package_does_not_load_it() -> None:
-    code = (
-        "import sys, bayesian_lora_kernels.ops.native; "
-        "sys.exit('bayesian_lora_kernels._native' in sys.modules)"
-    )
+    code = "import sys, bayesian_lora_kernels.ops.native; sys.exit('bayesian_lora_kernels._native' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -178,7 +178,7 @@ class KroneckerSums:
         self.settings = settings
         self._sums = FactorSums(settings, seed)
         self._group: dict[str, int] = {}
-        self._counts: dict[int, float] = {}
+        self._counts: dict[int, Tensor | float] = {}  # 0-d on the device: no synchronisation per batch
 
     def add_inputs(self, inputs: Mapping[str, LayerInput]) -> dict[str, Tensor]:
         """Add one batch's inputs; returns `{layer name: sum of squares}` for one layer of each group."""
@@ -192,8 +192,7 @@ class KroneckerSums:
             names[group] = name
             x, counted = token_rows(a, mask, self.settings.tokens, mean=True)
             rows["a", group] = (x, counted)
-            count = float(len(x) if counted is None else counted.sum())
-            self._counts[group] = self._counts.get(group, 0.0) + count
+            self._counts[group] = self._counts.get(group, 0.0) + (len(x) if counted is None else counted.sum())
         grown = self._sums.add(rows)
         return {name: grown["a", group] for group, name in names.items()}
 
@@ -209,7 +208,7 @@ class KroneckerSums:
     def factors(self) -> dict[str, KroneckerFactors]:
         """The finished factors: A a mean over tokens (or examples), S a sum. Shared inputs share their tensor."""
         scales: dict[Hashable, float] = {("s", name): 1.0 for name in self._group}
-        scales |= {("a", group): 1.0 / max(self._counts[group], 1.0) for group in set(self._group.values())}
+        scales |= {("a", group): 1.0 / max(float(self._counts[group]), 1.0) for group in set(self._group.values())}
         finished = self._sums.finish(scales)
         result = {}
         for name, group in self._group.items():

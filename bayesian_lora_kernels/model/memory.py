@@ -13,6 +13,12 @@ from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels
 from bayesian_lora_kernels.model.layers import LinearLayer
 
 
+# Beyond this a CPU is no faster for more at once (within 5 %), and the graph of the piece only grows: its matrix products
+# want a few hundred rows, and a small model's operators some elements to work on.
+CPU_TOKENS = 256
+CPU_ELEMENTS = 2**17
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
@@ -52,6 +58,20 @@ def examples_within(
         gradient = d_out * d_in if weight_gradients else d_out * min(tokens, max(d_in, 1))
         per_example += layer.module.weight.element_size() * tokens * d_in + 4 * outputs * gradient
     return max(1, min(size, budget // max(per_example, 1)))
+
+
+def frugal_examples(batch: Any, layers: Sequence[LinearLayer]) -> int:
+    """How many examples a CPU can take at once at full speed; at least 1. Elsewhere, all of them.
+
+    The graph of the whole model, which nobody can size beforehand, takes far more memory than what is captured.
+    """
+    size = batch_size(batch) or 1
+    if layers[0].device.type != "cpu":
+        return size
+    width = max(max(layer.module.in_features, layer.module.out_features) for layer in layers)
+    tokens = max(CPU_TOKENS, CPU_ELEMENTS // width)
+    pieces = -(-size // max(1, tokens // _tokens(batch)))
+    return -(-size // pieces)  # of equal size, as far as that goes
 
 
 def _tokens(batch: Any) -> int:

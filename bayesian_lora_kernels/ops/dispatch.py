@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from . import native
+
 logger = logging.getLogger("bayesian_lora_kernels")
 
 # The order in which "auto" tries them.
@@ -48,6 +50,7 @@ class Implementation:
     suits_auto: Callable[..., bool] = _suits_everything
 
     def load(self) -> Callable[..., None]:
+        """Import the module and return the function."""
         function: Callable[..., None] = getattr(importlib.import_module(self.module), self.function)
         return function
 
@@ -93,9 +96,7 @@ def default_impl() -> str:
     """
     if _default is not None:
         return _default
-    return check_impl(
-        f"environment variable {ENVIRONMENT_VARIABLE}", os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-    )
+    return check_impl(f"environment variable {ENVIRONMENT_VARIABLE}", os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
 
 
 def interpreting() -> bool:
@@ -111,12 +112,7 @@ def machine_refuses(name: str) -> str | None:
         if not interpreting() and not torch.cuda.is_available():
             return "no CUDA device is present, and TRITON_INTERPRET=1 is not set"
     if name == "native":
-        try:
-            native = importlib.import_module("bayesian_lora_kernels.ops.native")
-        except ImportError as error:
-            return f"the native extension cannot be imported: {error}"
-        reason: str | None = native.why_unavailable()
-        return reason
+        return native.why_unavailable()
     return None
 
 

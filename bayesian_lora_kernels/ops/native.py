@@ -20,8 +20,7 @@ MAX_N = 128  # largest matrix that small_eigh takes; kMaxN in csrc/small_eigh.h
 _NOT_FINITE = -1
 
 _ADVICE = (
-    "to build it, have a C++ compiler and PyTorch installed and run pip install --no-build-isolation on the "
-    "source"
+    "to build it, have a C++ compiler and PyTorch installed and run pip install --no-build-isolation on the source"
 )
 
 
@@ -73,9 +72,7 @@ def refuses_small_eigh(eigenvalues: Tensor, eigenvectors: Tensor, matrices: Tens
     return None
 
 
-def small_eigh(
-    eigenvalues: Tensor, eigenvectors: Tensor, matrices: Tensor, *, check_errors: bool = True
-) -> None:
+def small_eigh(eigenvalues: Tensor, eigenvectors: Tensor, matrices: Tensor, *, check_errors: bool = True) -> None:
     """Write the eigenvalues, descending, and eigenvectors (columns) of symmetric matrices, by Jacobi.
 
     Small eigenvalues of graded positive definite matrices (``D A D``, D diagonal, A well-conditioned) come
@@ -112,4 +109,6 @@ def small_eigh(
     where = f"matrix {first} of {matrices.shape[0]}"
     if int(info[first]) == _NOT_FINITE:
         raise ValueError(f"small_eigh: expected finite matrices, got NaN or infinity in {where}")
-    raise torch.linalg.LinAlgError(f"small_eigh: {where} did not converge; its results are not to be used")
+    raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+        f"small_eigh: {where} did not converge; its results are not to be used"
+    )

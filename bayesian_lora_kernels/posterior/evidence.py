@@ -23,6 +23,7 @@ LOG_RANGE = (math.log(1e-8), math.log(1e12))
 GRID = 33
 # Each round keeps two of the 32 intervals: 8 rounds narrow the range by 16^8.
 ROUNDS = 8
+STEPS = 200
 
 
 class PriorPrecisionWarning(UserWarning):
@@ -59,8 +60,7 @@ def maximise_evidence(posterior: Posterior, square_norms: Mapping[str, Tensor], 
     """`{layer: prior precision}` of the largest evidence, one for all layers or one each.
 
     With independent layers or one precision this is a search in one variable over the eigenvalues. The exact
-    posterior couples its layers: MacKay's fixed point `lambda <- gamma / ||theta||^2` then starts from the shared
-    optimum.
+    posterior couples its layers: there a quasi-Newton search starts from the shared optimum.
 
     Warns:
         PriorPrecisionWarning: if the maximum lies at the end of the range, for instance because all weights are zero.
@@ -73,7 +73,7 @@ def maximise_evidence(posterior: Posterior, square_norms: Mapping[str, Tensor], 
     if not per_module:
         return dict.fromkeys(names, shared)
     assert isinstance(posterior, ExactPosterior)
-    return _fixed_point(posterior, square_norms, dict.fromkeys(names, shared))
+    return _climb(posterior, square_norms, dict.fromkeys(names, shared))
 
 
 def _maximise_shared(values: Tensor, multiplicity: Tensor, square_norm: float, where: str) -> float:
@@ -102,28 +102,44 @@ def minimise_on_grid(function: Callable[[Tensor], Tensor], where: str, rounds: i
         index = int(function(points).nan_to_num(nan=math.inf).argmin())
         best = float(points[index])
         low, high = float(points[max(index - 1, 0)]), float(points[min(index + 1, grid - 1)])
-    if min(best - LOG_RANGE[0], LOG_RANGE[1] - best) < 1e-3:
-        warnings.warn(
-            f"the best prior precision of {where} lies at the end of the searched range, {math.exp(best):.3g}: its "
-            "weights may all be zero, or the data say nothing about them",
-            PriorPrecisionWarning,
-            stacklevel=3,
-        )
+    _warn_at_the_end(best, where)
     return best
 
 
-def _fixed_point(
-    posterior: ExactPosterior, square_norms: Mapping[str, Tensor], prior: dict[str, float], steps: int = 1000
+def _warn_at_the_end(log_precision: float, where: str) -> None:
+    if min(log_precision - LOG_RANGE[0], LOG_RANGE[1] - log_precision) < 1e-3:
+        warnings.warn(
+            f"the best prior precision of {where} lies at the end of the searched range, "
+            f"{math.exp(log_precision):.3g}: its weights may all be zero, or the data say nothing about them",
+            PriorPrecisionWarning,
+            stacklevel=4,
+        )
+
+
+def _climb(
+    posterior: ExactPosterior, square_norms: Mapping[str, Tensor], start: Mapping[str, float]
 ) -> dict[str, float]:
-    low, high = (math.exp(bound) for bound in LOG_RANGE)
-    for _ in range(steps):
-        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in prior.items()}
-        gamma = posterior.effective_dimensions(tensors)
-        new = {}
-        for name, norm in square_norms.items():
-            new[name] = min(max(float(gamma[name]) / max(float(norm), 1e-300), low), high)
-        change = max(abs(math.log(new[name] / prior[name])) for name in prior)
-        prior = new
-        if change < 1e-7:
-            break
-    return prior
+    """Quasi-Newton in the log-precisions.
+
+    MacKay's fixed point would need thousands of steps: its convergence is linear, and slow wherever the data determine
+    only a small part of a layer.
+    """
+    logs = torch.tensor([math.log(value) for value in start.values()], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [logs], max_iter=STEPS, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def precisions() -> dict[str, Tensor]:
+        return dict(zip(start, logs.clamp(*LOG_RANGE).exp().unbind(), strict=True))
+
+    def negative() -> Tensor:
+        with torch.enable_grad():
+            value = -log_evidence(0.0, posterior, square_norms, precisions())
+        (logs.grad,) = torch.autograd.grad(value, logs)
+        return value.detach()
+
+    optimizer.step(negative)
+    found = {name: float(value.detach()) for name, value in precisions().items()}
+    for name, value in found.items():
+        _warn_at_the_end(math.log(value), name)
+    return found

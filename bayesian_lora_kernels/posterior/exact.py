@@ -74,13 +74,6 @@ class ExactPosterior:
         assert isinstance(scaled, Tensor)
         return base + torch.linalg.slogdet(torch.eye(len(scaled), dtype=scaled.dtype, device=self.device) + scaled)[1]
 
-    def effective_dimensions(self, prior: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Per layer `P - lambda tr (precision^-1)`, 0-d float64: the number of weights that the data determine."""
-        grams = {name: gram / prior[name].to(self.device) for name, gram in self.layer_grams().items()}
-        total = torch.stack(list(grams.values())).sum(dim=0)
-        inner = torch.linalg.inv(torch.eye(len(total), dtype=total.dtype, device=self.device) + total)
-        return {name: (gram * inner).sum() for name, gram in grams.items()}
-
     def layer_grams(self) -> dict[str, Tensor]:
         """Each layer's own `R R^T`, `[n, n]` float64; made on first use and kept."""
         if not self._layer_grams:
@@ -175,9 +168,8 @@ def shared_precision(prior: Mapping[str, Tensor]) -> Tensor | None:
     """The one prior precision that all layers have, or None if they differ."""
     values = list(prior.values())
     first = values[0]
-    same = all(value is first for value in values) or all(float(value) == float(first) for value in values)
-    if not same:
-        return None
-    if any(value.requires_grad for value in values) and any(value is not first for value in values):
-        return None  # equal by chance: each still wants its own gradient
-    return first
+    if all(value is first for value in values):
+        return first
+    if any(value.requires_grad for value in values):
+        return None  # even if they are equal by chance: each wants its own gradient
+    return first if all(float(value) == float(first) for value in values) else None

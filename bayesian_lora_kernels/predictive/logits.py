@@ -16,7 +16,7 @@ from bayesian_lora_kernels.model.batches import batch_size, slice_batch, to_devi
 from bayesian_lora_kernels.model.capture import Capture, accumulate_dtype, capture, measuring
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer
-from bayesian_lora_kernels.model.memory import examples_within
+from bayesian_lora_kernels.model.memory import examples_within, frugal_examples
 from bayesian_lora_kernels.posterior.exact import ExactPosterior
 from bayesian_lora_kernels.posterior.kronecker import KroneckerPosterior
 from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
@@ -65,6 +65,8 @@ class LogitPredictor:
         count = outputs if isinstance(outputs, int) else len(outputs) if isinstance(outputs, (list, tuple)) else None
         count = outputs.shape[-1] if isinstance(outputs, Tensor) and outputs.ndim else count
         step = examples_within(self.memory_budget, batch, self.layers, outputs=count or 8, weight_gradients=exact)
+        if not exact:  # which goes over all of its rows for every piece
+            step = min(step, frugal_examples(batch, self.layers))
         parts = []
         with measuring(self.model):
             for start in range(0, size, step):

@@ -15,21 +15,17 @@ ROWS_PER_COLUMN = 16
 
 
 def draw_numbers(columns: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """``[2, columns, ROWS_PER_COLUMN]`` float64, uniform in [0, 1), on ``device``, from ``generator`` or the
-    global one.
-    """
+    """``[2, columns, ROWS_PER_COLUMN]`` float64, uniform in [0, 1), from ``generator`` or the global one."""
     source = device if generator is None else generator.device
-    numbers = torch.rand(
-        (2, columns, ROWS_PER_COLUMN), dtype=torch.float64, device=source, generator=generator
-    )
+    numbers = torch.rand((2, columns, ROWS_PER_COLUMN), dtype=torch.float64, device=source, generator=generator)
     return numbers.to(device, non_blocking=True)
 
 
 def choose_rows(numbers: Tensor, rows: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Row numbers (int64) and signs (float32, 1 or -1), each ``[columns, ROWS_PER_COLUMN]``.
 
-    Rows are drawn with replacement among those that ``mask: [rows]`` counts. Where none counts, the signs are
-    0.
+    Rows are drawn with replacement among those that ``mask: [rows]`` counts. Where none counts, the
+    signs are 0.
     """
     which, sign = numbers.unbind(0)
     signs = torch.where(sign < 0.5, -1.0, 1.0).to(torch.float32)

@@ -30,7 +30,8 @@ def incremental_svd(
 
     ``B B^T`` estimates ``sum x x^T`` over all counted rows of all batches (a sum, divided by nothing). To end
     with k columns, stream with ``columns = 2 k + 10`` and keep the first k of the last result. Batches with
-    at most ``columns`` rows go a direct route, which uses no random numbers.
+    at most ``columns`` rows go a direct route, which uses no random numbers and loses only what the truncation
+    must; a first batch with more rows than that is touched twice, since its loss would stay in the estimate.
 
     Args:
         basis: ``B: [d, l]``, what the last call returned, or None for the first batch.
@@ -60,8 +61,7 @@ def incremental_svd(
     where = "incremental_svd"
     check_impl(where, impl)
     columns = _check_columns(where, basis, columns, fresh)
-    check_tensor(f"{where}: x", x, ("M", "d"))
-    check_mask(f"{where}: mask", mask, x, (x.shape[0],))
+    _validate(where, basis, x, mask)
     with torch.no_grad():
         if basis is None:
             basis = x.new_zeros((x.shape[1], 0), dtype=accumulation_dtype(x))
@@ -79,16 +79,17 @@ def grouped_incremental_svd(
     generator: torch.Generator | None = None,
     impl: str = "auto",
 ) -> list[Tensor]:
-    """``incremental_svd`` of many streams at once, of any widths, in few launches where there is a kernel for
-    it.
+    """``incremental_svd`` of many streams of any widths at once, in few launches where there is a kernel for it.
 
     Args:
         bases: one ``[d_i, l_i]`` tensor or None per stream.
         xs: one ``[M_i, d_i]`` tensor per stream, all on one device.
         columns: one number for all, or one per stream; default: as many as each basis has.
         masks: one ``[M_i]`` bool tensor or None per stream; None: all rows count.
-        fresh, generator, impl: as ``incremental_svd``. All random numbers are drawn at once, so that a seed
-            gives other numbers than one call per stream would.
+        fresh: as ``incremental_svd``, for every stream.
+        generator: as ``incremental_svd``. All random numbers are drawn at once, so that a seed gives other numbers
+            than one call per stream would.
+        impl: as ``incremental_svd``.
 
     Returns:
         A list of ``[d_i, columns_i]``, each as ``incremental_svd`` returns it.
@@ -113,10 +114,9 @@ def grouped_incremental_svd(
     widths = []
     for i in range(count):
         entry = f"{where}: entry {i}"
-        check_tensor(f"{entry}: x", xs[i], ("M", "d"))
-        check_device(f"{entry}: x", xs[i], xs[0].device)
-        check_mask(f"{entry}: mask", masks[i], xs[i], (xs[i].shape[0],))
         widths.append(_check_columns(entry, bases[i], each[i], fresh))
+        _validate(entry, bases[i], xs[i], masks[i])
+        check_device(f"{entry}: x", xs[i], xs[0].device)
     with torch.no_grad():
         numbers = draw_numbers(sum(widths), xs[0].device, generator).split(widths, dim=1)
         chosen = [choose_rows(numbers[i], xs[i].shape[0], masks[i]) for i in range(count)]
@@ -133,9 +133,7 @@ def _check_columns(where: str, basis: Tensor | None, columns: int | None, fresh:
         check_tensor(f"{where}: basis", basis, ("d", "l"))
     if columns is None:
         if basis is None:
-            raise ValueError(
-                f"{where}: expected columns (an int) with the first batch, got None and basis=None"
-            )
+            raise ValueError(f"{where}: expected columns (an int) with the first batch, got None and basis=None")
         columns = basis.shape[1]
     if columns < 1:
         raise ValueError(f"{where}: expected columns of at least 1, got {columns}")
@@ -144,13 +142,17 @@ def _check_columns(where: str, basis: Tensor | None, columns: int | None, fresh:
     return columns
 
 
-def _validate_and_allocate(where: str, basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
+def _validate(where: str, basis: Tensor | None, x: Tensor, mask: Tensor | None) -> None:
     check_tensor(f"{where}: x", x, ("M", "d"))
     check_mask(f"{where}: mask", mask, x, (x.shape[0],))
-    dtype = accumulation_dtype(x)
-    check_tensor(f"{where}: basis", basis, (x.shape[1], "l"), (dtype,))
-    check_device(f"{where}: basis", basis, x.device)
-    return x.new_empty((x.shape[1], rows.shape[0]), dtype=dtype)
+    if basis is not None:
+        check_tensor(f"{where}: basis", basis, (x.shape[1], "l"), (accumulation_dtype(x),))
+        check_device(f"{where}: basis", basis, x.device)
+
+
+def _validate_and_allocate(where: str, basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
+    _validate(where, basis, x, mask)
+    return x.new_empty((x.shape[1], rows.shape[0]), dtype=accumulation_dtype(x))
 
 
 def _validate_and_allocate_all(
@@ -162,7 +164,11 @@ def _validate_and_allocate_all(
     ]
 
 
-@torch.library.custom_op("bayesian_lora_kernels::incremental_svd", mutates_args=())
+@torch.library.custom_op(
+    "bayesian_lora_kernels::incremental_svd",
+    mutates_args=(),
+    schema="(Tensor basis, Tensor x, Tensor? mask, Tensor rows, Tensor signs, SymInt fresh, str impl) -> Tensor",
+)
 def _incremental_svd(
     basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor, signs: Tensor, fresh: int, impl: str
 ) -> Tensor:
@@ -173,13 +179,18 @@ def _incremental_svd(
 
 
 @_incremental_svd.register_fake
-def _(
-    basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor, signs: Tensor, fresh: int, impl: str
-) -> Tensor:
+def _(basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor, signs: Tensor, fresh: int, impl: str) -> Tensor:
     return _validate_and_allocate("incremental_svd", basis, x, mask, rows)
 
 
-@torch.library.custom_op("bayesian_lora_kernels::grouped_incremental_svd", mutates_args=())
+@torch.library.custom_op(
+    "bayesian_lora_kernels::grouped_incremental_svd",
+    mutates_args=(),
+    schema=(
+        "(Tensor[] bases, Tensor[] xs, Tensor?[] masks, Tensor[] rows, Tensor[] signs, SymInt fresh, str impl) "
+        "-> Tensor[]"
+    ),
+)
 def _grouped_incremental_svd(
     bases: list[Tensor],
     xs: list[Tensor],

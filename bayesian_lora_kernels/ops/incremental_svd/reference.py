@@ -29,8 +29,8 @@ def incremental_svd(
 ) -> None:
     """Write to ``out: [d, columns]`` the update of ``basis: [d, l]`` by the counted rows of ``x: [M, d]``.
 
-    ``rows`` and ``signs``, ``[columns, 16]``, choose the fresh columns; the last ``fresh`` test columns are
-    such.
+    ``rows`` and ``signs``, ``[columns, 16]``, choose the fresh columns; the last ``fresh`` test
+    columns are such.
     """
     if out.numel() == 0:
         return
@@ -65,16 +65,14 @@ def _direct(basis: Tensor, x: Tensor, columns: int) -> Tensor:
     values, vectors = torch.linalg.eigh(gram)
     leading = min(columns, gram.shape[0])
     values, vectors = values[-leading:].flip(0), vectors[:, -leading:].flip(1)
-    # Below this a column is the rounding of the stored state, or of the Gram matrix, and no direction of the
-    # data.
+    # Below this a column is the rounding of the stored state, or of the Gram matrix, and no direction
+    # of the data.
     rounding = gram.shape[0] * max(torch.finfo(x.dtype).eps ** 2, torch.finfo(torch.float64).eps)
     kept = values > rounding * values[:1]
     return torch.where(kept, both @ vectors, 0.0).to(x.dtype)
 
 
-def _sketch(
-    basis: Tensor, x: Tensor, rounded_to: torch.dtype, rows: Tensor, signs: Tensor, fresh: int
-) -> Tensor:
+def _sketch(basis: Tensor, x: Tensor, rounded_to: torch.dtype, rows: Tensor, signs: Tensor, fresh: int) -> Tensor:
     omega = _test_columns(basis, x, rows, signs, fresh).to(rounded_to).to(x.dtype)
     if basis.shape[1] == 0:
         # The first batch has no basis to build on: one step of subspace iteration makes up for it. Without it, its
@@ -97,13 +95,14 @@ def _touch(basis: Tensor, x: Tensor, omega: Tensor) -> tuple[Tensor, Tensor, Ten
     # Transposed, X is the right operand of both products and read in its own layout: a quarter faster on the CPU.
     z = omega.T @ x.T  # [l, M]
     r = omega.T @ basis  # [l, l]
-    y = torch.addmm(r @ basis.T, z, x)  # [l, d]
+    # Two products, then their sum: accumulating the batch onto B R would round every step at the size of the whole
+    # stream (error 1.10 instead of 1.01 after 32 batches with massive activations of 1e6).
+    y = z @ x + r @ basis.T  # [l, d]
     return z.T, r.T, y.T
 
 
 def _test_columns(basis: Tensor, x: Tensor, rows: Tensor, signs: Tensor, fresh: int) -> Tensor:
-    """Orthonormal ``[d, columns]`` spanning the leading columns of the basis and signed sums of rows of
-    ``x``.
+    """Orthonormal ``[d, columns]`` spanning the leading columns of the basis and signed sums of rows of ``x``.
 
     A column that the basis does not fill (its rank is smaller, or the stream begins) is fresh too, and where
     the batch has nothing to offer (all rows zero) the basis keeps its own.
@@ -125,8 +124,9 @@ def _test_columns(basis: Tensor, x: Tensor, rows: Tensor, signs: Tensor, fresh: 
 
 
 def _small_algebra(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
-    """``W: [l, l]`` with ``Y W`` orthogonal, descending, and ``Y W (Y W)^T = Y C^+ Y^T``; core ``C``, gram
-    ``Y^T Y``, float64.
+    """``W: [l, l]`` with ``Y W`` orthogonal, descending, and ``Y W (Y W)^T = Y C^+ Y^T``.
+
+    ``core`` is ``C``, ``gram`` is ``Y^T Y``, all in float64; ``rounding`` is that of the data.
 
     Both are scaled so that ``C`` has a unit diagonal: the threshold of the pseudo-inverse then compares
     directions, not sizes, and a massive activation does not wipe out the others.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..checks import accumulation_dtype, check_device, check_mask, check_tensor
+from ..checks import accumulation_dtype, check_device, check_mask, check_tensor, describe
 from ..dispatch import Implementation, check_impl, choose, register
 
 _REFERENCE = "bayesian_lora_kernels.ops.jacobian_covariance.reference"
@@ -56,6 +56,7 @@ def jacobian_gram(a: Tensor, g: Tensor, *, mask: Tensor | None = None, impl: str
     Source: Yang et al. 2024 (Laplace-LoRA), section 2.2, with unit covariance.
     """
     check_impl("jacobian_gram", impl)
+    _validate("jacobian_gram", a, g, mask)
     with torch.no_grad():
         return _jacobian_gram(a, g, mask, impl)
 
@@ -86,70 +87,82 @@ def jacobian_covariance(
     Source: Yang et al. 2024 (Laplace-LoRA), equation 12 and appendix E, for low-rank factors with a tail on
     either side.
     """
-    check_impl("jacobian_covariance", impl)
+    where = "jacobian_covariance"
+    check_impl(where, impl)
+    _validate(where, a, g, mask)
     with torch.no_grad():
         blocks = posterior.precision_blocks
-        weights = [block.double().reciprocal() for block in (blocks() if callable(blocks) else blocks)]
+        blocks = tuple(blocks() if callable(blocks) else blocks)
+        if len(blocks) != 4:
+            raise ValueError(f"{where}: posterior.precision_blocks: expected 4 tensors, got {len(blocks)}")
+        _validate_posterior(a, g, posterior.basis_s, posterior.basis_a, *blocks)
+        # In float64: they are few, and a weight of 1e-6 should not lose digits before it is used.
+        weights = [block.double().reciprocal() for block in blocks]
         return _jacobian_covariance(a, g, posterior.basis_s, posterior.basis_a, *weights, mask, impl)
 
 
-def _validate_and_allocate(where: str, a: Tensor, g: Tensor, mask: Tensor | None) -> Tensor:
+def _validate(where: str, a: Tensor, g: Tensor, mask: Tensor | None) -> None:
     check_tensor(f"{where}: a", a, ("N", "T", "d_in"))
     examples, tokens, _ = a.shape
     check_tensor(f"{where}: g", g, (examples, "C", tokens, "d_out"))
     check_device(f"{where}: g", g, a.device)
     check_mask(f"{where}: mask", mask, a, (examples, tokens))
-    outputs = g.shape[1]
-    return a.new_empty((examples, outputs, outputs), dtype=accumulation_dtype(a, g))
 
 
-def _validate_posterior_and_allocate(
-    a: Tensor,
-    g: Tensor,
-    basis_s: Tensor,
-    basis_a: Tensor,
-    weight_kept: Tensor,
-    weight_rest_a: Tensor,
-    weight_rest_s: Tensor,
-    weight_rest: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    where = "jacobian_covariance"
-    out = _validate_and_allocate(where, a, g, mask)
-    check_tensor(f"{where}: posterior.basis_s", basis_s, (g.shape[3], "k_s"))
-    check_tensor(f"{where}: posterior.basis_a", basis_a, (a.shape[2], "k_a"))
-    k_s, k_a = basis_s.shape[1], basis_a.shape[1]
+def _validate_posterior(a: Tensor, g: Tensor, basis_s: Tensor, basis_a: Tensor, *blocks: Tensor) -> None:
+    where = "jacobian_covariance: posterior"
+    check_tensor(f"{where}.basis_s", basis_s, (g.shape[3], "k_s"))
+    check_tensor(f"{where}.basis_a", basis_a, (a.shape[2], "k_a"))
     for name, basis in (("basis_s", basis_s), ("basis_a", basis_a)):
-        check_device(f"{where}: posterior.{name}", basis, a.device)
+        check_device(f"{where}.{name}", basis, a.device)
         if basis.shape[1] > basis.shape[0]:
-            raise ValueError(
-                f"{where}: posterior.{name}: expected at most as many columns as rows, got {basis.shape}"
-            )
-    blocks: tuple[tuple[str, Tensor, tuple[int, ...]], ...] = (
-        ("kept", weight_kept, (k_s, k_a)),
-        ("rest_a", weight_rest_a, (k_s,)),
-        ("rest_s", weight_rest_s, (k_a,)),
-        ("rest", weight_rest, ()),
-    )
-    for name, weight, shape in blocks:
-        check_tensor(f"{where}: posterior.precision_blocks, {name}", weight, shape)
-        check_device(f"{where}: posterior.precision_blocks, {name}", weight, a.device)
-    return out
+            raise ValueError(f"{where}.{name}: expected at most as many columns as rows, got {describe(basis)}")
+    k_s, k_a = basis_s.shape[1], basis_a.shape[1]
+    shapes: tuple[tuple[int, ...], ...] = ((k_s, k_a), (k_s,), (k_a,), ())
+    for name, block, shape in zip(("kept", "rest_a", "rest_s", "rest"), blocks, shapes, strict=True):
+        check_tensor(f"{where}.precision_blocks, {name}", block, shape)
+        check_device(f"{where}.precision_blocks, {name}", block, a.device)
 
 
-@torch.library.custom_op("bayesian_lora_kernels::jacobian_gram", mutates_args=())
+def _allocate(a: Tensor, g: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], g.shape[1], g.shape[1]), dtype=accumulation_dtype(a, g))
+
+
+def _validate_and_allocate(a: Tensor, g: Tensor, mask: Tensor | None) -> Tensor:
+    _validate("jacobian_gram", a, g, mask)
+    return _allocate(a, g)
+
+
+def _validate_posterior_and_allocate(a: Tensor, g: Tensor, mask: Tensor | None, *posterior: Tensor) -> Tensor:
+    _validate("jacobian_covariance", a, g, mask)
+    _validate_posterior(a, g, *posterior)
+    return _allocate(a, g)
+
+
+@torch.library.custom_op(
+    "bayesian_lora_kernels::jacobian_gram",
+    mutates_args=(),
+    schema="(Tensor a, Tensor g, Tensor? mask, str impl) -> Tensor",
+)
 def _jacobian_gram(a: Tensor, g: Tensor, mask: Tensor | None, impl: str) -> Tensor:
-    out = _validate_and_allocate("jacobian_gram", a, g, mask)
+    out = _validate_and_allocate(a, g, mask)
     choose("jacobian_gram", impl, out, a, g, mask)(out, a, g, mask)
     return out
 
 
 @_jacobian_gram.register_fake
 def _(a: Tensor, g: Tensor, mask: Tensor | None, impl: str) -> Tensor:
-    return _validate_and_allocate("jacobian_gram", a, g, mask)
+    return _validate_and_allocate(a, g, mask)
 
 
-@torch.library.custom_op("bayesian_lora_kernels::jacobian_covariance", mutates_args=())
+@torch.library.custom_op(
+    "bayesian_lora_kernels::jacobian_covariance",
+    mutates_args=(),
+    schema=(
+        "(Tensor a, Tensor g, Tensor basis_s, Tensor basis_a, Tensor weight_kept, Tensor weight_rest_a, "
+        "Tensor weight_rest_s, Tensor weight_rest, Tensor? mask, str impl) -> Tensor"
+    ),
+)
 def _jacobian_covariance(
     a: Tensor,
     g: Tensor,
@@ -163,7 +176,7 @@ def _jacobian_covariance(
     impl: str,
 ) -> Tensor:
     posterior = (basis_s, basis_a, weight_kept, weight_rest_a, weight_rest_s, weight_rest)
-    out = _validate_posterior_and_allocate(a, g, *posterior, mask)
+    out = _validate_posterior_and_allocate(a, g, mask, *posterior)
     arguments = (out, a, g, *posterior, mask)
     choose("jacobian_covariance", impl, *arguments)(*arguments)
     return out
@@ -183,4 +196,4 @@ def _(
     impl: str,
 ) -> Tensor:
     posterior = (basis_s, basis_a, weight_kept, weight_rest_a, weight_rest_s, weight_rest)
-    return _validate_posterior_and_allocate(a, g, *posterior, mask)
+    return _validate_posterior_and_allocate(a, g, mask, *posterior)

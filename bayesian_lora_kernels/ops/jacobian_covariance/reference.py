@@ -49,18 +49,18 @@ def jacobian_covariance(
     """
     basis_s, basis_a = basis_s.to(out.dtype), basis_a.to(out.dtype)
     kept, rest_a, rest_s, rest = (
-        weight.sqrt().to(out.dtype) for weight in (weight_kept, weight_rest_a, weight_rest_s, weight_rest)
+        weight.to(out.dtype).sqrt() for weight in (weight_kept, weight_rest_a, weight_rest_s, weight_rest)
     )
     s_is_full = basis_s.shape[0] == basis_s.shape[1]
     a_is_full = basis_a.shape[0] == basis_a.shape[1]
-    for examples in _chunks(a, g):
+    for examples in _chunks(a, g, basis_s.shape[1] * basis_a.shape[1]):
         a_part, g_part = _prepare(a, g, mask, examples, out.dtype)
         if a_part.shape[2] < a_part.shape[1]:
             a_part, g_part = _compress_tokens(a_part, g_part)
         g_kept = g_part @ basis_s  # [n, C, T, k_s]
         a_kept = a_part @ basis_a  # [n, T, k_a], once for all C
-        projected = _jacobians(a_kept, g_kept) * kept  # [n, C, k_s, k_a]
-        result = _inner_products(projected.flatten(2), projected.flatten(2))
+        projected = _flat_jacobians(a_kept, g_kept, kept)
+        result = _inner_products(projected, projected)
         g_rest = None if s_is_full else g_part - g_kept @ basis_s.T
         if g_rest is not None:
             result += _gram(a_kept * rest_s, g_rest)
@@ -72,9 +72,7 @@ def jacobian_covariance(
         _store_symmetric(out[examples], result)
 
 
-def _prepare(
-    a: Tensor, g: Tensor, mask: Tensor | None, examples: slice, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _prepare(a: Tensor, g: Tensor, mask: Tensor | None, examples: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     a, g = a[examples].to(dtype), g[examples].to(dtype)
     if mask is None:
         return a, g
@@ -83,49 +81,67 @@ def _prepare(
 
 
 def _compress_tokens(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The same Jacobians from d_in tokens: ``J_c = sum_i (J_c e_i) e_i^T``, for inputs narrower than there
-    are tokens.
-    """
+    """The same Jacobians from only d_in tokens: ``J_c = sum_i (J_c e_i) e_i^T``."""
     identity = torch.eye(a.shape[2], dtype=a.dtype, device=a.device).expand(a.shape[0], -1, -1)
-    return identity, _jacobians(a, g).transpose(2, 3)
+    return identity, _transposed_jacobians(a, g)
 
 
-def _jacobians(a: Tensor, g: Tensor) -> Tensor:
-    """``J: [n, C, d_out, d_in]``, in one matrix product per example for all C."""
+def _transposed_jacobians(a: Tensor, g: Tensor) -> Tensor:
+    """``J^T: [n, C, d_in, d_out]``, reading g as it lies; a is repeated for every output."""
+    return a.mT[:, None] @ g
+
+
+def _flat_jacobians(a: Tensor, g: Tensor, weight: Tensor | None = None) -> Tensor:
+    """``[n, C, d_out * d_in]``, every Jacobian as one vector, times ``weight: [d_out, d_in]``.
+
+    In which order its elements come is left open (inner products do not mind): that of the narrow side first, which
+    moves the least memory.
+    """
     n, outputs, tokens, d_out = g.shape
-    g_rows = g.transpose(2, 3).reshape(n, outputs * d_out, tokens)
-    return torch.bmm(g_rows, a).reshape(n, outputs, d_out, a.shape[2])
+    d_in = a.shape[2]
+    if d_in <= d_out:
+        jacobians = _transposed_jacobians(a, g)
+        return (jacobians if weight is None else jacobians * weight.T).flatten(2)
+    # One product for all outputs, wide in a: g is the smaller one to bring into that order.
+    jacobians = torch.bmm(g.mT.reshape(n, outputs * d_out, tokens), a).reshape(n, outputs, d_out, d_in)
+    return (jacobians if weight is None else jacobians * weight).flatten(2)
 
 
 def _gram(a: Tensor, g: Tensor) -> Tensor:
     n, outputs, tokens, d_out = g.shape
     d_in = a.shape[2]
     if prefer_tokens(tokens, d_in, d_out, outputs):
-        g_wide = g.transpose(1, 2).reshape(n, tokens, outputs * d_out)
-        h = torch.bmm(torch.bmm(a, a.transpose(1, 2)), g_wide)
-        h = h.reshape(n, tokens, outputs, d_out).transpose(1, 2)
+        similar = torch.bmm(a, a.mT)  # [n, T, T]
+        if tokens <= d_out:
+            h = similar[:, None] @ g
+        else:  # narrow g: one wide product for all outputs
+            h = torch.bmm(similar, g.transpose(1, 2).reshape(n, tokens, outputs * d_out))
+            h = h.reshape(n, tokens, outputs, d_out).transpose(1, 2)
         return _inner_products(h.flatten(2), g.flatten(2))
     step = max(1, _CHUNK_ELEMENTS // max(1, n * outputs * d_out))
     result = a.new_zeros(n, outputs, outputs)
     for start in range(0, d_in, step):
-        jacobians = _jacobians(a[:, :, start : start + step], g).flatten(2)
+        jacobians = _flat_jacobians(a[:, :, start : start + step], g)
         result += _inner_products(jacobians, jacobians)
     return result
 
 
 def _inner_products(left: Tensor, right: Tensor) -> Tensor:
-    return torch.bmm(left, right.transpose(1, 2))
+    return torch.bmm(left, right.mT)
 
 
-def _chunks(a: Tensor, g: Tensor) -> list[slice]:
-    """Slices of the examples, such that one slice's temporaries stay within ``_CHUNK_ELEMENTS``."""
+def _chunks(a: Tensor, g: Tensor, projection: int = 0) -> list[slice]:
+    """Slices of the examples, such that one slice's temporaries stay within ``_CHUNK_ELEMENTS``.
+
+    ``projection`` is the number of elements of one Jacobian projected to the kept directions.
+    """
     examples, tokens, d_in = a.shape
     outputs, d_out = g.shape[1], g.shape[3]
-    jacobian = 0 if prefer_tokens(tokens, d_in, d_out, outputs) else outputs * d_in * d_out
-    largest = max(1, tokens * d_in, outputs * tokens * d_out, tokens**2 if jacobian == 0 else jacobian)
+    gram = tokens**2 if prefer_tokens(tokens, d_in, d_out, outputs) else outputs * d_in * d_out
+    largest = max(1, tokens * d_in, outputs * tokens * d_out, outputs * projection, gram)
     step = max(1, _CHUNK_ELEMENTS // largest)
     return [slice(start, start + step) for start in range(0, examples, step)]
 
 
 def _store_symmetric(out: Tensor, value: Tensor) -> None:
-    torch.add(value, value.transpose(1, 2), out=out).mul_(0.5)
+    torch.add(value, value.mT, out=out).mul_(0.5)

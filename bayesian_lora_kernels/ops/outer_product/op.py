@@ -46,6 +46,7 @@ def outer_product(
     Source: the Kronecker factors of Martens and Grosse 2015, equation 23.
     """
     check_impl("outer_product", impl)
+    _validate("outer_product", x, mask, out)
     with torch.no_grad():
         if out is None:
             return _outer_product(x, mask, float(scale), impl)
@@ -93,90 +94,104 @@ def grouped_outer_product(
         check_same_length(f"{where}: outs", count, outs)
     if count == 0:
         return []
+    _validate_all(xs, masks, outs)
     with torch.no_grad():
         if outs is None:
             return _grouped_outer_product(list(xs), list(masks), [float(scale) for scale in scales], impl)
-        _grouped_outer_product_accumulate(
-            list(outs), list(xs), list(masks), [float(scale) for scale in scales], impl
-        )
+        _grouped_outer_product_accumulate(list(outs), list(xs), list(masks), [float(scale) for scale in scales], impl)
         return list(outs)
 
 
-def _validate_and_allocate(where: str, x: Tensor, mask: Tensor | None, out: Tensor | None) -> Tensor:
+def _validate(where: str, x: Tensor, mask: Tensor | None, out: Tensor | None) -> None:
     check_tensor(f"{where}: x", x, ("M", "d"))
     check_mask(f"{where}: mask", mask, x, (x.shape[0],))
-    width, dtype = x.shape[1], accumulation_dtype(x)
     if out is None:
-        return x.new_empty((width, width), dtype=dtype)
-    check_tensor(f"{where}: out", out, (width, width), (dtype,))
+        return
+    width = x.shape[1]
+    check_tensor(f"{where}: out", out, (width, width), (accumulation_dtype(x),))
     check_device(f"{where}: out", out, x.device)
     if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(
-            f"{where}: out: expected a tensor whose elements have their own memory, got a stride of 0"
-        )
-    return out
+        raise ValueError(f"{where}: out: expected a tensor whose elements have their own memory, got a stride of 0")
 
 
-def _validate_and_allocate_all(
-    xs: Sequence[Tensor], masks: Sequence[Tensor | None], outs: Sequence[Tensor] | None
-) -> list[Tensor]:
-    where = "grouped_outer_product"
-    results = []
+def _validate_all(xs: Sequence[Tensor], masks: Sequence[Tensor | None], outs: Sequence[Tensor] | None) -> None:
     for i, (x, mask) in enumerate(zip(xs, masks, strict=True)):
-        results.append(
-            _validate_and_allocate(f"{where}: entry {i}", x, mask, None if outs is None else outs[i])
-        )
-        check_device(f"{where}: entry {i}: x", x, xs[0].device)
-    return results
+        entry = f"grouped_outer_product: entry {i}"
+        _validate(entry, x, mask, None if outs is None else outs[i])
+        check_device(f"{entry}: x", x, xs[0].device)
 
 
-@torch.library.custom_op("bayesian_lora_kernels::outer_product", mutates_args=())
+def _validate_and_allocate(x: Tensor, mask: Tensor | None) -> Tensor:
+    _validate("outer_product", x, mask, None)
+    return x.new_empty((x.shape[1], x.shape[1]), dtype=accumulation_dtype(x))
+
+
+def _validate_and_allocate_all(xs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
+    _validate_all(xs, masks, None)
+    return [x.new_empty((x.shape[1], x.shape[1]), dtype=accumulation_dtype(x)) for x in xs]
+
+
+@torch.library.custom_op(
+    "bayesian_lora_kernels::outer_product",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? mask, float scale, str impl) -> Tensor",
+)
 def _outer_product(x: Tensor, mask: Tensor | None, scale: float, impl: str) -> Tensor:
-    out = _validate_and_allocate("outer_product", x, mask, None)
+    out = _validate_and_allocate(x, mask)
     choose("outer_product", impl, out, x, mask, scale, False)(out, x, mask, scale, False)
     return out
 
 
 @_outer_product.register_fake
 def _(x: Tensor, mask: Tensor | None, scale: float, impl: str) -> Tensor:
-    return _validate_and_allocate("outer_product", x, mask, None)
+    return _validate_and_allocate(x, mask)
 
 
-@torch.library.custom_op("bayesian_lora_kernels::outer_product_accumulate", mutates_args=("out",))
+@torch.library.custom_op(
+    "bayesian_lora_kernels::outer_product_accumulate",
+    mutates_args=("out",),
+    schema="(Tensor(a!) out, Tensor x, Tensor? mask, float scale, str impl) -> ()",
+)
 def _outer_product_accumulate(out: Tensor, x: Tensor, mask: Tensor | None, scale: float, impl: str) -> None:
-    _validate_and_allocate("outer_product", x, mask, out)
+    _validate("outer_product", x, mask, out)
     choose("outer_product", impl, out, x, mask, scale, True)(out, x, mask, scale, True)
 
 
 @_outer_product_accumulate.register_fake
 def _(out: Tensor, x: Tensor, mask: Tensor | None, scale: float, impl: str) -> None:
-    _validate_and_allocate("outer_product", x, mask, out)
+    _validate("outer_product", x, mask, out)
 
 
-@torch.library.custom_op("bayesian_lora_kernels::grouped_outer_product", mutates_args=())
+@torch.library.custom_op(
+    "bayesian_lora_kernels::grouped_outer_product",
+    mutates_args=(),
+    schema="(Tensor[] xs, Tensor?[] masks, float[] scales, str impl) -> Tensor[]",
+)
 def _grouped_outer_product(
     xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: str
 ) -> list[Tensor]:
-    outs = _validate_and_allocate_all(xs, masks, None)
+    outs = _validate_and_allocate_all(xs, masks)
     choose("grouped_outer_product", impl, outs, xs, masks, scales, False)(outs, xs, masks, scales, False)
     return outs
 
 
 @_grouped_outer_product.register_fake
 def _(xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: str) -> list[Tensor]:
-    return _validate_and_allocate_all(xs, masks, None)
+    return _validate_and_allocate_all(xs, masks)
 
 
-@torch.library.custom_op("bayesian_lora_kernels::grouped_outer_product_accumulate", mutates_args=("outs",))
+@torch.library.custom_op(
+    "bayesian_lora_kernels::grouped_outer_product_accumulate",
+    mutates_args=("outs",),
+    schema="(Tensor(a!)[] outs, Tensor[] xs, Tensor?[] masks, float[] scales, str impl) -> ()",
+)
 def _grouped_outer_product_accumulate(
     outs: list[Tensor], xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: str
 ) -> None:
-    _validate_and_allocate_all(xs, masks, outs)
+    _validate_all(xs, masks, outs)
     choose("grouped_outer_product", impl, outs, xs, masks, scales, True)(outs, xs, masks, scales, True)
 
 
 @_grouped_outer_product_accumulate.register_fake
-def _(
-    outs: list[Tensor], xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: str
-) -> None:
-    _validate_and_allocate_all(xs, masks, outs)
+def _(outs: list[Tensor], xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: str) -> None:
+    _validate_all(xs, masks, outs)

@@ -23,8 +23,12 @@ def outer_product(out: Tensor, x: Tensor, mask: Tensor | None, scale: float, acc
     """
     rows = counted_rows(x, mask).to(out.dtype)
     width = rows.shape[1]
+    if 2 * width <= 3 * _BLOCK:  # one block: most factors of a LoRA are this narrow, and each call counts
+        product = rows.T @ rows
+        _store(out, product + product.T, 0.5 * scale, accumulate)
+        return
     # Blocks of equal width: a narrow last one would run at a fraction of the speed.
-    count = max(1, round(width / _BLOCK))
+    count = round(width / _BLOCK)
     edges = [width * i // count for i in range(count + 1)]
     for i in range(count):
         of_i = slice(edges[i], edges[i + 1])

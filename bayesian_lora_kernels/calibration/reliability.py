@@ -1,0 +1,60 @@
+"""Confidence against accuracy, bin by bin: what ECE sums up and the reliability diagram draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesian_lora_kernels.calibration.checks import DEFAULT_BINS, check_bins, check_labels, check_probs
+
+
+@dataclass(frozen=True)
+class ReliabilityBins:
+    """Examples sorted into equal-width bins `(edge_i, edge_i+1]` of their confidence; zero counts to the first.
+
+    Attributes:
+        edges: `[bins + 1]`, from 0 to 1.
+        count: `[bins]`, int64, examples in each bin.
+        confidence: `[bins]`, the mean largest probability; NaN in an empty bin.
+        accuracy: `[bins]`, the share of right answers; NaN in an empty bin.
+    """
+
+    edges: Tensor
+    count: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error: mean over examples of their bin's |accuracy - confidence|."""
+        gaps = (self.accuracy - self.confidence).abs().nan_to_num(0.0)
+        return float((gaps * self.count).sum() / self.count.sum())
+
+
+def reliability_bins(probs: Tensor, labels: Tensor, bins: int = DEFAULT_BINS) -> ReliabilityBins:
+    """Sort examples by their confidence, the largest probability.
+
+    Args:
+        probs: `[N, C]`, class probabilities.
+        labels: `[N]`, class indices.
+        bins: how many bins of equal width divide [0, 1].
+
+    Raises:
+        TypeError, ValueError: for arguments other than those.
+    """
+    values = check_probs(probs)
+    targets = check_labels(labels, *values.shape)
+    confidence, predicted = values.max(dim=-1)
+    right = (predicted == targets).double()
+    edges = torch.linspace(0, 1, check_bins(bins) + 1, dtype=torch.float64)
+    # right=False: a value on an edge belongs to the bin below it
+    index = (torch.bucketize(confidence, edges, right=False) - 1).clamp(0, bins - 1)
+    count = torch.bincount(index, minlength=bins)
+    return ReliabilityBins(
+        edges=edges,
+        count=count,
+        confidence=torch.bincount(index, weights=confidence, minlength=bins) / count,
+        accuracy=torch.bincount(index, weights=right, minlength=bins) / count,
+    )

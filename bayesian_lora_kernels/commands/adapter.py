@@ -1,0 +1,213 @@
+"""A PEFT adapter folder: its base model, its tokenizer, and the two put together."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bayesian_lora_kernels.commands.errors import InputError, brief, loading
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+NO_LIMIT = 10**9  # tokenizers that know no maximal length say 10^30
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """Where an adapter is and what it belongs to; nothing is loaded yet.
+
+    Attributes:
+        folder: of the adapter.
+        base: folder or hub name of the base model.
+        download: whether the base may be downloaded: only if the user named it on the command line.
+        revision: of the base on the hub, as the adapter remembers it.
+    """
+
+    folder: Path
+    base: str
+    download: bool
+    revision: str | None
+
+    def tokenizer(self) -> Any:
+        """The adapter's own tokenizer if it has one, else the base's.
+
+        Raises:
+            InputError: if there is none, or it cannot be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        own = any((self.folder / name).is_file() for name in TOKENIZER_FILES)
+        source = str(self.folder) if own else self.base
+        with loading(f"tokenizer of {source}"):
+            if own:
+                return AutoTokenizer.from_pretrained(source, local_files_only=True)
+            try:
+                return AutoTokenizer.from_pretrained(source, **self._hub())
+            except OSError as error:
+                raise self._absent("tokenizer", error) from error
+
+    def model(self, device: torch.device, dtype: str) -> nn.Module:
+        """The base model with the adapter, trainable, in eval mode.
+
+        Args:
+            device: a quantised model stays where its quantiser put it.
+            dtype: of the base; `auto` is the one it was saved in.
+
+        Raises:
+            InputError: if one of them cannot be loaded, or the adapter does not fit the base.
+        """
+        import peft
+        import transformers
+
+        key = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        with loading(f"base model {self.base}"), _loading_bar(shown=sys.stderr.isatty()):
+            try:
+                base = transformers.AutoModelForCausalLM.from_pretrained(self.base, **{key: wanted}, **self._hub())
+            except OSError as error:
+                raise self._absent("base model", error) from error
+            if getattr(base, "hf_quantizer", None) is None:
+                base = base.to(device)
+        with loading(f"adapter {self.folder}"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error, below
+            try:
+                model = peft.PeftModel.from_pretrained(
+                    base, str(self.folder), is_trainable=True, torch_device=str(device)
+                )
+            except RuntimeError as error:  # shapes that differ
+                raise InputError(f"the adapter does not fit the base model {self.base}: {brief(error)}") from error
+            self._check_fit(model)
+        return model.eval()
+
+    def _check_fit(self, model: Any) -> None:
+        """PEFT only warns of weights that the file lacks, and ignores those that the model has no place for."""
+        from peft import get_peft_model_state_dict
+        from peft.utils import load_peft_weights
+
+        expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+        stored = set(load_peft_weights(str(self.folder), device="cpu"))
+        lacking = sorted(expected - stored)
+        homeless = sorted(name for name in stored - expected if "lora_" in name)
+        if lacking:
+            found = f"{len(lacking)} weights are missing from it, such as {lacking[0]}"
+        elif homeless:
+            found = f"{len(homeless)} of its weights have no place there, such as {homeless[0]}"
+        else:
+            return
+        raise InputError(f"the adapter does not fit the base model {self.base}: {found}")
+
+    def _hub(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"local_files_only": not self.download}
+        if self.revision and not Path(self.base).is_dir():
+            options["revision"] = self.revision
+        return options
+
+    def _absent(self, what: str, error: Exception) -> InputError:
+        if Path(self.base).is_dir():
+            return InputError(f"{what} {self.base}: cannot be loaded: {brief(error)}")
+        if self.download:
+            return InputError(f"{what} {self.base}: no such folder, and not to be had from the hub: {brief(error)}")
+        return InputError(
+            f"{what} {self.base}, which {self.folder / CONFIG} names, is not on this machine; pass --base FOLDER, or "
+            f"--base {self.base} to download it"
+        )
+
+
+def open_adapter(folder: Path, base: str | None) -> AdapterFolder:
+    """Read an adapter folder's configuration.
+
+    Args:
+        folder: that `save_pretrained` of PEFT wrote.
+        base: folder or hub name of the base model; None: what the adapter says.
+
+    Raises:
+        InputError: if it is no adapter of a causal language model, or does not say what its base is.
+    """
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected a PEFT adapter folder")
+    if not path.is_file():
+        raise InputError(f"{folder}: no {CONFIG} in it; expected a PEFT adapter folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise InputError(f"{folder}: no adapter weights in it; expected {' or '.join(WEIGHTS)}")
+    task = config.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise InputError(f"{folder}: expected an adapter of a causal language model, this one is for {task}")
+    named = base or config.get("base_model_name_or_path")
+    if not named:
+        raise InputError(f"{path}: it does not name the base model; pass --base FOLDER")
+    if not Path(named).is_dir() and _is_path(named):
+        if base is not None:
+            raise InputError(f"--base {base}: no such folder")
+        raise InputError(f"{path}: its base model {named} is not there; pass --base FOLDER")
+    return AdapterFolder(folder, str(named), base is not None, None if base else config.get("revision"))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one.
+
+    Raises:
+        InputError: for a name that is no device, or one that this machine lacks.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: not usable on this machine: {brief(error)}") from error
+    return device
+
+
+def context_length(tokenizer: Any, model_config: Any) -> int | None:
+    """The longest prompt, in tokens, that tokenizer and model are made for; None if neither says."""
+    limits = [getattr(tokenizer, "model_max_length", None), getattr(model_config, "max_position_embeddings", None)]
+    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < NO_LIMIT]
+    return min(known, default=None)
+
+
+def pad_token(tokenizer: Any, model_config: Any) -> int:
+    """What fills up a batch: the tokenizer's pad token if the model has it; else any, as the mask hides it."""
+    pad = tokenizer.pad_token_id
+    return pad if isinstance(pad, int) and pad < getattr(model_config, "vocab_size", 0) else 0
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name cannot be one on the hub, which is `name` or `owner/name`."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
+
+
+@contextmanager
+def _loading_bar(shown: bool) -> Iterator[None]:
+    """Transformers shows its progress even in a log file."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    if not shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)

@@ -1,0 +1,46 @@
+"""What the user gave cannot be used: one line that says what it is and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message is one line."""
+
+    def __init__(self, message: object):
+        super().__init__(" ".join(str(message).split()))
+
+
+@contextmanager
+def as_input_errors(what: str = "") -> Iterator[None]:
+    """Errors that the library raises over the user's model, data or files, as an `InputError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{what}the device is out of memory; try a smaller --batch-size or --max-length") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{what}{error}") from error
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Any error at all while other packages read the user's files, as an `InputError`: those files are to blame."""
+    try:
+        yield
+    except InputError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{what}: the device is out of memory") from error
+    except Exception as error:
+        raise InputError(f"{what}: cannot be loaded: {brief(error)}") from error
+
+
+def brief(error: Exception) -> str:
+    """The first lines of an error's message, and its kind where the message alone says little."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    plain = isinstance(error, (OSError, ValueError, RuntimeError, AssertionError)) and lines
+    return " ".join(([] if plain else [f"{type(error).__name__}:"]) + lines[:2])

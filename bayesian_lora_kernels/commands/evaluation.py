@@ -1,0 +1,71 @@
+"""`blk evaluate`: accuracy and calibration on labelled examples, with the posterior and without."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from bayesian_lora_kernels.calibration import reliability_diagram, save_figure, summary
+from bayesian_lora_kernels.commands import output
+from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
+from bayesian_lora_kernels.commands.job import load_job, load_posterior
+
+METRICS = {"accuracy": "ACC", "nll": "NLL", "ece": "ECE", "brier": "Brier"}
+FORMATS = (".png", ".pdf", ".svg")
+
+
+def run(args: Namespace) -> None:
+    """Predict, judge, print, write.
+
+    Raises:
+        InputError: for whatever the user has to put right.
+    """
+    if args.plot is not None:
+        _check_plot(args.plot)
+    folder = args.posterior or args.adapter
+    job = load_job(args, labelled=True, posterior=folder)
+    logits = job.predict(load_posterior(job, folder))
+    labels = torch.tensor(job.labels)
+    generator = torch.Generator().manual_seed(args.seed)
+    with as_input_errors():
+        laplace = logits.probs(args.method, n_samples=args.samples, generator=generator)
+        probs = {"MAP": logits.probs("map"), f"Laplace ({args.method})": laplace}
+        metrics = {name: summary(values, labels) for name, values in probs.items()}
+    if args.plot is not None:
+        with as_input_errors("--plot: "):
+            save_figure(reliability_diagram(probs, labels), args.plot)
+    if args.json is not None:
+        result = {
+            "command": "evaluate",
+            "adapter": str(args.adapter),
+            "base": job.base,
+            "posterior": str(folder),
+            "data": str(args.data),
+            "choices": args.choices,
+            "method": args.method,
+            "n_examples": len(labels),
+            "n_truncated": job.truncated,
+            **dict(zip(("map", "laplace"), metrics.values(), strict=True)),
+        }
+        output.write_json(args.json, result)
+    print(f"{len(labels)} examples of {args.data}\n\n{_report(metrics)}")
+    if args.plot is not None:
+        print(f"\nreliability diagram written to {args.plot}")
+
+
+def _report(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    rows = [["", *METRICS.values()]]
+    rows += [[name, *(f"{values[key]:.4f}" for key in METRICS)] for name, values in metrics.items()]
+    return output.table(rows)
+
+
+def _check_plot(path: Path) -> None:
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"--plot {path}: expected a name that ends in {', '.join(FORMATS)}")
+    output.check_file(path, "--plot")
+    if find_spec("matplotlib") is None:
+        raise InputError("--plot: needs matplotlib; pip install matplotlib")

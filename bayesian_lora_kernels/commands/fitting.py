@@ -1,0 +1,102 @@
+"""`blk fit`: measure the curvature, choose the prior precision, write the posterior."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from bayesian_lora_kernels.commands import output
+from bayesian_lora_kernels.commands.errors import as_input_errors
+from bayesian_lora_kernels.commands.job import load_job
+from bayesian_lora_kernels.laplace import LaplaceLoRA
+from bayesian_lora_kernels.model.layers import find_layers
+from bayesian_lora_kernels.posterior.storage import JSON_NAME
+
+
+def run(args: Namespace) -> None:
+    """Fit and save.
+
+    Raises:
+        InputError: for whatever the user has to put right.
+    """
+    folder = args.out or args.adapter
+    output.check_folder(folder, "" if args.out is None else "--out ")
+    job = load_job(args, labelled=True)
+    with as_input_errors():
+        laplace = LaplaceLoRA(
+            job.model,
+            class_token_ids=job.token_ids,
+            curvature=args.curvature,
+            rank=args.rank,
+            modules=args.modules,
+            seed=args.seed,
+        )
+        started = time.perf_counter()
+        laplace.fit(job.batches(), progress=sys.stderr.isatty())
+        laplace.optimize_prior_precision(per_module=args.per_module)
+        evidence = float(laplace.log_marginal_likelihood())
+        seconds = time.perf_counter() - started
+        laplace.save_pretrained(folder)
+    layers = find_layers(job.model, args.modules)
+    result = {
+        "command": "fit",
+        "adapter": str(args.adapter),
+        "base": job.base,
+        "data": str(args.data),
+        "posterior": str(folder),
+        "choices": list(job.tokens),
+        "class_tokens": list(job.tokens.values()),
+        "class_token_ids": job.token_ids,
+        "curvature": args.curvature,
+        "rank": args.rank,
+        "n_examples": laplace.n_examples,
+        "n_truncated": job.truncated,
+        "n_modules": len(layers),
+        "n_parameters": sum(p.numel() for layer in layers for p in layer.parameters().values()),
+        "log_likelihood": laplace.log_likelihood,
+        "log_marginal_likelihood": evidence,
+        "prior_precision": _numbers(laplace.prior_precision),
+        "seconds": seconds,
+    }
+    if args.json is not None:
+        output.write_json(args.json, result)
+    print(_report(result))
+
+
+def _report(result: Mapping[str, Any]) -> str:
+    n = result["n_examples"]
+    choices = ", ".join(
+        f"{choice!r} by token {token!r}"
+        for choice, token in zip(result["choices"], result["class_tokens"], strict=True)
+    )
+    return output.pairs(
+        [
+            ("choices", choices),
+            ("examples", f"{n}"),
+            ("modules", f"{result['n_modules']}"),
+            ("parameters", f"{result['n_parameters']:,}"),
+            ("curvature", result["curvature"]),
+            ("log-likelihood", f"{result['log_likelihood']:.2f}  ({result['log_likelihood'] / n:.4f} per example)"),
+            ("log evidence", f"{result['log_marginal_likelihood']:.2f}"),
+            ("prior precision", _precision(result["prior_precision"])),
+            ("time", f"{result['seconds']:.1f} s"),
+            ("written to", f"{result['posterior']}/{JSON_NAME}"),
+        ]
+    )
+
+
+def _numbers(precision: Tensor | Mapping[str, Tensor]) -> float | dict[str, float]:
+    if isinstance(precision, Mapping):
+        return {name: float(value) for name, value in precision.items()}
+    return float(precision)
+
+
+def _precision(precision: float | Mapping[str, float]) -> str:
+    if isinstance(precision, Mapping):
+        return f"{min(precision.values()):.4g} to {max(precision.values()):.4g}, one for each module"
+    return f"{precision:.4g}"

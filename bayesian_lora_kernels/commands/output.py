@@ -1,0 +1,76 @@
+"""Tables on the screen, files, warnings."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
+from bayesian_lora_kernels.posterior.storage import write_text
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of equal length with their columns aligned: the first `left` to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def pairs(items: Sequence[tuple[str, str]]) -> str:
+    """One `name  value` per line."""
+    width = max(len(name) for name, _ in items)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in items)
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def check_file(path: Path, option: str) -> None:
+    """Before long work: can a file be written there?
+
+    Raises:
+        InputError: if the path is a folder, or its own folder is absent or read-only.
+    """
+    if path.is_dir():
+        raise InputError(f"{option} {path}: expected a file, this is a folder")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{option} {path}: the folder {path.parent} cannot be written to")
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Before long work: can files be written into this folder, which may not be there yet?
+
+    Raises:
+        InputError: if it, or the first of its parents that exists, is a file or read-only.
+    """
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise InputError(f"{option}{path}: {existing} is a file, expected a folder")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"{option}{path}: the folder {existing} cannot be written to")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """One JSON document."""
+    with as_input_errors("--json: "):
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: Sequence[Any]) -> None:
+    """One JSON document per line."""
+    with as_input_errors("--json: "):
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,74 @@
+"""`blk predict`: probabilities of the choices, and how sure the model can be of its logits, for every line."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bayesian_lora_kernels.commands import output
+from bayesian_lora_kernels.commands.errors import as_input_errors
+from bayesian_lora_kernels.commands.job import load_job, load_posterior
+
+WIDEST = 12
+
+
+def run(args: Namespace) -> None:
+    """Predict, print, write.
+
+    Raises:
+        InputError: for whatever the user has to put right.
+    """
+    folder = args.posterior or args.adapter
+    job = load_job(args, labelled=False, posterior=folder)
+    logits = job.predict(load_posterior(job, folder))
+    with as_input_errors():
+        generator = torch.Generator().manual_seed(args.seed)
+        laplace = logits.probs(args.method, n_samples=args.samples, generator=generator).tolist()
+    point = logits.probs("map").tolist()
+    deviation = logits.variance.clamp_min(0).sqrt().tolist()
+    choices = args.choices
+    rows = []
+    for i, example in enumerate(job.examples):
+        rows.append(
+            {
+                "line": example.line,
+                "label": None if example.label is None else choices[example.label],
+                "prediction": choices[max(range(len(choices)), key=laplace[i].__getitem__)],
+                "map": dict(zip(choices, point[i], strict=True)),
+                "laplace": dict(zip(choices, laplace[i], strict=True)),
+                "logit_std": dict(zip(choices, deviation[i], strict=True)),
+            }
+        )
+    if args.json is not None:
+        output.write_json_lines(args.json, rows)
+    print(_report(rows, choices, args.method))
+
+
+def _report(rows: Sequence[dict[str, Any]], choices: Sequence[str], method: str) -> str:
+    """A line per example; three groups of columns, one column per choice in each."""
+    names = [_short(choice) for choice in choices]
+    groups = {"map": "MAP", "laplace": f"Laplace ({method})", "logit_std": "std of the logit"}
+    header = ["line", "label", "prediction"]
+    cells = [[str(row["line"]), _short(row["label"]), _short(row["prediction"])] for row in rows]
+    columns = [header, *cells]
+    width = max(6, *(len(name) for name in names))
+    blocks = [output.table(columns, left=3).split("\n")]
+    title = [" " * max(len(line) for line in blocks[0])]
+    for key, name in groups.items():
+        lines = [names, *([f"{value:.3f}" for value in row[key].values()] for row in rows)]
+        block = ["  ".join(cell.rjust(width) for cell in line) for line in lines]
+        title.append(name.center(len(block[0])))
+        blocks.append(block)
+    left = len(title[0])
+    body = [" | ".join([first.ljust(left), *rest]) for first, *rest in zip(*blocks, strict=True)]
+    return "\n".join([" | ".join(title).rstrip(), *body])
+
+
+def _short(text: str | None) -> str:
+    if text is None:
+        return "-"
+    text = text.strip()
+    return text if len(text) <= WIDEST else text[: WIDEST - 3] + "..."

@@ -1,0 +1,1 @@
+"""Benchmarks: what each command does is in README.md."""

@@ -1,0 +1,69 @@
+"""Every operation is a well-behaved custom operator: opcheck, and torch.compile without a graph break."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from bayesian_lora_kernels import ops
+
+OPERATORS = torch.ops.bayesian_lora_kernels
+
+
+@dataclass
+class Posterior:
+    basis_s: torch.Tensor
+    basis_a: torch.Tensor
+    precision_blocks: tuple[torch.Tensor, ...]
+
+
+def arguments():
+    x, mask, out = torch.randn(40, 12), torch.rand(40) < 0.7, torch.zeros(12, 12)
+    basis, few = torch.zeros(12, 6), torch.randn(3, 12).bfloat16()
+    rows, signs = torch.randint(3, (6, 16)), torch.ones(6, 16)
+    a, g = torch.randn(2, 5, 7), torch.randn(2, 3, 5, 4)
+    weights = (torch.rand(2, 3), torch.rand(2), torch.rand(3), torch.rand(()))
+    posterior = (torch.randn(4, 2), torch.randn(7, 3), *weights)
+    return {
+        "outer_product": (x, mask, 2.0, "auto"),
+        "outer_product_accumulate": (out, x, None, 2.0, "auto"),
+        "grouped_outer_product": ([x, few], [mask, None], [1.0, 2.0], "auto"),
+        "grouped_outer_product_accumulate": ([out, out.clone()], [x, few], [mask, None], [1.0, 2.0], "auto"),
+        "incremental_svd": (basis, x, mask, rows, signs, 2, "auto"),
+        "grouped_incremental_svd": ([basis, basis[:, :0]], [x, few], [mask, None], [rows] * 2, [signs] * 2, 2, "auto"),
+        "jacobian_gram": (a, g, None, "auto"),
+        "jacobian_covariance": (a, g, *posterior, torch.rand(2, 5) < 0.7, "auto"),
+        "small_eigh": (torch.eye(5).repeat(3, 1, 1), "auto"),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(arguments()))
+def test_opcheck(name):
+    torch.library.opcheck(getattr(OPERATORS, name).default, arguments()[name])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_without_a_graph_break(backend):
+    def step(x, mask, a, g, basis_s, basis_a, blocks, out):
+        first = ops.outer_product(x, mask=mask, scale=0.5)
+        second = ops.outer_product(x, out=out)
+        grouped = ops.grouped_outer_product([x, 2 * x], masks=[mask, None], outs=[first, out])
+        basis = ops.incremental_svd(None, x, columns=6, mask=mask, fresh=2)
+        bases = ops.grouped_incremental_svd([basis, None], [x, x[:3]], columns=6)
+        gram = ops.jacobian_gram(a, g) + ops.jacobian_covariance(a, g, Posterior(basis_s, basis_a, blocks))
+        return first, second, *grouped, basis, *bases, gram, *ops.small_eigh(out[None])
+
+    def inputs():
+        torch.manual_seed(1)
+        blocks = (torch.rand(2, 3), torch.rand(2), torch.rand(3), torch.rand(()))
+        shapes = ((2, 5, 7), (2, 3, 5, 4), (4, 2), (7, 3))
+        tensors = [torch.randn(shape) for shape in shapes]
+        return torch.randn(40, 12), torch.rand(40) < 0.7, *tensors, blocks, torch.zeros(12, 12)
+
+    expected = step(*inputs())
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=backend, fullgraph=True)(*inputs())
+    for result, truth in zip(compiled, expected, strict=True):
+        assert torch.equal(result, truth)
