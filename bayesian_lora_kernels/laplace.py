@@ -360,7 +360,7 @@ class LaplaceLoRA:
                 f"{', '.join(difference[:3])}"
             )
         values = {name: prior_precision[name] for name in names}
-        if len({id(value) if isinstance(value, Tensor) else float(value) for value in values.values()}) == 1:
+        if len({id(v) if isinstance(v, Tensor) else float(as_precision(v)) for v in values.values()}) == 1:
             return dict.fromkeys(names, as_precision(values[names[0]]))
         return {name: as_precision(value) for name, value in values.items()}
 

@@ -359,6 +359,8 @@ def test_a_base_that_does_not_serve(made: Path, place: Path, capsys: Any) -> Non
     assert "base model broken: cannot be loaded" in error_of(capsys, "fit", "--base", "broken")
     edit_config(place, base_model_name_or_path=None)
     assert "it does not name the base model; pass --base FOLDER" in error_of(capsys, "fit")
+    edit_config(place, use_dora=True)
+    assert "this one uses DoRA" in error_of(capsys, "fit")
     edit_config(place, task_type="SEQ_CLS")
     assert "this one is for SEQ_CLS" in error_of(capsys, "fit")
 

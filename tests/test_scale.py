@@ -111,8 +111,8 @@ def test_pieces_within_a_memory_budget_do_not_matter(model, curvature):
     whole = fitted(case, [case.batch()], curvature=curvature)
     pieces = fitted(case, [case.batch()], curvature=curvature, memory_budget=1)
     assert_same(pieces, whole, case)
-    outputs = torch.tensor([[0, 1]] * 3 + [[1, 0]] * 4)
-    for chosen in (None, 2, outputs):
+    per_example = [[0, 1]] * 3 + [[1, 0]] * 4
+    for chosen in (None, 2, [1, 0], per_example, torch.tensor(per_example)):
         one, other = pieces.predict(case.batch(), outputs=chosen), whole.predict(case.batch(), outputs=chosen)
         assert relative(one.mean, other.mean) < 1e-10
         assert relative(one.covariance, other.covariance) < 1e-9

@@ -117,7 +117,7 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
-        if not self.result.logits.requires_grad:
+        if self._sink is None or not self.result.logits.requires_grad:
             raise ValueError(
                 "forward: the logits do not depend on any of the layers: none was called, or forward runs under "
                 "torch.no_grad()"

@@ -88,9 +88,9 @@ def find_layers(
 
     Args:
         model: a `peft.PeftModel`, or any module whose trainable parameters are weights and biases of `nn.Linear`.
-        modules: a regular expression that must match the whole module name, or a list of names (a name also matches
-            at the end of a longer one, after a dot). None takes every trainable `nn.Linear`; then there must be no
-            trainable parameter elsewhere.
+        modules: a regular expression that must match the whole module name, or a list of names (one that no module has
+            matches at the end of longer ones, after a dot). None takes every trainable `nn.Linear`; then there must be
+            no trainable parameter elsewhere.
         rows: `{module name: rows that are used}`, for an output head restricted to some classes.
 
     Raises:
@@ -158,7 +158,9 @@ def _select(available: list[str], modules: str | Sequence[str]) -> list[str]:
         missing = [] if selected else [modules]
     elif isinstance(modules, Iterable):
         wanted = list(modules)
-        matches = {want: [n for n in available if n == want or n.endswith("." + want)] for want in wanted}
+        matches = {
+            want: [want] if want in available else [n for n in available if n.endswith("." + want)] for want in wanted
+        }
         found = {name for names in matches.values() for name in names}
         selected = [name for name in available if name in found]
         missing = [want for want, names in matches.items() if not names]
