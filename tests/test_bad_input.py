@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from models import bert, llama, lora, mlp, randomise
+from models import bert, llama, lora, mlp, randomise, seq2seq
 from snapshot import untouched
 from torch import nn
 
@@ -244,55 +244,11 @@ def test_fit(name, curvature):
         laplace.predict((X, Y))
 
 
-class Trap(nn.Module):
-    """NaN in the input or in the gradient of a layer, of which the logits show nothing."""
-
-    def __init__(self, where: str):
-        super().__init__()
-        self.where, self.fine, self.bad = where, nn.Linear(4, 20), nn.Linear(20, 3)
-
-    def forward(self, x):
-        hidden = self.fine(x)
-        if self.where == "input":
-            return torch.nan_to_num(self.bad(torch.where(hidden > 0, hidden, x.sum() * hidden)))
-        y = self.bad(hidden)
-        return y + (y - y.detach() + (x.sum() == 0)).abs().sqrt().masked_fill(x.sum() == 0, 0)  # infinite slope at 0
-
-
-@pytest.mark.parametrize("rank", [None, 2])
-@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "exact"])
-@pytest.mark.parametrize("where", ["input", "output gradient"])
-def test_numbers_that_are_not_finite_are_located(where, curvature, rank):
-    model = Trap(where).double()
-    x = torch.randn(400, 4, dtype=torch.float64)  # so many rows that a low-rank factor is updated at once
-    bad = x * INF if where == "input" else x
-    if where == "output gradient":
-        x = x * 0
-    labels = torch.zeros(400, dtype=torch.long)
-    laplace = blk.LaplaceLoRA(model, curvature=curvature, rank=rank, rank_threshold=4)
-    laplace.fit([(x, labels)], progress=False)
-    before = float(laplace.log_marginal_likelihood())
-    what = where if curvature != "exact" else "gradient"
-    with untouched(model), pytest.raises(ValueError, match=rf"(bad|fine): its {what} is not finite .* in batch 1"):
-        laplace.fit([(x, labels), (bad, labels)], progress=False)
-    assert float(laplace.log_marginal_likelihood()) == before  # of the earlier fit
-    assert laplace.n_examples == 400
-
-
-@pytest.mark.parametrize("curvature", ["kfac", "exact"])
-def test_a_gradient_that_is_infinite_at_the_first_position_only(curvature):
-    """Each position has backward passes of its own, and every one of them counts."""
-    model = nn.Linear(4, 3).double()
-
-    def forward(m, batch):
-        y = m(batch[0])
-        steep = (y[:, :1] - y[:, :1].detach()).abs().sqrt()  # 0, with an infinite slope
-        return torch.cat([y[:, :1] + steep, y[:, 1:]], dim=1)
-
-    x, labels = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).double(), torch.zeros(2, 3).long()
-    laplace = blk.LaplaceLoRA(model, forward=forward, curvature=curvature, fisher="exact")
-    with untouched(model), pytest.raises(ValueError, match=r"gradient is not finite .* in batch 0"):
-        laplace.fit([(x, labels)], progress=False)
+@pytest.mark.parametrize("decoder_mask", [True, False])
+def test_masks_of_encoder_and_decoder_that_cannot_be_told_apart(decoder_mask):
+    case = seq2seq(lengths=(5, 5) if decoder_mask else (5, 6), extra=0, decoder_mask=decoder_mask)
+    with untouched(case.model), pytest.raises(ValueError, match=r"both have the shape \[2, 3\] but differ"):
+        blk.LaplaceLoRA(case.model, **case.arguments).fit([case.batch()], progress=False)
 
 
 @pytest.mark.parametrize("way", ["merged", "disabled", "another adapter active"])

@@ -420,7 +420,15 @@ def safetensors_save(tensors: dict[str, torch.Tensor], path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--batch-size", "0"], ["--rank", "some"], ["--curvature", "diagonal"], ["--max-length", "-1"]]
+    "options",
+    [
+        ["--batch-size", "0"],
+        ["--rank", "some"],
+        ["--curvature", "diagonal"],
+        ["--max-length", "-1"],
+        ["--modules", "("],
+        ["--seed", "9" * 30],
+    ],
 )
 def test_bad_options(place: Path, capsys: Any, options: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:

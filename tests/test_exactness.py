@@ -225,7 +225,7 @@ def test_predictions_equal_the_dense_formula(rank, tokens):
 def test_predictions_of_a_language_model_equal_the_dense_formula():
     case = llama(targets=("q_proj", "v_proj", "lm_head"))
     laplace = fitted(case, prior_precision=0.4, rank=2, rank_threshold=8)
-    logits, jacobian = jacobians(case)
+    _, jacobian = jacobians(case)
     head = next(name for name in jacobian if "lm_head.lora_B" in name)
     jacobian[head] = jacobian[head][:, :, case.arguments["class_token_ids"]]
     truth = sum(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import bert, gpt2, llama, mlp, t5
-from snapshot import snapshot, unusual, untouched
+from snapshot import snapshot, untouched, unusual
 from torch import nn
 
 import bayesian_lora_kernels as blk
@@ -120,14 +120,19 @@ def test_after_an_interrupt():
         laplace.fit(loader(), progress=False)
 
 
-def test_under_no_grad():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", MODELS)
+def test_under_a_mode_without_gradients(name, mode):
     """Somebody's `torch.no_grad()` around a prediction does not matter."""
-    case = mlp()
-    laplace = blk.LaplaceLoRA(case.model)
-    with torch.no_grad(), untouched(case.model):
+    case = MODELS[name]()
+    laplace = blk.LaplaceLoRA(case.model, **case.arguments)
+    expected = laplace.fit([case.batch()], progress=False).predict(case.batch()).covariance
+    before = case.batch()
+    with mode(), untouched(case.model):
+        assert torch.equal(laplace.predict(before).covariance, expected)
+        assert torch.equal(laplace.predict(case.batch()).covariance, expected)
         laplace.fit([case.batch()], progress=False)
-        inside = laplace.predict(case.batch())
-    assert torch.equal(inside.covariance, laplace.predict(case.batch()).covariance)
+    assert torch.equal(laplace.predict(before).covariance, expected)
 
 
 def test_nothing_is_kept_alive():

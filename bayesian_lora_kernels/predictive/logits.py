@@ -59,7 +59,8 @@ class LogitPredictor:
             ValueError: for logits with a token dimension, indices out of range, too many logits at once, or values
                 that are not finite.
         """
-        batch = to_device(batch, model_device(self.model))
+        with torch.inference_mode(False):
+            batch = to_device(batch, model_device(self.model))
         size = batch_size(batch)
         if size == 0:
             raise ValueError("predict: expected at least one example, the batch has none")
