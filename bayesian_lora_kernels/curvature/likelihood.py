@@ -103,8 +103,8 @@ class Classification(Likelihood):
         """See `Likelihood.check_logits`."""
         if logits.shape[-1] < 2:
             raise ValueError(
-                f"likelihood: classification expects at least 2 logits, got {logits.shape[-1]}; a single score, such as "
-                "a reward model's, is likelihood='regression'"
+                f"likelihood: classification expects at least 2 logits, got {logits.shape[-1]}; a single score, such "
+                "as a reward model's, is likelihood='regression'"
             )
 
     def check_labels(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ MASK_KEYS = ("attention_mask", DECODER_MASK)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it on `device`, as one that autograd may keep; tuples and lists keep their kind."""
+    """The batch with every tensor on `device`, as one that autograd may keep; tuples and lists keep their kind."""
     if isinstance(batch, Tensor):
         moved = batch.to(device)
         return moved.clone() if moved.is_inference() else moved
