@@ -85,7 +85,7 @@ def test_auto_is_exact_up_to_16_backward_passes(logits):
     chosen = Classification().choose_fisher("auto", torch.zeros(3, logits))
     assert chosen == ("exact" if logits <= 17 else "mc")
     assert Regression().choose_fisher("auto", torch.zeros(3, logits)) == ("exact" if logits <= 16 else "mc")
-    assert Classification().choose_fisher("auto", torch.zeros(3, 9, 3)) == "mc"  # 18 passes
+    assert Classification().choose_fisher("auto", torch.zeros(3, 2, 3)) == "mc"  # positions differ between batches
 
 
 @pytest.mark.parametrize("tokens", ["expand", "reduce", "last"])

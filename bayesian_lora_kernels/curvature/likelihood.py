@@ -49,11 +49,13 @@ class Likelihood(ABC):
         """Gradient of the log-likelihood of the labels with respect to the logits."""
 
     def choose_fisher(self, fisher: str, logits: Tensor) -> str:
-        """Resolve `auto`: exact up to 16 backward passes, then mc."""
+        """Resolve `auto`: exact up to 16 backward passes, then mc; mc with a token dimension, whatever its length.
+
+        The number of positions changes from batch to batch, and one fit should not mix the two.
+        """
         if fisher != "auto":
             return fisher
-        positions = logits.shape[1] if logits.ndim == 3 else 1
-        return "exact" if positions * self.exact_rank(logits.shape[-1]) <= MAX_EXACT_COLUMNS else "mc"
+        return "exact" if logits.ndim == 2 and self.exact_rank(logits.shape[-1]) <= MAX_EXACT_COLUMNS else "mc"
 
     def cotangents(
         self,
