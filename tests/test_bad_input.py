@@ -43,6 +43,7 @@ def plain():
 
 CONSTRUCTION = {
     "no trainable parameter": (frozen, {}, ValueError, r"no trainable parameter: expected .* requires_grad=True"),
+    "DoRA, chosen by name": (dora, {"modules": r".*lora_[AB].*"}, ValueError, r"o_proj.lora_A.*plain LoRA.*Dora"),
     "DoRA": (dora, {}, ValueError, r"outside nn.Linear: base_model.*o_proj.lora_magnitude_vector.default.weight.*mod"),
     "embedding": (embedding, {}, ValueError, r"trainable parameters outside nn.Linear: 0.weight. Freeze them"),
     "many norms": (norms, {}, ValueError, r"norm0.weight, norm0.bias, .* and 3 more"),

@@ -40,9 +40,7 @@ HAND_LABELS = torch.tensor([0, 1, 1, 1])
 
 def test_hand_computed():
     assert accuracy(HAND, HAND_LABELS) == pytest.approx(0.75)
-    assert negative_log_likelihood(HAND, HAND_LABELS) == pytest.approx(
-        -math.log(0.9 * 0.2 * 0.7 * 0.55) / 4, rel=1e-6
-    )
+    assert negative_log_likelihood(HAND, HAND_LABELS) == pytest.approx(-math.log(0.9 * 0.2 * 0.7 * 0.55) / 4, rel=1e-6)
     assert brier_score(HAND, HAND_LABELS) == pytest.approx(2 * (0.01 + 0.64 + 0.09 + 0.2025) / 4, rel=1e-5)
     # every example alone in its bin of width 1/15
     assert expected_calibration_error(HAND, HAND_LABELS) == pytest.approx((0.1 + 0.8 + 0.3 + 0.45) / 4, rel=1e-5)

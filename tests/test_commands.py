@@ -12,12 +12,12 @@ import peft
 import pytest
 import torch
 import transformers
-from bayesian_lora_kernels.cli import main
 from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from bayesian_lora_kernels import LaplaceLoRA, LogitPosterior
+from bayesian_lora_kernels.cli import main
 
 WORDS = ["<unk>", "<s>", "</s>", "A", "B", "C", "Answer", ":", "red", "blue", "green", "fish", "bird", "tree"]
 CHOICES = ["A", "B", "C"]

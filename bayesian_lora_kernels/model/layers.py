@@ -130,6 +130,8 @@ def find_layers(
         layers_of = {name.rpartition(".")[0] for name in names}
         if len(layers_of) > 1 and layers_of & chosen:
             raise ValueError(f"one parameter is shared by several modules, which is not supported: {_some(names)}")
+    for name in selected:
+        _check_plain_lora(name, named_modules)
     return [
         LinearLayer(
             name=name,
@@ -149,6 +151,17 @@ def _input_source(name: str, named_modules: dict[str, nn.Module]) -> nn.Module:
     if layer and "." not in adapter:
         return named_modules[layer]
     return named_modules[name]
+
+
+def _check_plain_lora(name: str, named_modules: dict[str, nn.Module]) -> None:
+    """Variants of LoRA (DoRA and others) use the matrices in ways beside their modules' calls."""
+    layer, _, adapter = name.replace(".lora_B.", ".lora_A.").rpartition(".lora_A.")
+    variant = getattr(named_modules.get(layer), "lora_variant", {}).get(adapter)
+    if variant is not None:
+        raise ValueError(
+            f"{name}: expected plain LoRA, its adapter is a {type(variant).__name__}, which uses the matrix outside "
+            "its module's call"
+        )
 
 
 def _select(available: list[str], modules: str | Sequence[str]) -> list[str]:
