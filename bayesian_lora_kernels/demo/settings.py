@@ -93,5 +93,5 @@ def quick_settings() -> DemoSettings:
         modules=("argparse", "http", "inspect", "json", "logging", "threading", "typing", "urllib"),
         samples=128,
         base=BaseSettings(vocabulary=900, pieces=300, width=32, heads=2, mlp=64, steps=40, warmup=5),
-        tuning=TuningSettings(rank=2, alpha=4, learning_rate=1e-2),
+        tuning=TuningSettings(learning_rate=1e-2),
     )
