@@ -45,8 +45,13 @@ def conclusions(results: Results, settings: DemoSettings) -> list[str]:
         wins = [f"{_verdict(methods, m)} in {COLUMNS[m]} ({scaled[m].mean:.3f})" for m in ("nll", "ece")]
         sentences.append(
             f"On {name}, Laplace has {' and '.join(found)}, with no extra labels; temperature scaling, with {labels}, "
-            f"{' and '.join(wins)}."
+            f"{', and '.join(wins)}."
         )
+    same = ", ".join(
+        f"on {name} NLL {methods['ekfac_labels']['nll'].mean:.3f} and ECE {methods['ekfac_labels']['ece'].mean:.3f}"
+        for name, methods in results.items()
+    )
+    sentences.append(f"With the same {labels} labels to choose its prior precision, EKFAC has {same}.")
     changes = [
         100 * (methods[method]["accuracy"].mean - methods["map"]["accuracy"].mean)
         for methods in results.values()

@@ -143,7 +143,8 @@ def _heading(settings: DemoSettings, seeds: int) -> str:
     spread = f"; mean ± standard error of {seeds} fine-tunings of one base model" if seeds > 1 else ""
     return (
         f"\nWhich module is a sentence from: {', '.join(CLASSES)}? {sizes}{spread}.\n"
-        "Laplace: prior precision by the evidence, probit predictive (Monte Carlo is in the JSON file).\n"
+        "Laplace: prior precision by the evidence (in the last row by held-out labels), probit predictive "
+        "(Monte Carlo is in the JSON file).\n"
     )
 
 
