@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import shlex
 import statistics
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -25,7 +27,7 @@ from bayesian_lora_kernels import LaplaceLoRA
 from bayesian_lora_kernels.demo.sentences import read_standard_library
 from bayesian_lora_kernels.demo.settings import DemoSettings
 from bayesian_lora_kernels.demo.task import Task, in_order
-from bayesian_lora_kernels.demo.training import add_lora, fine_tune, make_base_model, train_base_model
+from bayesian_lora_kernels.demo.training import add_lora, class_logits, fine_tune, make_base_model, train_base_model
 
 from .fidelity_report import Measurement, Method, as_json, as_markdown, as_text
 from .workload import relative_error
@@ -40,6 +42,8 @@ TEST_PER_CLASS = 25
 
 # The closest that any method can come that treats the modules as independent.
 BLOCKS = Method("exact, each module by itself")
+
+STOPPED, OVERFITTED = "Stopped early", "Overfitted"
 
 
 def methods() -> list[Method]:
@@ -92,21 +96,42 @@ class FineTuned:
         return [torch.stack(each).sum(dim=0) for each in zip(*parts, strict=True)]
 
 
-def fine_tuned_models(settings: DemoSettings, seeds: int) -> Iterator[FineTuned]:
-    """One base model; for each seed it is fine-tuned anew, on other sentences."""
+def fine_tuned_models(settings: DemoSettings, seeds: int) -> Iterator[tuple[str, FineTuned]]:
+    """One base model; for each seed it is fine-tuned anew, on other sentences, and taken at two moments."""
     task = Task(read_standard_library(settings.modules), settings)
     base = make_base_model(settings.base, len(task.tokenizer), task.tokenizer.pad_token_id, seed=0)
     with tqdm(total=settings.base.steps, desc="base model", disable=None) as bar:
 
-        def watch(losses: dict[str, float]) -> None:
+        def advance(losses: dict[str, float]) -> None:
             bar.update()
 
-        train_base_model(base, task.base_examples, settings.base, seed=0, watch=watch)
+        train_base_model(base, task.base_examples, settings.base, seed=0, watch=advance)
     for seed in range(seeds):
         splits = task.splits(seed)
+        train, held_out, test = (in_order(part, 50) for part in (splits.train, splits.held_out, splits.test))
         model = add_lora(copy.deepcopy(base), settings.tuning, seed)
-        fine_tune(model, task.class_token_ids, splits.train, settings.tuning, seed)
-        yield FineTuned(model, task.class_token_ids, in_order(splits.train, 50), in_order(splits.test, 50))
+        best = FineTuned(model, task.class_token_ids, train, test)
+        lowest = math.inf
+
+        def keep_best(losses: dict[str, float], model: nn.Module = model, held_out: Batches = held_out) -> None:
+            nonlocal best, lowest
+            found = nll(model, held_out, task.class_token_ids)
+            if found < lowest:
+                lowest, best = found, replace(best, model=copy.deepcopy(model))
+
+        fine_tune(model, task.class_token_ids, splits.train, settings.tuning, seed, watch=keep_best)
+        yield STOPPED, best
+        yield OVERFITTED, replace(best, model=model)
+
+
+def nll(model: nn.Module, batches: Batches, class_token_ids: list[int]) -> float:
+    """Mean negative log-likelihood of the labels."""
+    with torch.no_grad():
+        losses = [
+            F.cross_entropy(class_logits(model, batch, class_token_ids), batch["labels"], reduction="none")
+            for batch in batches
+        ]
+    return float(torch.cat(losses).mean())
 
 
 def measure(tuned: FineTuned) -> Measurement:
@@ -114,7 +139,6 @@ def measure(tuned: FineTuned) -> Measurement:
     exact = tuned.fit("exact").optimize_prior_precision()
     best = exact.prior_precision
     assert isinstance(best, Tensor)
-    assert exact.log_likelihood is not None
     precisions = [float(best) * scale for scale in SCALES]
     truths = tuned.covariances(exact, precisions)
     found = {BLOCKS: tuned.blockwise(precisions)}
@@ -123,7 +147,8 @@ def measure(tuned: FineTuned) -> Measurement:
         found[method] = tuned.covariances(laplace, precisions)
     return Measurement(
         prior_precision=float(best),
-        log_likelihood=exact.log_likelihood / exact.n_examples,
+        train_nll=nll(tuned.model, tuned.train, tuned.class_token_ids),
+        test_nll=nll(tuned.model, tuned.test, tuned.class_token_ids),
         n_train=exact.n_examples,
         n_test=len(truths[0]),
         errors={m: [relative_error(c, t) for c, t in zip(cs, truths, strict=True)] for m, cs in found.items()},
@@ -152,7 +177,8 @@ def average(measurements: Sequence[Measurement]) -> Measurement:
     return replace(
         first,
         prior_precision=mean("prior_precision"),
-        log_likelihood=mean("log_likelihood"),
+        train_nll=mean("train_nll"),
+        test_nll=mean("test_nll"),
         errors=means("errors"),
         variances=means("variances"),
     )
@@ -165,16 +191,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="fine-tuned models to average over")
     arguments = parser.parse_args()
     settings = replace(DemoSettings(), test=TEST_PER_CLASS)
-    measured = []
-    for tuned in fine_tuned_models(settings, arguments.seeds):
-        measured.append(measure(tuned))
-    result = average(measured)
-    print(as_text(result, SCALES))
-    command = shlex.join(["python", "-m", "benchmarks.fidelity", *sys.argv[1:]])
+    measured: dict[str, list[Measurement]] = {STOPPED: [], OVERFITTED: []}
+    for moment, tuned in fine_tuned_models(settings, arguments.seeds):
+        measured[moment].append(measure(tuned))
+    results = {moment: average(values) for moment, values in measured.items()}
+    print("\n\n".join(f"{moment}\n{as_text(result, SCALES)}" for moment, result in results.items()))
     if arguments.json:
         arguments.json.write_text(as_json(measured, SCALES), encoding="utf-8")
     if arguments.markdown:
-        page = as_markdown(result, SCALES, settings, command, arguments.seeds)
+        command = shlex.join(["python", "-m", "benchmarks.fidelity", *sys.argv[1:]])
+        page = as_markdown(results, SCALES, settings, command, arguments.seeds)
         arguments.markdown.write_text(page, encoding="utf-8")
 
 

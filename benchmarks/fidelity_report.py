@@ -36,7 +36,8 @@ class Measurement:
 
     Attributes:
         prior_precision: where the exact evidence is largest.
-        log_likelihood: of the training labels, per example, in nats.
+        train_nll: mean negative log-likelihood of the training labels at the MAP weights.
+        test_nll: that of the test labels.
         n_train: examples that the posteriors are fitted to.
         n_test: examples whose covariances are compared.
         errors: per method and prior precision, the Frobenius norm of the difference over that of the exact covariances.
@@ -44,7 +45,8 @@ class Measurement:
     """
 
     prior_precision: float
-    log_likelihood: float
+    train_nll: float
+    test_nll: float
     n_train: int
     n_test: int
     errors: Mapping[Method, list[float]]
@@ -67,22 +69,22 @@ Written by
 with {versions}.
 
 A Llama of {size}, trained on the documentation of Python's standard library, is fine-tuned with LoRA
-({lora}) on {result.n_train} sentences to tell {classes} apart, as in
-`blk demo` ({models}). The training labels end at a log-likelihood of {result.log_likelihood:.3f} per example.
+({lora}) on {n_train} sentences to tell {classes} apart, as in `blk demo`.
+It is measured at two moments: after the epoch with the lowest loss on held-out sentences, and at the end, far into
+overconfidence ({models}).
 
 All curvatures are measured on the same examples with the exact Fisher. Compared are the covariances of the logits of
-{result.n_test} test sentences, with one prior precision for all methods: that at which the exact evidence is largest
-({result.prior_precision:.3g}), a tenth of it, and ten times it.
+{n_test} test sentences, with one prior precision for all methods: that at which the exact evidence is largest, a tenth
+of it, and ten times it.
 
 Entries: relative error of the covariances in Frobenius norm; in brackets the sum of the variances over that of the
 exact posterior.
 
-{table}
+{tables}
 
 ## How to read it
 
-- {ratio}
-- The first row drops the correlations between modules and nothing else. Every other row drops them too.
+- The first row of a table drops the correlations between modules and nothing else. Every other row drops them too.
 - EKFAC has the exact second moments of the gradient along its basis, and the smallest error of the *curvature* that a
   diagonal in that basis can have. The covariance is the inverse, and there a diagonal errs to one side: the inverse of
   a diagonal entry never exceeds the diagonal entry of the inverse. Every variance along a basis direction is a lower
@@ -104,38 +106,50 @@ def as_text(result: Measurement, scales: Sequence[float]) -> str:
 
     lines = [line(HEAD, [f"prior x {scale:g}" for scale in scales])]
     lines += [line(method.cells, _numbers(result, method)) for method in result.errors]
-    lines.append(f"relative error of the covariance (share of the exact variance); {_ratio_sentence(result, scales)}")
+    lines += ["relative error of the covariance (share of the exact variance)", _ratio_sentence(result, scales)]
     return "\n".join(lines)
 
 
-def as_json(measured: Sequence[Measurement], scales: Sequence[float]) -> str:
+def as_json(measured: Mapping[str, Sequence[Measurement]], scales: Sequence[float]) -> str:
     """Every number of every seed."""
 
     def rows(m: Measurement) -> list[dict[str, Any]]:
         return [asdict(method) | {"errors": m.errors[method], "variances": m.variances[method]} for method in m.errors]
 
-    seeds = [
-        {key: value for key, value in vars(m).items() if key not in ("errors", "variances")} | {"rows": rows(m)}
-        for m in measured
-    ]
-    return json.dumps({"environment": environment(), "scales": list(scales), "seeds": seeds}, indent=1) + "\n"
+    def seed(m: Measurement) -> dict[str, Any]:
+        return {key: value for key, value in vars(m).items() if key not in ("errors", "variances")} | {"rows": rows(m)}
+
+    models = {moment: [seed(m) for m in values] for moment, values in measured.items()}
+    return json.dumps({"environment": environment(), "scales": list(scales), "models": models}, indent=1) + "\n"
 
 
-def as_markdown(result: Measurement, scales: Sequence[float], settings: DemoSettings, command: str, seeds: int) -> str:
-    """A whole page: what was measured, the table, how to read it."""
+def as_markdown(
+    results: Mapping[str, Measurement], scales: Sequence[float], settings: DemoSettings, command: str, seeds: int
+) -> str:
+    """A whole page: what was measured, the tables, how to read them."""
     base, tuning, versions = settings.base, settings.tuning, environment()
-    head = [*HEAD, *(_scale_name(scale) for scale in scales)]
-    rows = [[*method.cells, *_numbers(result, method)] for method in result.errors]
+    first = next(iter(results.values()))
     return PAGE.format(
         command=command,
         versions=", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers", "peft")),
         size=f"{base.layers} layers and width {base.width}",
         lora=f"rank {tuning.rank} on {', '.join(tuning.targets)}; {tuning.epochs} epochs",
-        models="one fine-tuned model" if seeds == 1 else f"means over {seeds} fine-tuned models",
+        models="one model each" if seeds == 1 else f"means over {seeds} models each",
         classes=f"{', '.join(CLASSES[:-1])} and {CLASSES[-1]}",
-        result=result,
-        table="\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]),
-        ratio=_ratio_sentence(result, scales),
+        n_train=first.n_train,
+        n_test=first.n_test,
+        tables="\n\n".join(_section(moment, result, scales) for moment, result in results.items()),
+    )
+
+
+def _section(moment: str, result: Measurement, scales: Sequence[float]) -> str:
+    head = [*HEAD, *(_scale_name(scale) for scale in scales)]
+    rows = [[*method.cells, *_numbers(result, method)] for method in result.errors]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    return (
+        f"## {moment}\n\nLoss of the training sentences {result.train_nll:.3f}, of the test sentences "
+        f"{result.test_nll:.2f}; best prior precision {result.prior_precision:.3g}. {_ratio_sentence(result, scales)}"
+        f"\n\n{table}"
     )
 
 

@@ -45,7 +45,7 @@ def test_demo_prints_what_it_writes(quick):
             for statistic in row.values():
                 assert len(statistic["values"]) == 2
                 assert f"{statistic['mean']:.3f} ±{statistic['standard_error']:.3f}" in output
-    assert list(content["results_by_monte_carlo"]["test"]) == ["kfac", "ekfac", "exact"]
+    assert list(content["results_by_monte_carlo"]["test"]) == ["kfac", "ekfac", "exact", "ekfac_labels"]
     for sentence in content["conclusions"]:
         assert sentence in output
     assert all(value > 0 for what in content["chosen"].values() for value in what["values"])

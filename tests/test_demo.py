@@ -169,7 +169,7 @@ def test_methods(tuned, task):
     laplace = LaplaceLoRA(model, class_token_ids=task.class_token_ids).fit([make_batch(splits.train)], progress=False)
     mean = laplace.predict(make_batch(splits.test)).probs("map")
     torch.testing.assert_close(mean, map_test, rtol=1e-3, atol=1e-4)
-    for curvature in ("kfac", "ekfac", "exact"):
+    for curvature in ("kfac", "ekfac", "exact", "ekfac_labels"):
         assert outcomes[curvature].probs["test"].max(-1).values.mean() < map_test.max(-1).values.mean()
         assert outcomes[curvature].evidence is not None
 
@@ -188,11 +188,12 @@ def constant_run(seed: int, confidences: dict[str, float]) -> Run:
     ("scaled", "verdict"), [(0.66, "is better than all"), (0.97, "is worse than all"), (0.74, "lies among them")]
 )
 def test_conclusions_follow_the_numbers(scaled, verdict):
-    confidences = {"map": 0.99, "temperature": scaled, "kfac": 0.7, "ekfac": 0.75, "exact": 0.8}
+    confidences = {"map": 0.99, "temperature": scaled, "kfac": 0.7, "ekfac": 0.75, "exact": 0.8, "ekfac_labels": 0.9}
     results = measure([constant_run(0, confidences)])
     text = " ".join(conclusions(results, SETTINGS))
     assert text.count(verdict) == 4  # NLL and ECE, test and shift
     assert "ECE 0.033 to 0.133 (MAP 0.323)" in text
+    assert text.count("and ECE 0.233") == 2  # with labels
     assert "by +0.0 to +0.0 points" in text
     assert "no method tells them apart well" in text
 

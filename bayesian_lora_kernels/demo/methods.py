@@ -83,18 +83,18 @@ def compare_methods(
     probs = {name: (values / temperature).softmax(dim=-1) for name, values in logits.items()}
     outcomes["temperature"] = Outcome(probs, {}, temperature, None, perf_counter() - start)
 
+    fitted = {}
     for curvature in LAPLACE:
         watch(NAMES[curvature])
         start = perf_counter()
-        laplace = _fit(model, task, splits, settings, curvature, seed)
-        laplace.optimize_prior_precision()
-        outcomes[curvature] = _outcome(laplace, splits, settings, seed, start)
-        if curvature == "ekfac":
-            watch(NAMES["ekfac_labels"])
-            start = perf_counter()
-            held_out = in_order(splits.held_out, settings.predict_batch_size)
-            laplace.optimize_prior_precision("nll", val_loader=held_out)
-            outcomes["ekfac_labels"] = _outcome(laplace, splits, settings, seed, start)
+        fitted[curvature] = _fit(model, task, splits, settings, curvature, seed).optimize_prior_precision()
+        outcomes[curvature] = _outcome(fitted[curvature], splits, settings, seed, start)
+
+    watch(NAMES["ekfac_labels"])
+    start = perf_counter()
+    held_out = in_order(splits.held_out, settings.predict_batch_size)
+    fitted["ekfac"].optimize_prior_precision("nll", val_loader=held_out)
+    outcomes["ekfac_labels"] = _outcome(fitted["ekfac"], splits, settings, seed, start)
     return outcomes
 
 
