@@ -62,6 +62,7 @@ def compile_one(shipped: Shipped, architecture: str) -> Any:
         "num_warps": shipped.num_warps,
         "num_stages": shipped.num_stages,
         "enable_fp_fusion": shipped.enable_fp_fusion,
+        "maxnreg": shipped.max_registers,
     }
     return triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[architecture][0], 32), options=options)
 

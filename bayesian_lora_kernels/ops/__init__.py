@@ -5,7 +5,7 @@ implementations.
 from .dispatch import backends, set_default_impl
 from .incremental_svd import grouped_incremental_svd, incremental_svd
 from .jacobian_covariance import grouped_jacobian_covariance, jacobian_covariance, jacobian_gram
-from .outer_product import grouped_outer_product, outer_product
+from .outer_product import grouped_outer_product, mirror_lower, outer_product
 from .small_eigh import small_eigh
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "incremental_svd",
     "jacobian_covariance",
     "jacobian_gram",
+    "mirror_lower",
     "outer_product",
     "set_default_impl",
     "small_eigh",

@@ -15,6 +15,8 @@ ARCHITECTURES = {"sm_80": (80, 166912), "sm_90": (90, 232448), "sm_100": (100, 2
 
 # Modules with a function ``shipped(architecture: str) -> list[Shipped]``.
 KERNEL_MODULES: tuple[str, ...] = (
+    "bayesian_lora_kernels.ops.outer_product.kernel",
+    "bayesian_lora_kernels.ops.outer_product.kernel_grouped",
 )
 
 
@@ -34,6 +36,7 @@ class Shipped:
             ``"mma"``: any matrix instruction; ``"none"``: none is needed.
         stack: per architecture (or ``"all"``), why bytes on the stack are accepted.
         enable_fp_fusion: whether multiplications and additions may fuse.
+        max_registers: the launch's ``maxnreg``.
     """
 
     name: str
@@ -46,3 +49,4 @@ class Shipped:
     matrix: str = "none"
     stack: Mapping[str, str] = field(default_factory=dict)
     enable_fp_fusion: bool = True
+    max_registers: int | None = None
