@@ -66,26 +66,27 @@ def tile_bases_kernel(
     p_q = basis + o_d[:, None] * stride_row + o_k[None, :] * stride_column
     q = tl.load(p_q, mask=(o_d < width)[:, None] & (o_k < columns)[None, :], other=0.0)  # [D_, K_]
     unit = tl.zeros([D_, K_], tl.float32)
-    for k in range(columns):
-        column = tl.sum(tl.where((o_k == k)[None, :], q, 0.0), axis=1)  # [D_]
-        before = tl.sum(column * column, axis=0)
+    p_r = mixing + ((entry * tiles + tile) * K_ + o_k) * K_
+    for k in range(K_):
+        whole = tl.sum(tl.where((o_k == k)[None, :], q, 0.0), axis=1)  # [D_]
+        column = whole
         for _ in tl.static_range(3):
             inside = tl.sum(unit * column[:, None], axis=0)  # [K_]
             column -= tl.sum(unit * inside[None, :], axis=1)
+        before = tl.sum(whole * whole, axis=0)
         after = tl.sum(column * column, axis=0)
         norm = tl.sqrt(tl.where(after > 1e-13 * before, after, float("inf")))
         unit = tl.where((o_k == k)[None, :], (column / norm)[:, None], unit)
-    r = tl.dot(tl.trans(unit), q, input_precision="ieee")  # [K_, K_]
+        tl.store(p_r + k, tl.sum(unit * whole[:, None], axis=0))
     tl.store(bases + ((entry * tiles * D_ + o_d)[:, None] * K_ + o_k[None, :]), unit)
-    o_row = (entry * tiles + tile) * K_ + o_k
-    tl.store(mixing + o_row[:, None] * K_ + o_k[None, :], r)
 
 
 @triton.jit
 def narrow_rows_kernel(
     table,  # [entries, 4]
     maps,  # [entries, width, rows] float32
-    out,  # [entries, examples, outputs, rows, tokens] float32
+    out,  # [3 if PLANES else 1, entries, examples, outputs, rows, tokens] bfloat16 if PLANES, else float32
+    plane,
     outputs,
     tokens,
     width,
@@ -100,13 +101,15 @@ def narrow_rows_kernel(
     DTYPE: tl.constexpr,
     MASKED: tl.constexpr,
     MAPPED: tl.constexpr,
+    PLANES: tl.constexpr,
     T_: tl.constexpr,
     D_: tl.constexpr,
     R_: tl.constexpr,
 ):
-    """The narrow operand times the directions of its eigenbasis (`MAPPED`, else as it is), float32, tokens last.
+    """The narrow operand times the directions of its eigenbasis (`MAPPED`, else as it is), tokens last.
 
-    Reads it once, writes `4 rows` bytes and does `width rows` multiply-adds per token and output.
+    With `PLANES` as a sum of three bfloat16 numbers, which together have the 24 bits of a float32. Reads it once, writes
+    `4 rows` bytes (`6 rows`) and does `width rows` multiply-adds per token and output.
     """
     pid = tl.program_id(0).to(tl.int64)
     token_blocks = tl.cdiv(tokens, T_)
@@ -130,16 +133,26 @@ def narrow_rows_kernel(
         m = tl.load(p_m, mask=(o_d < width)[:, None] & (o_r < rows)[None, :], other=0.0)  # [D_, R_]
         x = tl.dot(x, m, input_precision="ieee")
     p_out = out + (((entry * examples + n) * outputs + c) * rows + o_r)[None, :] * tokens + o_t[:, None]
-    tl.store(p_out, x, mask=m_t[:, None] & (o_r < rows)[None, :])
+    m_out = m_t[:, None] & (o_r < rows)[None, :]
+    if PLANES:
+        high = x.to(tl.bfloat16)
+        x -= high.to(tl.float32)
+        middle = x.to(tl.bfloat16)
+        tl.store(p_out, high, mask=m_out)
+        tl.store(p_out + plane, middle, mask=m_out)
+        tl.store(p_out + 2 * plane, (x - middle.to(tl.float32)).to(tl.bfloat16), mask=m_out)
+    else:
+        tl.store(p_out, x, mask=m_out)
 
 
 @triton.jit
 def _tile_terms(
     jacobian,  # [C_ * O_, D_] float32, rows (c, o)
     gram,
-    p_basis,  # [D_, K_]
-    p_z,  # [C_ * O_, K_]
+    p_basis,  # [D_, 16]
+    p_z,  # [C_ * O_, 16]
     m_z,
+    columns,  # of the basis, known at run time only so that this stays a loop: unrolled it needs more registers
     relative,  # [C_ * O_]
     largest,
     C_: tl.constexpr,
@@ -150,19 +163,20 @@ def _tile_terms(
 ):
     """Stores what of the tile's Jacobian lies in the tile's basis, adds the Gram matrix of the remainder to `gram`.
 
-    Tensor cores truncate when they accumulate, so the running sum is kept outside of them: the product with `largest`
-    stands between, which the compiler cannot take for part of the dot.
+    The basis goes in pieces of 16 columns, so that registers suffice; what earlier pieces took out of the Jacobian is
+    orthogonal to later ones. Tensor cores truncate when they accumulate, so the running sum is kept outside of them: the
+    product with `largest` stands between, which the compiler cannot take for part of the dot. `gram` has all pairs of
+    rows; those of unequal directions are ballast that a matrix instruction carries for nothing.
     """
     if K_ > 0:
-        basis = tl.load(p_basis)  # [D_, K_]
-        z = tl.dot(jacobian, basis, input_precision="tf32x3")
-        tl.store(p_z, z, mask=m_z)
-        if REST:
-            jacobian -= tl.dot(z, tl.trans(basis), input_precision="tf32x3")
+        for k in range(0, columns, 16):
+            basis = tl.load(p_basis + k)
+            z = tl.dot(jacobian, basis, input_precision="tf32x3")
+            tl.store(p_z + k, z, mask=m_z)
+            if REST:
+                jacobian = tl.dot(-z, tl.trans(basis), jacobian, input_precision="tf32x3")
     if REST:
         jacobian *= relative[:, None]
-        if C_ >= 16:  # enough rows for a matrix instruction: the directions of one output lie side by side
-            jacobian = tl.reshape(jacobian, [C_, O_ * D_])
         gram += tl.dot(jacobian, tl.trans(jacobian), input_precision="tf32x3") * largest
     return gram
 
@@ -170,7 +184,7 @@ def _tile_terms(
 @triton.jit
 def _store_gram(gram, partial, slot, n, examples, outputs, C_: tl.constexpr, O_: tl.constexpr):
     """To `partial [slots, examples, outputs, outputs]`, with unequal directions of the narrow side left out."""
-    if C_ < 16:
+    if O_ > 1:
         o_o = tl.arange(0, O_)
         same = (o_o[:, None] == o_o[None, :])[None, :, None, :]
         gram = tl.where(same, tl.reshape(gram, [C_, O_, C_, O_]), 0.0)
@@ -183,7 +197,8 @@ def _store_gram(gram, partial, slot, n, examples, outputs, C_: tl.constexpr, O_:
 @triton.jit
 def wide_input_kernel(
     table,  # [entries, 4]
-    narrow,  # [entries, examples, outputs, rows, tokens] float32
+    narrow,  # as narrow_rows_kernel writes it
+    plane,
     bases,  # [entries, tiles * D_, K_] float32
     relative,  # [entries, rows] float32: standard deviations of the remainder over the largest
     largest,  # [entries] float32: that largest variance
@@ -198,6 +213,7 @@ def wide_input_kernel(
     tiles_per_program,
     splits,
     row_blocks,
+    columns,
     stride_n,
     stride_t,
     stride_d,
@@ -206,9 +222,8 @@ def wide_input_kernel(
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
-    EXACT: tl.constexpr,
+    PLANES: tl.constexpr,
     REST: tl.constexpr,
-    ONE_STEP: tl.constexpr,
     C_: tl.constexpr,
     O_: tl.constexpr,
     T_: tl.constexpr,
@@ -218,7 +233,8 @@ def wide_input_kernel(
     """Step 3 for a wide input `a [examples, tokens, width]` (LoRA A): a program has one example, a run of tiles and
     `O_` directions of the output for all outputs; programs that share a run are neighbours, so that L2 serves them.
 
-    With bfloat16 `a` (`EXACT`) the narrow operand is a sum of three bfloat16 numbers, every product exact in float32.
+    With bfloat16 `a` the narrow operand comes as a sum of three bfloat16 numbers (`PLANES`): every product is exact in
+    float32, at half the price of tf32x3.
     """
     M_: tl.constexpr = C_ * O_
     pid = tl.program_id(0).to(tl.int64)
@@ -230,7 +246,7 @@ def wide_input_kernel(
     o_c = o_m // O_
     o_o = row_block * O_ + o_m % O_
     o_t = tl.arange(0, T_).to(tl.int64)
-    o_k = tl.arange(0, K_ if K_ > 0 else 1)
+    o_k = tl.arange(0, 16)
     m_m = (o_c < outputs) & (o_o < rows)
     scale = tl.load(relative + entry * rows + o_o, mask=o_o < rows, other=0.0)
     variance = tl.load(largest + entry)
@@ -238,56 +254,36 @@ def wide_input_kernel(
     p_x = narrow + (((entry * examples + n) * outputs + o_c) * rows + o_o)[:, None] * tokens + o_t[None, :]
     p_z = kept + ((((entry * examples + n) * rows + o_o) * outputs + o_c) * tiles)[:, None] * K_ + o_k[None, :]
     a = _entry_pointer(table, entry, WIDE, DTYPE, ALIGNED) + n * stride_n
-    m_t = o_t < tokens
     if MASKED:
         p_mask = _entry_pointer(table, entry, MASK, tl.int8, False) + n * mask_stride_n
-    if ONE_STEP:
-        x = tl.load(p_x, mask=m_m[:, None] & m_t[None, :], other=0.0)  # [M_, T_]
-        if EXACT:
-            high = x.to(tl.bfloat16)
-            x -= high.to(tl.float32)
-            middle = x.to(tl.bfloat16)
-            low = (x - middle.to(tl.float32)).to(tl.bfloat16)
-        if MASKED:
-            m_t = m_t & (tl.load(p_mask + o_t * mask_stride_t, mask=m_t, other=0) != 0)
 
-    G_: tl.constexpr = C_ if C_ >= 16 else M_
-    gram = tl.zeros([G_, G_], tl.float32)
+    gram = tl.zeros([M_, M_], tl.float32)
     first = split * tiles_per_program
     for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
         o_d = tile * D_ + tl.arange(0, D_)
         m_d = o_d < width
         p_a = a + o_d[None, :] * stride_d
-        if ONE_STEP:
-            b_a = tl.load(p_a + o_t[:, None] * stride_t, mask=m_t[:, None] & m_d[None, :], other=0.0)  # [T_, D_]
-            if EXACT:
-                jacobian = tl.dot(low, b_a)
+        jacobian = tl.zeros([M_, D_], tl.float32)
+        for start in range(0, tokens, T_):
+            o_s = start + o_t
+            m_s = o_s < tokens
+            m_x = m_m[:, None] & m_s[None, :]
+            if MASKED:
+                m_s = m_s & (tl.load(p_mask + o_s * mask_stride_t, mask=m_s, other=0) != 0)
+            b_a = tl.load(p_a + o_s[:, None] * stride_t, mask=m_s[:, None] & m_d[None, :], other=0.0)  # [T_, D_]
+            if PLANES:
+                high = tl.load(p_x + start, mask=m_x, other=0.0)  # [M_, T_]
+                middle = tl.load(p_x + plane + start, mask=m_x, other=0.0)
+                low = tl.load(p_x + 2 * plane + start, mask=m_x, other=0.0)
+                jacobian = tl.dot(low, b_a, jacobian)
                 jacobian = tl.dot(middle, b_a, jacobian)
                 jacobian = tl.dot(high, b_a, jacobian)
             else:
-                jacobian = tl.dot(x, b_a.to(tl.float32), input_precision="tf32x3")
-        else:
-            jacobian = tl.zeros([M_, D_], tl.float32)
-            for start in range(0, tokens, T_):
-                o_s = start + o_t
-                m_s = o_s < tokens
-                x = tl.load(p_x + start, mask=m_m[:, None] & m_s[None, :], other=0.0)
-                if MASKED:
-                    m_s = m_s & (tl.load(p_mask + o_s * mask_stride_t, mask=m_s, other=0) != 0)
-                b_a = tl.load(p_a + o_s[:, None] * stride_t, mask=m_s[:, None] & m_d[None, :], other=0.0)
-                if EXACT:
-                    high = x.to(tl.bfloat16)
-                    x -= high.to(tl.float32)
-                    middle = x.to(tl.bfloat16)
-                    low = (x - middle.to(tl.float32)).to(tl.bfloat16)
-                    jacobian = tl.dot(low, b_a, jacobian)
-                    jacobian = tl.dot(middle, b_a, jacobian)
-                    jacobian = tl.dot(high, b_a, jacobian)
-                else:
-                    jacobian = tl.dot(x, b_a.to(tl.float32), jacobian, input_precision="tf32x3")
+                x = tl.load(p_x + start, mask=m_x, other=0.0)
+                jacobian = tl.dot(x, b_a.to(tl.float32), jacobian, input_precision="tf32x3")
         p_basis = bases + ((entry * tiles + tile) * D_ + tl.arange(0, D_))[:, None] * K_ + o_k[None, :]
         gram = _tile_terms(
-            jacobian, gram, p_basis, p_z + tile * K_, m_m[:, None], scale, variance, C_, O_, D_, K_, REST
+            jacobian, gram, p_basis, p_z + tile * K_, m_m[:, None], columns, scale, variance, C_, O_, D_, K_, REST
         )
     if REST:
         slot = (entry * splits + split) * row_blocks + row_block
@@ -312,6 +308,7 @@ def wide_output_kernel(
     tiles_per_program,
     splits,
     row_blocks,
+    columns,
     stride_n,
     stride_c,
     stride_t,
@@ -330,52 +327,52 @@ def wide_output_kernel(
     """Step 3 for a wide output `g [examples, outputs, tokens, width]` (LoRA B, or its weight gradient with as many
     pseudo-tokens as the rank): token by token, by multiply-adds, since each output has its own wide operand.
 
-    Bytes: `C T width b`, read once from device memory and `O_` times from L1. Multiply-adds: `M T width` without tensor
+    Bytes: `C T width b`, read once from device memory, then `rows` times from L1. Multiply-adds: `M T width` without tensor
     cores, then as the wide input.
     """
     M_: tl.constexpr = C_ * O_
     pid = tl.program_id(0).to(tl.int64)
-    row_block, pid = pid % row_blocks, pid // row_blocks
     split, pid = pid % splits, pid // splits
     n, entry = pid % examples, pid // examples
 
     o_m = tl.arange(0, M_).to(tl.int64)
     o_c = o_m // O_
-    o_o = row_block * O_ + o_m % O_
-    o_k = tl.arange(0, K_ if K_ > 0 else 1)
-    m_o = o_o < rows
+    o_k = tl.arange(0, 16)
     m_c = o_c < outputs
-    scale = tl.load(relative + entry * rows + o_o, mask=m_o, other=0.0)
     variance = tl.load(largest + entry)
 
-    p_x = narrow + ((entry * examples + n) * rows + o_o) * tokens
-    p_z = kept + ((((entry * examples + n) * rows + o_o) * outputs + o_c) * tiles)[:, None] * K_ + o_k[None, :]
     g = _entry_pointer(table, entry, WIDE, DTYPE, ALIGNED) + n * stride_n
     if MASKED:
         p_mask = _entry_pointer(table, entry, MASK, tl.int8, False) + n * mask_stride_n
 
-    G_: tl.constexpr = C_ if C_ >= 16 else M_
-    gram = tl.zeros([G_, G_], tl.float32)
+    gram = tl.zeros([M_, M_], tl.float32)
     first = split * tiles_per_program
     for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
         o_d = tile * D_ + tl.arange(0, D_)
         p_g = g + o_c[:, None] * stride_c + o_d[None, :] * stride_d
         m_g = m_c[:, None] & (o_d < width)[None, :]
-        jacobian = tl.zeros([M_, D_], tl.float32)
-        for t in range(tl.cast(tokens, tl.int64)):
-            if MASKED:
-                counts = tl.load(p_mask + t * mask_stride_t) != 0
-                b_g = tl.load(p_g + t * stride_t, mask=m_g & counts, other=0.0)
-            else:
-                b_g = tl.load(p_g + t * stride_t, mask=m_g, other=0.0)
-            x = tl.load(p_x + t, mask=m_o, other=0.0)  # [M_]
-            jacobian += x[:, None] * b_g.to(tl.float32)
         p_basis = bases + ((entry * tiles + tile) * D_ + tl.arange(0, D_))[:, None] * K_ + o_k[None, :]
-        gram = _tile_terms(
-            jacobian, gram, p_basis, p_z + tile * K_, (m_c & m_o)[:, None], scale, variance, C_, O_, D_, K_, REST
-        )
+        for block in range(row_blocks):
+            o_o = block * O_ + o_m % O_
+            m_o = o_o < rows
+            p_x = narrow + ((entry * examples + n) * rows + o_o) * tokens
+            jacobian = tl.zeros([M_, D_], tl.float32)
+            for t in range(tl.cast(tokens, tl.int64)):
+                if MASKED:
+                    counts = tl.load(p_mask + t * mask_stride_t + 0 * o_m) != 0  # [M_], all alike
+                    b_g = tl.load(p_g + t * stride_t, mask=m_g & counts[:, None], other=0.0)
+                else:
+                    b_g = tl.load(p_g + t * stride_t, mask=m_g, other=0.0)
+                x = tl.load(p_x + t, mask=m_o, other=0.0)  # [M_]
+                jacobian += x[:, None] * b_g.to(tl.float32)
+            scale = tl.load(relative + entry * rows + o_o, mask=m_o, other=0.0)
+            o_z = (((entry * examples + n) * rows + o_o) * outputs + o_c) * tiles + tile
+            p_z = kept + o_z[:, None] * K_ + o_k[None, :]
+            gram = _tile_terms(
+                jacobian, gram, p_basis, p_z, (m_c & m_o)[:, None], columns, scale, variance, C_, O_, D_, K_, REST
+            )
     if REST:
-        slot = (entry * splits + split) * row_blocks + row_block
+        slot = entry * splits + split
         _store_gram(gram, partial, slot, n, examples, outputs, C_, O_)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -28,27 +28,34 @@ class Configuration:
 
     Args:
         width: columns of a tile.
-        rows: outputs times directions of the narrow side in one program, at most (more outputs than that raise it).
         tokens: tokens of one dot, at most.
         num_warps: warps per program.
         num_stages: tiles in flight.
     """
 
     width: int
-    rows: int
     tokens: int
     num_warps: int
     num_stages: int
 
 
-# By (wide side is the input, its element has at most 16 bits). Tiles of 256 tokens by 64 columns keep a whole example of
-# the usual length in one dot, so that nothing is loaded twice.
-CONFIGURATIONS = {
-    (True, True): Configuration(width=64, rows=64, tokens=256, num_warps=8, num_stages=2),
-    (True, False): Configuration(width=64, rows=32, tokens=64, num_warps=4, num_stages=2),
-    (False, True): Configuration(width=64, rows=64, tokens=1, num_warps=8, num_stages=1),
-    (False, False): Configuration(width=64, rows=64, tokens=1, num_warps=8, num_stages=1),
-}
+# Rows of a Jacobian (outputs times directions of the narrow side) in one program. More would read the wide side from L2
+# less often, but 32 is what a Gram matrix in tf32x3, whose operands are in registers, leaves without spills.
+_ROWS = 32
+
+# Programs are small, so that two to
+# four share a multiprocessor and hide each other's latency; the same on sm_80, sm_90 and sm_100, since nothing needs
+# more than 87 KB of shared memory or the large matrix instructions.
+_INPUT_PLANES = Configuration(width=64, tokens=64, num_warps=4, num_stages=3)
+_INPUT = Configuration(width=64, tokens=32, num_warps=4, num_stages=3)
+_OUTPUT = Configuration(width=64, tokens=1, num_warps=4, num_stages=1)
+
+
+def configuration(wide_input: bool, planes: bool, outputs: int, rows: int) -> tuple[int, int, Configuration]:
+    """Outputs and directions side by side in one program, and its configuration."""
+    c, o = side_by_side(outputs, rows, _ROWS)
+    chosen = (_INPUT_PLANES if planes else _INPUT) if wide_input else _OUTPUT
+    return c, o, replace(chosen, width=32) if c > _ROWS else chosen
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,7 @@ def _group(
         return total
     per_example = rows * tokens * (outputs if wide_input else 1)
     if covariance.kept:
-        tiles = triton.cdiv(width, CONFIGURATIONS[wide_input, a[0].element_size() <= 2].width)
+        tiles = triton.cdiv(width, configuration(wide_input, _planes(a[0], wide_input), outputs, rows)[2].width)
         per_example += rows * outputs * tiles * _power(covariance.kept, 16)
     step = max(1, min(examples, _WORKSPACE // per_example))
     together = max(1, _WORKSPACE // (per_example * step))
@@ -237,7 +244,8 @@ def _launch(
     ]
     table = torch.tensor(pointers, dtype=torch.int64).to(device)
     mask_strides = (0, 0) if mask is None else mask.stride()
-    chosen = CONFIGURATIONS[wide_input, wide.element_size() <= 2]
+    planes = _planes(wide, wide_input)
+    c_, o_, chosen = configuration(wide_input, planes, outputs, rows)
     tiles = triton.cdiv(width, chosen.width)
     k_ = _power(kept, 16) if kept else 0
 
@@ -252,31 +260,35 @@ def _launch(
         assert basis is not None
         kernel.tile_bases_kernel[(tiles, entries)](
             table, unit, mixing, width, kept, tiles, *basis.stride(),
-            D_=chosen.width, K_=k_, num_warps=4, num_stages=1, enable_fp_fusion=True,
+            D_=chosen.width, K_=k_, num_warps=8, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
 
-    projected = workspace(entries, examples, narrow_outputs, rows, tokens)
+    projected = torch.empty(
+        (3 if planes else 1, entries, examples, narrow_outputs, rows, tokens),
+        dtype=torch.bfloat16 if planes else torch.float32,
+        device=device,
+    )
     t_ = min(64, _power(tokens, 16))
     n_stride, c_stride = narrow.stride(0), narrow.stride(1) if wide_input else 0
     kernel.narrow_rows_kernel[(triton.cdiv(tokens, t_) * narrow_outputs * examples * entries,)](
-        table, table if covariance.maps is None else covariance.maps, projected,
+        table, table if covariance.maps is None else covariance.maps, projected, projected[0].numel(),
         narrow_outputs, tokens, narrow.shape[-1], rows,
         n_stride, c_stride, *narrow.stride()[-2:], *mask_strides, examples,
         DTYPE=_TRITON[narrow.dtype], MASKED=mask is not None, MAPPED=covariance.maps is not None,
-        T_=t_, D_=_power(narrow.shape[-1], 16), R_=_power(rows, 16),
+        PLANES=planes, T_=t_, D_=_power(narrow.shape[-1], 16), R_=_power(rows, 16),
         num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 
-    c_, o_ = side_by_side(outputs, rows, chosen.rows)
     row_blocks = triton.cdiv(rows, o_)
-    per_program = max(1, min(8, entries * examples * row_blocks * tiles // _PROGRAMS))
+    sharing = row_blocks if wide_input else 1  # programs that share a run of tiles
+    per_program = max(1, min(8, entries * examples * sharing * tiles // _PROGRAMS))
     splits = triton.cdiv(tiles, per_program)
-    blocks = entries * splits * row_blocks if rest else 0
+    blocks = entries * splits * sharing if rest else 0
     partial = workspace(blocks + (entries * rows if k_ else 0), examples, outputs, outputs)
-    grid = (entries * examples * splits * row_blocks,)
+    grid = (entries * examples * splits * sharing,)
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True}
-    tensors = (table, projected, unit, covariance.relative, covariance.largest, z, partial)
-    sizes = (examples, outputs, rows, tokens, width, tiles, per_program, splits, row_blocks)
+    tensors = (unit, covariance.relative, covariance.largest, z, partial)
+    sizes = (examples, outputs, rows, tokens, width, tiles, per_program, splits, row_blocks, k_)
     shared = {
         "DTYPE": _TRITON[wide.dtype],
         "ALIGNED": wide.data_ptr() % 16 == 0,
@@ -288,24 +300,30 @@ def _launch(
         "K_": k_,
     }
     if wide_input:
-        t_ = min(chosen.tokens, _power(tokens, 16))
-        # The interpreter computes bfloat16 wrongly; there the operand is widened, as for the other dtypes.
-        exact = wide.dtype == torch.bfloat16 and wide.is_cuda
         kernel.wide_input_kernel[grid](
-            *tensors, *sizes, *wide.stride(), *mask_strides,
-            EXACT=exact, ONE_STEP=tokens <= t_, T_=t_, **shared, **options,
+            table, projected, projected[0].numel(), *tensors, *sizes, *wide.stride(), *mask_strides,
+            PLANES=planes, T_=chosen.tokens, **shared, **options,
         )  # fmt: skip
     else:
-        kernel.wide_output_kernel[grid](*tensors, *sizes, *wide.stride(), *mask_strides, **shared, **options)
+        kernel.wide_output_kernel[grid](
+            table, projected, *tensors, *sizes, *wide.stride(), *mask_strides, **shared, **options
+        )
     if k_:
         deviations = torch.zeros((entries, rows, k_), dtype=torch.float32, device=device)
         deviations[:, :, :kept] = covariance.deviations
         kernel.kept_rows_kernel[(entries * examples * rows,)](
             z, mixing, deviations, covariance.relative, covariance.largest, partial[blocks:],
             examples, outputs, rows, tiles * k_,
-            REST=rest, C_=_power(outputs, 16), L_=128, K_=k_, num_warps=4, num_stages=2, enable_fp_fusion=True,
+            REST=rest, C_=_power(outputs, 16), L_=32, K_=k_, num_warps=4, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
     return partial.sum(0, dtype=torch.float64)
+
+
+def _planes(wide: Tensor, wide_input: bool) -> bool:
+    """Whether the narrow operand comes as three bfloat16 numbers: products with a bfloat16 input are exact then. The
+    interpreter computes bfloat16 wrongly; there the input is widened, as of the other dtypes.
+    """
+    return wide_input and wide.dtype == torch.bfloat16 and wide.is_cuda
 
 
 def _power(size: int, least: int) -> int:
