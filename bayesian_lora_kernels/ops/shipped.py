@@ -17,6 +17,7 @@ ARCHITECTURES = {"sm_80": (80, 166912), "sm_90": (90, 232448), "sm_100": (100, 2
 KERNEL_MODULES: tuple[str, ...] = (
     "bayesian_lora_kernels.ops.outer_product.kernel",
     "bayesian_lora_kernels.ops.outer_product.kernel_grouped",
+    "bayesian_lora_kernels.ops.incremental_svd.kernel",
 )
 
 
