@@ -4,11 +4,10 @@ float64. What is checked and how is in `test_ops_jacobian.py`, which does it for
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
-
-from bayesian_lora_kernels import ops
-from bayesian_lora_kernels.ops.jacobian_covariance.routes import kernel_refuses, side_by_side
 from test_ops_jacobian import (
     Posterior,
     assert_within_budget,
@@ -16,6 +15,9 @@ from test_ops_jacobian import (
     jacobians,
     posterior_and_dense,
 )
+
+from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.ops.jacobian_covariance.routes import kernel_refuses, side_by_side
 
 pytestmark = pytest.mark.interpret
 
@@ -179,16 +181,15 @@ def modules():
 def test_grouped_is_the_sum_over_modules(impl):
     a, g, posteriors, dense, masks = modules()
     result = ops.grouped_jacobian_covariance(a, g, posteriors, masks=masks, impl=impl)
-    truth = sum(j @ d @ j.mT for j, d in zip((jacobians(*one) for one in zip(a, g, masks)), dense, strict=True))
+    js = [jacobians(*one) for one in zip(a, g, masks, strict=True)]
+    truth = sum(j @ d @ j.mT for j, d in zip(js, dense, strict=True))
     assert (result - truth).norm() <= 1e-6 * truth.norm()
     assert torch.equal(result, result.mT)
 
 
 def test_a_small_workspace_changes_nothing(monkeypatch):
-    import bayesian_lora_kernels.ops.jacobian_covariance.kernel_launch  # noqa: F401, PLC0415
-    import sys
-
-    launch = sys.modules["bayesian_lora_kernels.ops.jacobian_covariance.kernel_launch"]
+    # By name: the package's attribute of that name is the function.
+    launch = importlib.import_module("bayesian_lora_kernels.ops.jacobian_covariance.kernel_launch")
     a, g, posteriors, _, masks = modules()
     expected = ops.grouped_jacobian_covariance(a, g, posteriors, masks=masks, impl="triton")
     monkeypatch.setattr(launch, "_WORKSPACE", 100)
@@ -199,9 +200,7 @@ def test_a_small_workspace_changes_nothing(monkeypatch):
 
 def test_results_repeat_bit_by_bit():
     a, g, posteriors, _, masks = modules()
-    first, second = (
-        ops.grouped_jacobian_covariance(a, g, posteriors, masks=masks, impl="triton") for _ in range(2)
-    )
+    first, second = (ops.grouped_jacobian_covariance(a, g, posteriors, masks=masks, impl="triton") for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -228,7 +227,15 @@ def test_what_the_kernels_cannot_take_is_refused(tensors, kept, message):
 
 @pytest.mark.parametrize(
     ("outputs", "rows", "expected"),
-    [(4, 8, (4, 8)), (3, 5, (4, 8)), (32, 8, (32, 1)), (64, 8, (64, 1)), (1, 1, (1, 16)), (16, 3, (16, 2)), (1, 64, (1, 32))],
+    [
+        (4, 8, (4, 8)),
+        (3, 5, (4, 8)),
+        (32, 8, (32, 1)),
+        (64, 8, (64, 1)),
+        (1, 1, (1, 16)),
+        (16, 3, (16, 2)),
+        (1, 64, (1, 32)),
+    ],
 )
 def test_rows_side_by_side(outputs, rows, expected):
     assert side_by_side(outputs, rows, 32) == expected

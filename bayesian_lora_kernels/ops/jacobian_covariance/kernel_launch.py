@@ -48,7 +48,7 @@ _ROWS = 32
 # more than 87 KB of shared memory or the large matrix instructions.
 _INPUT_PLANES = Configuration(width=64, tokens=64, num_warps=4, num_stages=3)
 _INPUT = Configuration(width=64, tokens=32, num_warps=4, num_stages=3)
-_OUTPUT = Configuration(width=64, tokens=1, num_warps=4, num_stages=1)
+_OUTPUT = Configuration(width=64, tokens=1, num_warps=8, num_stages=1)
 
 
 def configuration(wide_input: bool, planes: bool, outputs: int, rows: int) -> tuple[int, int, Configuration]:
@@ -56,6 +56,11 @@ def configuration(wide_input: bool, planes: bool, outputs: int, rows: int) -> tu
     c, o = side_by_side(outputs, rows, _ROWS)
     chosen = (_INPUT_PLANES if planes else _INPUT) if wide_input else _OUTPUT
     return c, o, replace(chosen, width=32) if c > _ROWS else chosen
+
+
+def kept_length(outputs: int) -> int:
+    """Columns of z that `kept_rows_kernel` takes at once: what registers leave."""
+    return 32 if outputs <= _ROWS else 16
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,15 @@ def grouped_jacobian_covariance(
                 torch.stack(kept),
                 *(torch.stack([weight[i] for i in members]) for weight in (*rest, weight_rest)),
             )
-            lists = ([x[i] for i in members] for x in (a, g, masks, wide))
-            total += _group(out, *lists, covariance, wide_input)
+            total += _group(
+                out,
+                [a[i] for i in members],
+                [g[i] for i in members],
+                [masks[i] for i in members],
+                [wide[i] for i in members],
+                covariance,
+                wide_input,
+            )
         _write(out, total)
 
 
@@ -314,7 +326,8 @@ def _launch(
         kernel.kept_rows_kernel[(entries * examples * rows,)](
             z, mixing, deviations, covariance.relative, covariance.largest, partial[blocks:],
             examples, outputs, rows, tiles * k_,
-            REST=rest, C_=_power(outputs, 16), L_=32, K_=k_, num_warps=4, num_stages=2, enable_fp_fusion=True,
+            REST=rest, C_=_power(outputs, 16), L_=kept_length(outputs), K_=k_,
+            num_warps=4, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
     return partial.sum(0, dtype=torch.float64)
 

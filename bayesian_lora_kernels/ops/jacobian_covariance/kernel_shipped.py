@@ -8,13 +8,15 @@ import triton.language as tl
 
 from ..shipped import Shipped
 from . import kernel
-from .kernel_launch import configuration
+from .kernel_launch import configuration, kept_length
 
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 # Outputs and directions of the narrow side: few classes with LoRA ranks 8 and 16, many, and a single row.
 _SIZES = ((4, 8), (4, 16), (32, 8), (64, 8), (1, 8))
 _KEPT = (0, 16, 32, 64)
-_THIRD_BLOCK = {"all": "two registers, once per tile: ptxas stays at 168, which lets a third block share a multiprocessor"}
+_ONE_OUTPUT = {
+    "sm_80": "two registers, once per tile: ptxas stays at 168, which lets a third block share a multiprocessor"
+}
 
 
 def shipped(architecture: str) -> list[Shipped]:
@@ -24,7 +26,7 @@ def shipped(architecture: str) -> list[Shipped]:
     found += [_kept_rows(c_, k_) for c_ in (16, 32, 64) for k_ in _KEPT if k_]
     for dtype in _TYPES:
         for outputs, rows in _SIZES:
-            for k_ in _KEPT if (outputs, rows) in _SIZES[:3:2] else (16,):
+            for k_ in _KEPT if (outputs, rows) in _SIZES[:3:2] and dtype != "fp16" else (16,):
                 found += [_wide(dtype, outputs, rows, k_, True), _wide(dtype, outputs, rows, k_, False)]
     return found
 
@@ -38,10 +40,22 @@ def _tile_bases(d_: int, k_: int) -> Shipped:
 
 
 def _narrow_rows(dtype: str, rows: int) -> Shipped:
-    types: dict[str, str] = {"table": "*i64", "maps": "*fp32", "out": "*bf16" if dtype == "bf16" else "*fp32", "plane": "i32"}
+    types: dict[str, str] = {
+        "table": "*i64",
+        "maps": "*fp32",
+        "out": "*bf16" if dtype == "bf16" else "*fp32",
+        "plane": "i32",
+    }
     types |= {name: "i32" for name in ("outputs", "tokens", "width", "rows", "stride_n", "stride_c", "stride_t")}
     types |= {"mask_stride_n": "i32", "examples": "i32"}
-    constants = {"stride_d": 1, "mask_stride_t": 1, "DTYPE": _TYPES[dtype], "MASKED": True, "MAPPED": True, "PLANES": dtype == "bf16"}
+    constants = {
+        "stride_d": 1,
+        "mask_stride_t": 1,
+        "DTYPE": _TYPES[dtype],
+        "MASKED": True,
+        "MAPPED": True,
+        "PLANES": dtype == "bf16",
+    }
     constants |= {"T_": 64, "D_": 16, "R_": rows}
     aligned = ("table", "maps", "out", "tokens")
     return Shipped(f"jacobian narrow_rows {dtype} {rows}", kernel.narrow_rows_kernel, types, constants, 4, 1, aligned)
@@ -52,7 +66,18 @@ def _wide(dtype: str, outputs: int, rows: int, k_: int, wide_input: bool) -> Shi
     c_, o_, config = configuration(wide_input, planes, outputs, rows)
     types: dict[str, str] = {"table": "*i64", "narrow": "*bf16" if planes else "*fp32"}
     types |= dict.fromkeys(("bases", "relative", "largest", "kept", "partial"), "*fp32")
-    sizes = ("examples", "outputs", "rows", "tokens", "width", "tiles", "tiles_per_program", "splits", "row_blocks", "columns")
+    sizes = (
+        "examples",
+        "outputs",
+        "rows",
+        "tokens",
+        "width",
+        "tiles",
+        "tiles_per_program",
+        "splits",
+        "row_blocks",
+        "columns",
+    )
     types |= dict.fromkeys((*sizes, "stride_n", "stride_t", "mask_stride_n"), "i32")
     aligned = (*types, "plane") if wide_input else tuple(types)
     aligned = tuple(name for name in aligned if name not in sizes or name in ("tokens", "width"))
@@ -72,7 +97,7 @@ def _wide(dtype: str, outputs: int, rows: int, k_: int, wide_input: bool) -> Shi
         config.num_stages,
         aligned,
         matrix="mma",
-        stack={} if wide_input or k_ else _THIRD_BLOCK,
+        stack=_ONE_OUTPUT if wide_input and dtype == "fp32" and outputs == 1 else {},
     )
 
 
@@ -80,7 +105,14 @@ def _kept_rows(c_: int, k_: int) -> Shipped:
     types = dict.fromkeys(("kept", "mixing", "deviations", "relative", "largest", "partial"), "*fp32")
     types |= dict.fromkeys(("examples", "outputs", "rows", "length"), "i32")
     aligned = ("kept", "mixing", "deviations", "relative", "largest", "partial", "length")
-    constants = {"REST": True, "C_": c_, "L_": 32, "K_": k_}
+    constants = {"REST": True, "C_": c_, "L_": kept_length(c_), "K_": k_}
     return Shipped(
-        f"jacobian kept_rows {c_}x32x{k_}", kernel.kept_rows_kernel, types, constants, 4, 2, aligned, matrix="mma"
+        f"jacobian kept_rows {c_}x{kept_length(c_)}x{k_}",
+        kernel.kept_rows_kernel,
+        types,
+        constants,
+        4,
+        2,
+        aligned,
+        matrix="mma",
     )

@@ -113,8 +113,8 @@ def grouped_jacobian_covariance(
         g: one ``[N, C, T_i, d_out_i]`` per module, with the same N and C.
         posteriors: one per module, see ``KroneckerPrecision``.
         masks: one ``[N, T_i]`` bool tensor or None per module; None: all tokens count.
-        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``. The kernel takes all modules of the same shapes,
-            dtypes and strides in one go.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``. The kernel takes all modules of the same
+            shapes, dtypes and strides in one go.
 
     Returns:
         ``[N, C, C]``, bit-exactly symmetric, float64 if any ``a`` or ``g`` is, else float32. No gradient is recorded.
@@ -135,7 +135,8 @@ def grouped_jacobian_covariance(
     _validate_all(a, g, masks)
     with torch.no_grad():
         parts = [
-            _bases_and_weights(f"{where}: entry {i}", *entry) for i, entry in enumerate(zip(a, g, posteriors, strict=True))
+            _bases_and_weights(f"{where}: entry {i}", *entry)
+            for i, entry in enumerate(zip(a, g, posteriors, strict=True))
         ]
         lists = [list(column) for column in zip(*parts, strict=True)]
         return _grouped_jacobian_covariance(list(a), list(g), *lists, list(masks), impl)

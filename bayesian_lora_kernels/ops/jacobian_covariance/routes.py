@@ -52,7 +52,10 @@ def side_by_side(outputs: int, rows: int, most: int) -> tuple[int, int]:
 
 
 def kernel_refuses(
-    out: Tensor, a: Tensor | Sequence[Tensor], g: Tensor | Sequence[Tensor], *rest: Tensor | None | Sequence[Tensor | None]
+    out: Tensor,
+    a: Tensor | Sequence[Tensor],
+    g: Tensor | Sequence[Tensor],
+    *rest: Tensor | Sequence[Tensor | None] | None,
 ) -> str | None:
     """Why the Triton kernels cannot take these arguments of ``jacobian_gram``, ``jacobian_covariance`` or its grouped
     form, or None.
@@ -67,7 +70,7 @@ def kernel_refuses(
     if isinstance(a, Tensor):
         entries = zip([a], [g], *([basis] for basis in bases), strict=True)
     else:
-        entries = zip(a, g, *bases, strict=True)  # type: ignore[arg-type]
+        entries = zip(a, g, *bases, strict=True)
     for one_a, one_g, *one_bases in entries:
         d_in, d_out = one_a.shape[2], one_g.shape[3]
         if min(d_in, d_out) > _NARROWEST_SIDE:
