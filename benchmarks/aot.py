@@ -1,8 +1,8 @@
 """Compiles every kernel as it is shipped, for every architecture, without a GPU: `python -m benchmarks.aot`.
 
 For each: registers, bytes of stack (spills), shared memory, matrix and FMA instructions. Ends with an error where a
-kernel needs stack without a listed reason, more shared memory than a block gets, or lacks the matrix instruction that is
-meant. `--write docs/aot.md` keeps the table.
+kernel needs stack without a listed reason, more shared memory than a block gets, or lacks the matrix instruction that
+is meant. `--write docs/aot.md` keeps the table.
 """
 
 from __future__ import annotations
@@ -128,11 +128,13 @@ def table(rows: list[Row]) -> str:
 
 
 def document(rows: list[Row]) -> str:
-    reasons = sorted({f"- {row.shipped.name}, {where}: {why}" for row in rows for where, why in row.shipped.stack.items()})
+    reasons = sorted(
+        {f"- {row.shipped.name}, {where}: {why}" for row in rows for where, why in row.shipped.stack.items()}
+    )
     return (
         "# Kernels as compiled\n\n"
-        f"Written by `make aot` with Triton {triton.__version__}, without a GPU. Every configuration that a launcher can "
-        "choose: registers per\nthread, bytes of stack (spills), bytes of shared memory, matrix and FMA instructions in "
+        f"Written by `make aot` with Triton {triton.__version__}, without a GPU. Every configuration a launcher "
+        "can choose: registers per\nthread, bytes of stack (spills), bytes of shared memory, matrix and FMA instructions in "
         "the PTX (static counts).\n\n"
         + table(rows)
         + ("\nStack that is accepted, and why:\n\n" + "\n".join(reasons) + "\n" if reasons else "")

@@ -1,4 +1,4 @@
-"""The Triton kernels of `incremental_svd`, in the interpreter or on a GPU: invariants, and agreement with the reference."""
+"""The Triton kernels of `incremental_svd`, in the interpreter or on a GPU: invariants, and the reference."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def test_masked_rows_may_hold_anything(rows):
     assert (run([x], mask=mask & False) == 0).all()
 
 
-@pytest.mark.parametrize(("rows", "width", "columns"), [(0, 7, 3), (1, 7, 3), (40, 7, 3), (40, 7, 12), (5, 7, 12), (30, 1, 2)])
+@pytest.mark.parametrize(
+    ("rows", "width", "columns"), [(0, 7, 3), (1, 7, 3), (40, 7, 3), (40, 7, 12), (5, 7, 12), (30, 1, 2)]
+)
 def test_any_shape_in_every_layout(rows, width, columns):
     for x in (
         torch.randn(rows, width, device=DEVICE),

@@ -1,8 +1,8 @@
 """Triton kernels around the touch of X: test columns, Gram matrices and products with l x l matrices in float64.
 
-They read B and Y (``[d, l]``) and Z (``[M, l]``), a few percent of X. Every kernel is grouped: program axis 0 is the module,
-axis 1 a part of its rows. A module is a row of the table (``fields``); scratch of all modules lies in common tensors of
-``BL`` columns, ``BL`` the power of two that holds l, with zeros in the columns past l.
+They read B and Y (``[d, l]``) and Z (``[M, l]``), a few percent of X. Every kernel is grouped: program axis 0 is the
+module, axis 1 a part of its rows. A module is a row of the table (``fields``); scratch of all modules lies in common
+tensors of ``BL`` columns, ``BL`` the power of two that holds l, with zeros in the columns past l.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def fresh_kernel(
     BN: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """One fresh column, the signed sum of its rows of X; nothing where the basis keeps its own (16 rows of X unread)."""
+    """One fresh column, the signed sum of its rows of X; nothing where the basis keeps its own (X unread)."""
     module, column = tl.program_id(0), tl.program_id(1)
     row_ptr = table_ptr + module.to(tl.int64) * NUMBER_OF_FIELDS
     columns, kept = tl.load(row_ptr + COLUMNS), tl.load(row_ptr + KEPT)
@@ -174,7 +174,8 @@ def gram_kernel(
 
 @triton.jit
 def orthonormalise_kernel(table_ptr, gram_ptr, w_ptr, DROPPED: tl.constexpr, BL: tl.constexpr):
-    """``W``, upper triangular, with orthonormal columns in ``S W``, from ``S^T S``: Gram-Schmidt in the order of the columns.
+    """``W``, upper triangular, with orthonormal columns in ``S W``, from ``S^T S``: Gram-Schmidt in the order of the
+    columns.
 
     The order matters: a direction with massive activations stays in the first column instead of being mixed into all of
     them, where float32 could not tell the others apart. A column that depends on those before it becomes zero.

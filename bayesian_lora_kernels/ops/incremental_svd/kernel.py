@@ -1,18 +1,19 @@
 """One-touch randomised incremental SVD in Triton, any number of streams at once, without waiting for the device.
 
-As ``reference.py``, but for three things. Test columns are made orthonormal by Gram-Schmidt on their Gram matrix in float64
-instead of Householder QR, which has no batched form on a GPU; a dependent column becomes zero. Z is split into two
-bfloat16 halves where X is bfloat16. And NaN or infinity in a counted row is not looked for: the result is then NaN.
+As ``reference.py``, but for three things. Test columns are made orthonormal by Gram-Schmidt on their Gram matrix in
+float64 instead of Householder QR, which has no batched form on a GPU; a dependent column becomes zero. Z is split
+into two bfloat16 halves where X is bfloat16. And NaN or infinity in a counted row is not looked for: the result is
+then NaN.
 
 Launches, for all streams of a dtype and padded width together: norms, fresh columns, stack, Gram, Gram-Schmidt, Omega;
 R, the touch (Z, Y), C, K; the l x l algebra (``small_eigh`` twice), B. First batches go through the touch twice, as in
 the reference. Batches with at most as many rows as columns are a few products in PyTorch each.
 
-Bytes and operations per stream, X of M rows and d columns of b bytes, L = l padded to a power of two: X twice, ``2 M d b`` (once
-where the second reading finds it in the L2 cache, see ``touch.py``) plus ``160 d b`` for the fresh columns; about ``44 d L``
-bytes for B, the stack, Omega and Y and ``20 M L`` for Z; ``2 M d L`` operations for Z and twice that for Y's two halves;
-``8 d L^2`` in float64. 224 streams of 2048 x 4096 in bf16, l = 30: X is 3.76 GB, 1.25 ms at 3 TB/s; the rest 1.6 GB, 0.5 ms;
-products 0.36 TFLOP, 0.5 ms on tensor cores; float64 7.5 GFLOP, 0.2 ms.
+Bytes and operations per stream, X of M rows and d columns of b bytes, L = l padded to a power of two: X twice, ``2 M
+d b`` (once where the second reading finds it in the L2 cache, see ``touch.py``) plus ``160 d b`` for the fresh
+columns; about ``44 d L`` bytes for B, the stack, Omega and Y and ``20 M L`` for Z; ``2 M d L`` operations for Z and
+twice that for Y's two halves; ``8 d L^2`` in float64. 224 streams of 2048 x 4096 in bf16, l = 30: X is 3.76 GB, 1.25
+ms at 3 TB/s; the rest 1.6 GB, 0.5 ms; products 0.36 TFLOP, 0.5 ms on tensor cores; float64 7.5 GFLOP, 0.2 ms.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ _DROPPED = 1e-14
 
 @dataclass(frozen=True)
 class Configuration:
-    """Rows of X per projection, columns of X per step of it and per product, rows per step of that; fused: one launch."""
+    """Rows of X per projection, columns of X per step of it and per product, rows per step of that; fused: one
+    launch.
+    """
 
     block_m: int
     block_k: int
@@ -61,7 +64,8 @@ class Configuration:
 
 
 def configurations(name: str, dtype: torch.dtype, block: int, programs: int) -> tuple[Configuration, ...]:
-    """Candidates for an architecture, dtype, padded width and how many blocks of 64 rows there are; the known-good first.
+    """Candidates for an architecture, dtype, padded width and how many blocks of 64 rows there are; the known-good
+    first.
 
     Blocks of 64 rows and 128 columns read Omega and Z an eighth and a quarter as often as X. Where they would leave
     multiprocessors idle, blocks of 16 and 32 take their place. ``sm_90`` and ``sm_100`` have room for deeper pipelines.
@@ -74,7 +78,7 @@ def configurations(name: str, dtype: torch.dtype, block: int, programs: int) -> 
     if dtype == torch.float32:
         return (Configuration(64, 32, 64, 32, 4, 3),)
     if dtype == torch.float16:  # multiplied in float32 with Z, which float16 might not hold
-        return (Configuration(64, 128, 64, 32, 4, 3),)
+        return (Configuration(64, 64, 64, 32, 4, 3),)
     return (
         Configuration(64, 128, 128, 64, 8 if block == 64 else 4, stages),
         Configuration(128, 64, 128, 64, 8, stages),
@@ -171,13 +175,13 @@ def _eigh_of_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending eigenvalues and eigenvectors of ``[..., n, n]``; the native kernel where it can, which does not wait."""
+    """Ascending eigenvalues and eigenvectors of ``[..., n, n]``; natively, without waiting, where it can."""
     matrices = matrices.contiguous()
     values, vectors = matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices)
     if native.why_unavailable() is None and native.refuses_small_eigh(values, vectors, matrices) is None:
         native.small_eigh(values, vectors, matrices, check_errors=False)
         return values.flip(-1), vectors.flip(-1)
-    return torch.linalg.eigh(matrices)  # type: ignore[return-value]
+    return torch.linalg.eigh(matrices)
 
 
 class _Update:
@@ -399,7 +403,9 @@ def _shipped_touch(one: Configuration, dtype: torch.dtype, name: str, block: int
             one.num_warps,
             one.num_stages,
             aligned=tuple(key for key, kind in arguments.items() if kind.startswith("*") and key != "counters_ptr"),
-            matrix="best" if dtype != torch.float32 and one.block_m >= 64 and kernel is not back_project_kernel else "mma",
+            matrix="best"
+            if dtype != torch.float32 and one.block_m >= 64 and kernel is not back_project_kernel
+            else "mma",
         )
         for title, kernel, arguments, values in kernels
     ]

@@ -1,9 +1,9 @@
 """The touch of X: ``Z = X Omega`` and ``Y = X^T Z + B R``, all that is ever read of X.
 
-``project`` makes some rows of Z, ``back_project`` some rows of Y, which needs all of Z of its module. ``touch_kernel`` is both in
-one launch: programs draw tickets, in an order in which the products of a module follow its projections at a distance of
-``LAG`` modules, so that the second reading of X finds it in the L2 cache. A program waits for projections that hold smaller
-tickets, and so run already: it cannot wait for one that does not.
+``project`` makes some rows of Z, ``back_project`` some rows of Y, which needs all of Z of its module.
+``touch_kernel`` is both in one launch: programs draw tickets, in an order in which the products of a module follow
+its projections at a distance of ``LAG`` modules, so that the second reading of X finds it in the L2 cache. A program
+waits for projections that hold smaller tickets, and so run already: it cannot wait for one that does not.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def project(
     stride_xm = tl.load(row_ptr + STRIDE_XM)
     if CONTIGUOUS:
         x_ptr = tl.multiple_of(x_ptr, 16)
-        stride_xm = tl.multiple_of(stride_xm, 4 if DTYPE == tl.float32 else 8)
-        width = tl.multiple_of(width, 4 if DTYPE == tl.float32 else 8)
+        stride_xm = tl.multiple_of(stride_xm, 4 if tl.float32 == DTYPE else 8)
+        width = tl.multiple_of(width, 4 if tl.float32 == DTYPE else 8)
         stride_xd = 1
     else:
         stride_xd = tl.load(row_ptr + STRIDE_XD)
@@ -105,8 +105,8 @@ def back_project(
 ):
     """``Y[block] = (X^T Z)[block] + (B R)[block]``.
 
-    X in bfloat16 is exact, so that the high and the low half of Z make the product good to 2^-17 of Z. Two products, each
-    finished, then their sum: on top of ``B R`` every step would round at the size of the whole stream.
+    X in bfloat16 is exact, so that the high and the low half of Z make the product good to 2^-17 of Z. Two products,
+    each finished, then their sum: on top of ``B R`` every step would round at the size of the whole stream.
     """
     row_ptr = table_ptr + module.to(tl.int64) * NUMBER_OF_FIELDS
     x_ptr = tl.load(row_ptr + X).to(tl.pointer_type(DTYPE))
@@ -114,8 +114,8 @@ def back_project(
     stride_xm = tl.load(row_ptr + STRIDE_XM)
     if CONTIGUOUS:
         x_ptr = tl.multiple_of(x_ptr, 16)
-        stride_xm = tl.multiple_of(stride_xm, 4 if DTYPE == tl.float32 else 8)
-        width = tl.multiple_of(width, 4 if DTYPE == tl.float32 else 8)
+        stride_xm = tl.multiple_of(stride_xm, 4 if tl.float32 == DTYPE else 8)
+        width = tl.multiple_of(width, 4 if tl.float32 == DTYPE else 8)
         stride_xd = 1
     else:
         stride_xd = tl.load(row_ptr + STRIDE_XD)
@@ -182,6 +182,7 @@ def project_kernel(
     BK: tl.constexpr,
     BL: tl.constexpr,
 ):
+    """``project``, one program per block and module."""
     block, module = tl.program_id(0), tl.program_id(1)
     height = tl.load(table_ptr + module.to(tl.int64) * NUMBER_OF_FIELDS + HEIGHT)
     if block * BM < height:
@@ -220,6 +221,7 @@ def back_project_kernel(
     BD: tl.constexpr,
     BL: tl.constexpr,
 ):
+    """``back_project``, one program per block and module."""
     block, module = tl.program_id(0), tl.program_id(1)
     width = tl.load(table_ptr + module.to(tl.int64) * NUMBER_OF_FIELDS + WIDTH)
     if block * BD < width:
@@ -266,6 +268,7 @@ def touch_kernel(
     BL: tl.constexpr,
     LAG: tl.constexpr,
 ):
+    """Both in one launch, as tickets are drawn."""
     ticket = tl.atomic_add(counters_ptr, 1)
     stage = ticket // (projections + products)
     block = ticket % (projections + products)

@@ -5,11 +5,11 @@ fused; a tile and its mirror image get the same numbers. Where the triangle has 
 for, the rows are split: every part writes its sums to scratch, and a second launch adds them in order (deterministic,
 no atomics).
 
-Bytes and operations, X of M rows and d columns of b bytes, ``n = ceil(d / 128)`` tile rows: ``n (n + 1) / 2 * 128^2 * 2 M``
-operations (a GEMM: ``2 M d^2``); traffic ``M d b`` for X when it stays in L2 between the tiles of a band, otherwise up to
-``n / band`` times that, plus ``4 d^2`` bytes for the store, as many again to accumulate, half of both with ``lower``; a
-split over S parts writes and reads ``4 S d^2 / 2`` bytes more. At M = 8192, d = 4096, bf16: 528 tiles, 141.7 GFLOP,
-177 us at 798 TFLOP/s; traffic 67 + 67 MB, 45 us at 3 TB/s.
+Bytes and operations, X of M rows and d columns of b bytes, ``n = ceil(d / 128)`` tile rows: ``n (n + 1) / 2 * 128^2 *
+2 M`` operations (a GEMM: ``2 M d^2``); traffic ``M d b`` for X when it stays in L2 between the tiles of a band,
+otherwise up to ``n / band`` times that, plus ``4 d^2`` bytes for the store, as many again to accumulate, half of both
+with ``lower``; a split over S parts writes and reads ``4 S d^2 / 2`` bytes more. At M = 8192, d = 4096, bf16: 528
+tiles, 141.7 GFLOP, 177 us at 798 TFLOP/s; traffic 67 + 67 MB, 45 us at 3 TB/s.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def outer_product_kernel(
     BD: tl.constexpr,
     BAND: tl.constexpr,
 ):
+    """One tile on or below the diagonal, of one part of the rows."""
     p, split = tl.program_id(0), tl.program_id(1)
     i, j = lower_tile_in_bands(p, tl.cdiv(width, BD), BAND)
     first_row = split * rows_per_split
@@ -97,6 +98,7 @@ def sum_splits_kernel(
     BD: tl.constexpr,
     BAND: tl.constexpr,
 ):
+    """Add the parts of a tile in order; scale, add to ``out``, mirror."""
     p = tl.program_id(0)
     i, j = lower_tile_in_bands(p, tl.cdiv(width, BD), BAND)
     o = tl.arange(0, BD)
@@ -111,6 +113,7 @@ def sum_splits_kernel(
 
 @triton.jit
 def mirror_lower_kernel(out_ptr, width, stride_o0, stride_o1, BD: tl.constexpr):
+    """Copy one tile from below the diagonal to above it."""
     i, j = lower_tile(tl.program_id(0))
     o_i = i * BD + tl.arange(0, BD)
     o_j = j * BD + tl.arange(0, BD)
@@ -140,12 +143,12 @@ class Configuration:
 
 
 # 128^2 tiles: at d = 4096 their triangle is 528 programs, 4.0 waves of 132, where 128 x 256 would need 2.06 and leave a
-# wave almost empty. 8 warps keep the 64 KB of sums at 64 registers a thread; 3 stages of 32 KB and 128 registers let two
-# programs share a multiprocessor, so that one multiplies while the other stores.
+# wave almost empty. 8 warps keep the 64 KB of sums at 64 registers a thread; 3 stages of 32 KB and 128 registers let
+# two programs share a multiprocessor, so that one multiplies while the other stores.
 _PAIRED = Configuration(64, 128, 8, 3, max_registers=128)
 _ALONE = Configuration(128, 128, 8, 2, per_multiprocessor=1)
 _WIDE = {
-    "sm_80": (Configuration(32, 128, 8, 3, max_registers=128), Configuration(64, 128, 8, 2, per_multiprocessor=1)),
+    "sm_80": (Configuration(32, 128, 8, 3, per_multiprocessor=1), Configuration(64, 128, 8, 2, per_multiprocessor=1)),
     "sm_90": (_PAIRED, _ALONE, Configuration(64, 128, 8, 4, per_multiprocessor=1)),
     "sm_100": (_PAIRED, _ALONE, Configuration(64, 128, 8, 4, per_multiprocessor=1)),
 }
@@ -154,7 +157,7 @@ _WIDE_FLOAT32 = {name: (Configuration(32, 64, 4, 3, per_multiprocessor=3),) for 
 # One tile, bound by the reading of X: long pieces of few columns.
 _NARROW = {
     16: Configuration(512, 16, 4, 1, per_multiprocessor=4),
-    32: Configuration(256, 32, 4, 1, per_multiprocessor=4),
+    32: Configuration(128, 32, 4, 1, per_multiprocessor=4),
     64: Configuration(64, 64, 4, 4, per_multiprocessor=3),
 }
 _NARROW_FLOAT32 = {

@@ -2,9 +2,9 @@
 
 Inputs are sorted by dtype, by the power of two that holds their width (16 to 128) and by layout (rows of contiguous
 columns, or any strides), which are known when a kernel is compiled; everything else about a module, its pointers
-included, is a row of a table in device memory, copied there once per call. One program sums one module; where modules are
-few, the rows are split and a second launch adds the parts in order (deterministic, no atomics). Wider inputs fill a GPU
-alone and go to ``outer_product``.
+included, is a row of a table in device memory, copied there once per call. One program sums one module; where modules
+are few, the rows are split and a second launch adds the parts in order (deterministic, no atomics). Wider inputs fill
+a GPU alone and go to ``outer_product``.
 
 Bytes and operations: X is read once, ``sum of M_i d_i b`` bytes, and ``4 d_i^2`` bytes written per module (as many read
 to accumulate); 2 M w^2 operations at a width w padded to its power of two. 256 modules of 8192 x 8 in bf16: 33.6 MB,
@@ -28,7 +28,19 @@ from .kernel import outer_product as outer_product_alone
 from .tiles import narrow_product, store_symmetric, tile_product
 
 # Columns of the table, one row of int64 per module.
-_COLUMNS = ("x", "mask", "out", "rows", "width", "stride_xm", "stride_xd", "stride_mask", "stride_o0", "stride_o1", "scale")
+_COLUMNS = (
+    "x",
+    "mask",
+    "out",
+    "rows",
+    "width",
+    "stride_xm",
+    "stride_xd",
+    "stride_mask",
+    "stride_o0",
+    "stride_o1",
+    "scale",
+)
 _FIELDS = tl.constexpr(len(_COLUMNS))
 WIDEST = 128
 
@@ -63,6 +75,7 @@ def grouped_outer_product_kernel(
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
+    """One module, or one part of its rows."""
     module, split = tl.program_id(0), tl.program_id(1)
     # Loaded in place, not by a function: the compiler forgets what it is told about the result of a call.
     row_ptr = table_ptr + module.to(tl.int64) * _FIELDS
@@ -73,8 +86,8 @@ def grouped_outer_product_kernel(
     stride_xm = tl.load(row_ptr + 5)
     if CONTIGUOUS:  # what the launcher checked and the compiler needs to know to load 16 bytes at a time
         x_ptr = tl.multiple_of(x_ptr, 16)
-        stride_xm = tl.multiple_of(stride_xm, 4 if DTYPE == tl.float32 else 8)
-        width = tl.multiple_of(width, 4 if DTYPE == tl.float32 else 8)
+        stride_xm = tl.multiple_of(stride_xm, 4 if tl.float32 == DTYPE else 8)
+        width = tl.multiple_of(width, 4 if tl.float32 == DTYPE else 8)
         stride_xd = 1
     else:
         stride_xd = tl.load(row_ptr + 6)
@@ -121,6 +134,7 @@ def grouped_sum_splits_kernel(
     ACCUMULATE: tl.constexpr,
     BD: tl.constexpr,
 ):
+    """Add the parts of a module in order; scale, add to its ``out``, mirror."""
     module = tl.program_id(0)
     o = tl.arange(0, BD)
     p_part = parts_ptr + module.to(tl.int64) * BD * BD + o[:, None] * BD + o[None, :]  # [BD, BD]
@@ -145,15 +159,30 @@ class Configuration:
     per_multiprocessor: int = 2
 
 
-# Bound by the reading of X: what counts is bytes in flight, about 16 KB per multiprocessor on an H100. At width 8 a step
-# of 512 rows is 8 KB, two programs and the step loaded ahead make 32 KB.
-_HALF = {16: Configuration(512, 4, 1), 32: Configuration(256, 4, 1), 64: Configuration(64, 4, 4), 128: Configuration(64, 8, 3)}
-_FLOAT32 = {16: Configuration(64, 4, 1), 32: Configuration(32, 4, 1), 64: Configuration(32, 4, 3), 128: Configuration(16, 8, 4)}
+# Bound by the reading of X: what counts is bytes in flight, about 16 KB per multiprocessor on an H100. At width 8 a
+# step of 512 rows is 8 KB, two programs and the step loaded ahead make 32 KB.
+_HALF = {
+    16: Configuration(512, 4, 1),
+    32: Configuration(128, 4, 1),
+    64: Configuration(64, 4, 4),
+    128: Configuration(64, 8, 3),
+}
+_FLOAT32 = {
+    16: Configuration(64, 4, 1),
+    32: Configuration(32, 4, 1),
+    64: Configuration(32, 4, 3),
+    128: Configuration(16, 8, 4),
+}
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 # Elements loaded one by one take an address each: smaller steps, or registers spill.
-_STRIDED = {16: Configuration(128, 4, 1), 32: Configuration(64, 4, 1), 64: Configuration(32, 4, 2), 128: Configuration(32, 8, 2)}
+_STRIDED = {
+    16: Configuration(128, 4, 1),
+    32: Configuration(64, 4, 1),
+    64: Configuration(32, 4, 2),
+    128: Configuration(32, 8, 2),
+}
 
 
 def configuration(dtype: torch.dtype, block: int, contiguous: bool) -> Configuration:

@@ -91,7 +91,8 @@ def narrow_product(
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``tile_product`` of a width that fits one tile: X is loaded once for both sides, the next rows while these multiply.
+    """``tile_product`` of a width that fits one tile: X is loaded once for both sides, the next rows while these
+    multiply.
 
     The compiler's pipeline would load it once per side, and this is bound by loading.
     """
