@@ -163,7 +163,7 @@ class Configuration:
 # step of 512 rows is 8 KB, two programs and the step loaded ahead make 32 KB.
 _HALF = {
     16: Configuration(512, 4, 1),
-    32: Configuration(128, 4, 1),
+    32: Configuration(64, 4, 1, 4),
     64: Configuration(64, 4, 4),
     128: Configuration(64, 8, 3),
 }
