@@ -134,8 +134,8 @@ def document(rows: list[Row]) -> str:
     return (
         "# Kernels as compiled\n\n"
         f"Written by `make aot` with Triton {triton.__version__}, without a GPU. Every configuration a launcher can "
-        "choose: registers\nper thread, bytes of stack (spills) and of shared memory, matrix and FMA instructions in the "
-        "PTX (static counts).\n\n"
+        "choose: registers\nper thread, bytes of stack (spills) and of shared memory, matrix and FMA instructions in "
+        "the PTX (static counts).\n\n"
         + table(rows)
         + ("\nStack that is accepted, and why:\n\n" + "\n".join(reasons) + "\n" if reasons else "")
     )
