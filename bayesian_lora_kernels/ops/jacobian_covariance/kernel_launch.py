@@ -58,9 +58,9 @@ def configuration(wide_input: bool, planes: bool, outputs: int, rows: int) -> tu
     return c, o, replace(chosen, width=32) if c > _ROWS else chosen
 
 
-def kept_length(outputs: int) -> int:
-    """Columns of z that `kept_rows_kernel` takes at once: what registers leave."""
-    return 32 if outputs <= _ROWS else 16
+def kept_configuration(outputs: int) -> tuple[int, int]:
+    """Columns of z that `kept_rows_kernel` takes at once, and its warps: what registers leave."""
+    return (32, 4) if outputs <= _ROWS else (16, 8)
 
 
 @dataclass(frozen=True)
@@ -326,8 +326,8 @@ def _launch(
         kernel.kept_rows_kernel[(entries * examples * rows,)](
             z, mixing, deviations, covariance.relative, covariance.largest, partial[blocks:],
             examples, outputs, rows, tiles * k_,
-            REST=rest, C_=_power(outputs, 16), L_=kept_length(outputs), K_=k_,
-            num_warps=4, num_stages=2, enable_fp_fusion=True,
+            REST=rest, C_=_power(outputs, 16), L_=kept_configuration(outputs)[0], K_=k_,
+            num_warps=kept_configuration(outputs)[1], num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
     return partial.sum(0, dtype=torch.float64)
 

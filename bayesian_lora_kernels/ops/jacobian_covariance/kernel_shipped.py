@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..shipped import Shipped
 from . import kernel
-from .kernel_launch import configuration, kept_length
+from .kernel_launch import configuration, kept_configuration
 
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 # Outputs and directions of the narrow side: few classes with LoRA ranks 8 and 16, many, and a single row.
@@ -102,16 +102,17 @@ def _wide(dtype: str, outputs: int, rows: int, k_: int, wide_input: bool) -> Shi
 
 
 def _kept_rows(c_: int, k_: int) -> Shipped:
+    l_, num_warps = kept_configuration(c_)
     types = dict.fromkeys(("kept", "mixing", "deviations", "relative", "largest", "partial"), "*fp32")
     types |= dict.fromkeys(("examples", "outputs", "rows", "length"), "i32")
     aligned = ("kept", "mixing", "deviations", "relative", "largest", "partial", "length")
-    constants = {"REST": True, "C_": c_, "L_": kept_length(c_), "K_": k_}
+    constants = {"REST": True, "C_": c_, "L_": l_, "K_": k_}
     return Shipped(
-        f"jacobian kept_rows {c_}x{kept_length(c_)}x{k_}",
+        f"jacobian kept_rows {c_}x{l_}x{k_}",
         kernel.kept_rows_kernel,
         types,
         constants,
-        4,
+        num_warps,
         2,
         aligned,
         matrix="mma",
