@@ -47,7 +47,7 @@ class LaplaceLoRA:
             all layers, in function space: for up to some thousand examples times logits).
         memory_budget: bytes that captured tensors, and `exact`'s rows, may take; None: half of what is free. Batches
             run in pieces, and rows move to the host or to disk, to stay within it.
-        fisher: `mc`, `exact`, `empirical`; `auto` is exact up to 16 backward passes, then mc.
+        fisher: `mc`, `exact`, `empirical`; `auto` is exact up to 16 backward passes for logits `[N, C]`, else mc.
         fisher_samples: targets drawn per example with `mc`.
         tokens: `expand`, `reduce` or `last`: how weight sharing over tokens is treated (`docs/method.md`).
         rank: a factor wider than `rank_threshold` keeps this many columns; None keeps every factor in full.
@@ -360,7 +360,7 @@ class LaplaceLoRA:
                 f"{', '.join(difference[:3])}"
             )
         values = {name: prior_precision[name] for name in names}
-        if len({id(value) if isinstance(value, Tensor) else float(value) for value in values.values()}) == 1:
+        if len({id(v) if isinstance(v, Tensor) else float(as_precision(v)) for v in values.values()}) == 1:
             return dict.fromkeys(names, as_precision(values[names[0]]))
         return {name: as_precision(value) for name, value in values.items()}
 

@@ -1,8 +1,8 @@
 """Peak memory of one prediction, in a fresh process: `python -m benchmarks.peak_memory` is what `peers` starts.
 
-The process loads the model and the posterior, then predicts once for a batch of 2 examples and 4 tokens, so that code which
-loads at first use is there. The freed heap goes back to the system, Linux's high-water mark of the resident set is reset,
-and the prediction runs. Its peak is the high-water mark less the resident set just before.
+The process loads the model and the posterior and predicts once for a batch of 2 examples and 4 tokens, so that code
+which loads at first use is there. The freed heap goes back to the system, Linux's high-water mark of the resident set
+is reset, and the prediction runs. Its peak is the high-water mark less the resident set just before.
 """
 
 from __future__ import annotations

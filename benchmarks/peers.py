@@ -33,7 +33,7 @@ FIT_RANK = 32
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, round by round, so that what disturbs the machine disturbs all of them; one round warms up."""
+    """Seconds of each call, in turns, so that what disturbs the machine disturbs all; the first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(rounds + 1):
         for name, call in calls.items():
@@ -112,7 +112,8 @@ def table(prediction: Mapping[str, Any], fit: Mapping[str, Any]) -> str:
     faster, pass_ratio = prediction["times_faster"], fit["times_a_plain_pass"][OURS]
     lines += [
         "",
-        f"predict: {faster['of_medians']:.1f} times faster by medians, {faster['of_minima']:.1f} by minima (wanted: 10)",
+        f"predict: {faster['of_medians']:.1f} times faster by medians, {faster['of_minima']:.1f} by minima "
+        "(wanted: at least 10)",
         f"predict: relative difference of means {prediction['difference_of_means']:.1e}, of covariances "
         f"{prediction['difference_of_covariances']:.1e} (wanted: at most 1e-4)",
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -137,9 +137,11 @@ def published_fit(model: peft.PeftModel, batches: list[dict[str, Tensor]], rank:
         ).logits
         return logits[:, -1, ids]
 
-    factors: Factors = calculate_kronecker_factors(
-        model, forward, batches, n_kfac=rank, lr_threshold=256, target_module_keywords=["lora"]
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # on its use of full backward hooks
+        factors: Factors = calculate_kronecker_factors(
+            model, forward, batches, n_kfac=rank, lr_threshold=256, target_module_keywords=["lora"]
+        )
     model.eval()  # it leaves train mode on
     model.zero_grad()
     return factors
@@ -181,15 +183,3 @@ def _processor() -> str:
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
-
-
-__all__ = [
-    "Workload",
-    "asdict",
-    "environment",
-    "plain_pass",
-    "published_factors",
-    "published_fit",
-    "published_prediction",
-    "relative_error",
-]

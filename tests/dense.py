@@ -107,7 +107,7 @@ def dense_factor(factor: Tensor, tail: Tensor) -> Tensor:
     if factor.shape[1] == d:
         return factor
     basis = torch.linalg.svd(factor, full_matrices=False)
-    spanned = basis.U[:, basis.S > basis.S.max() * 1e-7]
+    spanned = basis.U[:, (basis.S / basis.S.max()) > 1e-7]
     return factor @ factor.T + float(tail) * (torch.eye(d, dtype=torch.float64) - spanned @ spanned.T)
 
 

@@ -202,6 +202,40 @@ def t5(lengths: Sequence[int] = (5, 3, 6, 4), classes: int = 3) -> Case:
     return Case(model, examples, labels, lambda m, ids: m(input_ids=ids[None]).logits[0])
 
 
+def seq2seq(lengths: Sequence[int] = (5, 6), extra: int = 1, decoder_mask: bool = True) -> Case:
+    """Encoder and decoder; an example is the source followed by the target, of 3 tokens at most."""
+    torch.manual_seed(5)
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=PAD,
+    )
+    model = in_float64(lora(transformers.T5ForConditionalGeneration(config), ("q", "v"), task_type="SEQ_2_SEQ_LM"))
+    examples, labels = texts(lengths, 2)
+    targets = [3, 2] if decoder_mask else [3, 3]
+
+    def parts(which: Tensor) -> tuple[Tensor, Tensor]:
+        target = targets[next(i for i, x in enumerate(examples) if x is which)]
+        return which[:-target], which[-target:]
+
+    def collate(which: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
+        source = pad([parts(x)[0] for x in which], labels, extra=extra)
+        target = pad([parts(x)[1] for x in which], labels)
+        batch = {**source, "decoder_input_ids": target["input_ids"]}
+        return {**batch, "decoder_attention_mask": target["attention_mask"]} if decoder_mask else batch
+
+    def logits(model: nn.Module, example: Tensor) -> Tensor:
+        source, target = parts(example)
+        return model(input_ids=source[None], decoder_input_ids=target[None]).logits[0, -1, [2, 3]]
+
+    return Case(model, examples, labels, logits, {"class_token_ids": [2, 3]}, collate)
+
+
 class Mlp(nn.Module):
     """Everything that makes capturing hard: a module that is called twice, in-place activations, checkpoints."""
 

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from dense import jacobians, relative
-from models import Case, bert, causal_case, gpt2, llama, lora, mlp, randomise, t5
+from models import Case, bert, gpt2, llama, lora, mlp, randomise, seq2seq, t5
 from torch import Tensor, nn
 
 import bayesian_lora_kernels as blk
@@ -69,6 +69,8 @@ CASES: dict[str, tuple[Callable[[], Case], dict, list[int] | None]] = {
     "bert, one score": (lambda: bert(classes=1), {}, None),
     "bert, checkpointing": (lambda: under_checkpointing(bert(lora_dropout=0.0)), {}, None),
     "t5": (t5, {"extra": 1}, None),
+    "encoder and decoder": (seq2seq, {}, None),
+    "encoder and decoder, no decoder mask": (lambda: seq2seq(decoder_mask=False), {}, None),
     "mlp": (mlp, {}, None),
     "mlp, one example": (lambda: mlp(n=1), {}, None),
     "mlp, one score": (lambda: mlp(classes=1), {}, None),
@@ -196,7 +198,7 @@ def test_modules_called_with_different_inputs_do_not_share():
     assert len({id(f.a) for f in factors.values()}) == len(factors)
 
 
-def test_an_input_changed_in_place_between_two_layers_is_not_shared():
+def test_an_input_changed_in_place_between_two_layers():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -208,10 +210,11 @@ def test_an_input_changed_in_place_between_two_layers_is_not_shared():
                 x.mul_(2)
             return first + self.two(x)
 
-    torch.manual_seed(0)
     model = Model().double()
-    model.one.weight.requires_grad_(False)  # so that autograd itself does not need the old x
+    with pytest.raises(ValueError, match="batch 0: one: its input was changed in place after it had used it"):
+        blk.LaplaceLoRA(model).fit([(torch.randn(4, 3).double(), torch.tensor([0, 1, 1, 0]))], progress=False)
+    model.one.weight.requires_grad_(False)  # its bias does not need the old x
     x = torch.randn(4, 3, dtype=torch.float64)
     expected = (4 * x.T @ x / 4).clone()
-    factors = blk.LaplaceLoRA(model, modules=["two"]).fit([(x.clone(), None)], progress=False).factors
+    factors = blk.LaplaceLoRA(model).fit([(x.clone(), None)], progress=False).factors
     assert relative(factors["two"].a[:3, :3], expected) < 1e-12

@@ -12,12 +12,12 @@ import peft
 import pytest
 import torch
 import transformers
-from bayesian_lora_kernels.cli import main
 from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from bayesian_lora_kernels import LaplaceLoRA, LogitPosterior
+from bayesian_lora_kernels.cli import main
 
 WORDS = ["<unk>", "<s>", "</s>", "A", "B", "C", "Answer", ":", "red", "blue", "green", "fish", "bird", "tree"]
 CHOICES = ["A", "B", "C"]
@@ -359,6 +359,8 @@ def test_a_base_that_does_not_serve(made: Path, place: Path, capsys: Any) -> Non
     assert "base model broken: cannot be loaded" in error_of(capsys, "fit", "--base", "broken")
     edit_config(place, base_model_name_or_path=None)
     assert "it does not name the base model; pass --base FOLDER" in error_of(capsys, "fit")
+    edit_config(place, use_dora=True)
+    assert "this one uses DoRA" in error_of(capsys, "fit")
     edit_config(place, task_type="SEQ_CLS")
     assert "this one is for SEQ_CLS" in error_of(capsys, "fit")
 
@@ -418,7 +420,15 @@ def safetensors_save(tensors: dict[str, torch.Tensor], path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--batch-size", "0"], ["--rank", "some"], ["--curvature", "diagonal"], ["--max-length", "-1"]]
+    "options",
+    [
+        ["--batch-size", "0"],
+        ["--rank", "some"],
+        ["--curvature", "diagonal"],
+        ["--max-length", "-1"],
+        ["--modules", "("],
+        ["--seed", "9" * 30],
+    ],
 )
 def test_bad_options(place: Path, capsys: Any, options: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -77,6 +77,17 @@ def test_evidence_is_the_dense_formula(model, setting, per_module):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
+def test_evidence_of_a_float32_model(setting):
+    narrow, wide = mlp(n=9, tokens=3, dtype=torch.float32), mlp(n=9, tokens=3)
+    wide.model.load_state_dict(narrow.model.state_dict())
+    wide.examples, wide.labels = [x.double() for x in narrow.examples], narrow.labels
+    one, other = (fitted(case, **SETTINGS[setting]) for case in (narrow, wide))
+    for prior in (0.05, 3.0):
+        evidences = [float(laplace.log_marginal_likelihood(prior)) for laplace in (one, other)]
+        assert evidences[0] == pytest.approx(evidences[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_gradient_in_the_prior_precision(setting):
     case = mlp(n=9, tokens=3)
     laplace = fitted(case, **SETTINGS[setting])

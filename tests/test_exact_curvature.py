@@ -8,6 +8,7 @@ from dense import covariance, flat, ggn, jacobians, output_fisher, relative
 from models import Case, bert, gpt2, llama, mlp, t5
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.posterior.rows import RowStore
 
 MODELS = {
     "llama": (lambda: llama(targets=("q_proj", "v_proj", "lm_head"), hidden=8, r=2), {"side": "left", "extra": 2}),
@@ -118,6 +119,15 @@ def test_rows_in_files_change_nothing(model):
         drawn = [laplace.sample_weights(2, g) for laplace, g in zip((held, spilled), seeds, strict=True)]
         for name in drawn[0]:
             assert relative(drawn[1][name], drawn[0][name]) < 1e-10
+
+
+@pytest.mark.parametrize("budget", [1000, 100, 1])  # in memory, in a file half-way, in a file at once
+def test_rows_can_be_read_between_additions(budget):
+    store, whole = RowStore(budget), torch.randn(8, 5)
+    for i in range(0, 8, 2):
+        store.append({"one": whole[i : i + 2], "two": 2 * whole[i : i + 2, :3]})
+        assert torch.equal(store.rows("one"), whole[: i + 2])
+        assert torch.equal(store.rows("two", slice(1, 3)), 2 * whole[: i + 2, 1:3])
 
 
 def test_the_folder_of_the_rows_disappears_with_them():

@@ -18,9 +18,7 @@ from dense import (
 from models import Case, bert, gpt2, llama, mlp, t5
 
 import bayesian_lora_kernels as blk
-
-# The package's own rounding of the factors decides what the eigenbasis calls zero.
-EYE = {d: torch.eye(d, dtype=torch.float64) for d in range(1, 41)}
+from bayesian_lora_kernels.posterior.kronecker import Blocks
 
 
 def fitted(case: Case, batches=None, **arguments) -> blk.LaplaceLoRA:
@@ -137,6 +135,36 @@ def test_kronecker_posterior_is_its_dense_matrix(side_s, side_a):
     assert float(factors.trace()) == pytest.approx(trace, rel=1e-10)
 
 
+@pytest.mark.parametrize(("k_s", "k_a"), [(4, 6), (4, 2), (1, 6), (1, 2), (0, 2), (0, 0)])
+def test_corrected_eigenvalues_stand_on_their_directions(k_s, k_a):
+    """EKFAC's posterior: any number on each direction, here put there one direction at a time."""
+    left, right = (torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q for d in (4, 6))
+    blocks = Blocks(*(torch.rand(shape, dtype=torch.float64) for shape in ((k_s, k_a), (k_s,), (k_a,), ())))
+    posterior = blk.KroneckerPosterior(left[:, :k_s], right[:, :k_a], blocks, torch.tensor(0.3, dtype=torch.float64))
+    precision = torch.zeros(24, 24, dtype=torch.float64)
+    for j in range(4):
+        for i in range(6):
+            kept = blocks.kept[j, i] if j < k_s and i < k_a else None
+            value = (
+                kept
+                if kept is not None
+                else blocks.rest_a[j]
+                if j < k_s
+                else blocks.rest_s[i]
+                if i < k_a
+                else blocks.rest
+            )
+            direction = torch.outer(left[:, j], right[:, i]).flatten()
+            precision += (value + 0.3) * torch.outer(direction, direction)
+    assert relative(posterior.to_dense(), precision) < 1e-10
+    assert float(posterior.logdet()) == pytest.approx(float(torch.logdet(precision)), rel=1e-10)
+    a, g = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(2, 2, 3, 4, dtype=torch.float64)
+    jacobian = torch.einsum("nti,ncto->ncoi", a, g)
+    truth = covariance(jacobian.flatten(2), precision)
+    assert relative(blk.ops.jacobian_covariance(a, g, posterior), truth) < 1e-10
+    assert relative(posterior.covariance(jacobian[0], jacobian[0]), truth[0]) < 1e-10
+
+
 @pytest.mark.parametrize("side_a", SIDES)
 @pytest.mark.parametrize("side_s", SIDES)
 def test_samples_have_the_covariance_of_the_posterior(side_s, side_a):
@@ -197,7 +225,7 @@ def test_predictions_equal_the_dense_formula(rank, tokens):
 def test_predictions_of_a_language_model_equal_the_dense_formula():
     case = llama(targets=("q_proj", "v_proj", "lm_head"))
     laplace = fitted(case, prior_precision=0.4, rank=2, rank_threshold=8)
-    logits, jacobian = jacobians(case)
+    _, jacobian = jacobians(case)
     head = next(name for name in jacobian if "lm_head.lora_B" in name)
     jacobian[head] = jacobian[head][:, :, case.arguments["class_token_ids"]]
     truth = sum(

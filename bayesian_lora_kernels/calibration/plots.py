@@ -139,9 +139,9 @@ def _new_figure(columns: int, rows: int) -> Figure:
 def _draw_accuracy(axes: Any, one: ReliabilityBins) -> None:
     """Bars of accuracy at the bins' places, and the gap to the mean confidence of each."""
     full = one.count > 0
-    left, width = one.edges[:-1][full], one.edges.diff()[full]
-    right_share, sure = one.accuracy[full], one.confidence[full]
-    common = torch.minimum(right_share, sure)
+    left, width = one.edges[:-1][full].numpy(), one.edges.diff()[full].numpy()
+    right_share, sure = one.accuracy[full].numpy(), one.confidence[full].numpy()
+    common = torch.minimum(one.accuracy, one.confidence)[full].numpy()
     axes.bar(left, common, width, align="edge", color=BAR, edgecolor="white", linewidth=0.6, label="accuracy")
     for above, color, name in (
         (sure - common, OVER, "overconfident by"),
@@ -158,7 +158,8 @@ def _draw_accuracy(axes: Any, one: ReliabilityBins) -> None:
 
 
 def _draw_counts(axes: Any, one: ReliabilityBins, most: float) -> None:
-    axes.bar(one.edges[:-1], one.count, one.edges.diff(), align="edge", color=MUTED, edgecolor="white", linewidth=0.6)
+    left, width = one.edges[:-1].numpy(), one.edges.diff().numpy()
+    axes.bar(left, one.count.numpy(), width, align="edge", color=MUTED, edgecolor="white", linewidth=0.6)
     axes.set_ylim(0, 1.08 * most)
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     _tidy(axes)

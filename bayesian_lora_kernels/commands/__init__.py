@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -36,8 +37,10 @@ def add_commands(subparsers: _SubParsersAction[ArgumentParser]) -> None:
         "--rank", type=_rank, default=32, metavar="N", help="columns kept of a wide factor, or 'full'; default: 32"
     )
     fit.add_argument("--per-module", action="store_true", help="one prior precision for each module")
-    fit.add_argument("--modules", metavar="REGEX", help="modules to fit; default: every trainable linear one")
-    fit.add_argument("--seed", type=int, default=0, help="of everything random; default: 0")
+    fit.add_argument(
+        "--modules", type=_pattern, metavar="REGEX", help="modules to fit; default: every trainable linear one"
+    )
+    fit.add_argument("--seed", type=_seed, default=0, help="of everything random; default: 0")
     fit.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: the adapter's folder")
     _json(fit, "also write the results to this file, as JSON")
     fit.set_defaults(run=_runner("fit", "fitting"))
@@ -98,7 +101,7 @@ def _predictive(parser: ArgumentParser) -> None:
         "--method", choices=METHODS, default="probit", help="from Gaussian logits to probabilities; default: probit"
     )
     parser.add_argument("--samples", type=_positive, default=1024, metavar="N", help="for mc; default: 1024")
-    parser.add_argument("--seed", type=int, default=0, help="for mc; default: 0")
+    parser.add_argument("--seed", type=_seed, default=0, help="for mc; default: 0")
     parser.add_argument(
         "--posterior", type=Path, metavar="FOLDER", help="what blk fit got as --out; default: the adapter's folder"
     )
@@ -112,6 +115,20 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise ArgumentTypeError(f"expected a whole number below 2^63, got {text!r}")
+    return int(text)
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from error
+    return text
 
 
 def _rank(text: str) -> int | None:

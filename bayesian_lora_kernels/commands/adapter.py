@@ -149,6 +149,8 @@ def open_adapter(folder: Path, base: str | None) -> AdapterFolder:
     task = config.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise InputError(f"{folder}: expected an adapter of a causal language model, this one is for {task}")
+    if config.get("use_dora"):  # PEFT sends an identity matrix through A and B, which nobody can tell from inputs
+        raise InputError(f"{folder}: expected a plain LoRA adapter, this one uses DoRA, which is not supported")
     named = base or config.get("base_model_name_or_path")
     if not named:
         raise InputError(f"{path}: it does not name the base model; pass --base FOLDER")

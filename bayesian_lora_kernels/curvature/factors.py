@@ -129,7 +129,7 @@ class FactorSums:
             elif total.gather(x, mask):
                 ready.append(total)
         self._add_full(full)
-        self._update(ready)
+        self._update(_finite(ready))
         return grown
 
     def _add_full(self, entries: Sequence[tuple[FactorSum, Tensor, Tensor | None]]) -> None:
@@ -165,6 +165,14 @@ class FactorSums:
         """`{key: (factor, tail)}`, every factor multiplied by its scale."""
         self._update([total for total in self.sums.values() if total.waiting])
         return {key: self.sums[key].finish(scale, self.settings) for key, scale in scales.items()}
+
+
+def _finite(totals: Sequence[FactorSum]) -> list[FactorSum]:
+    """Those without NaN or infinity in their rows; the caller reports the others by name, from what `add` returned."""
+    if not totals:
+        return []
+    finite = torch.stack([torch.isfinite(torch.as_tensor(total.trace)).cpu() for total in totals]).tolist()
+    return [total for total, ok in zip(totals, finite, strict=True) if ok]
 
 
 class KroneckerSums:
@@ -239,7 +247,8 @@ def token_rows(x: Tensor, mask: Tensor | None, tokens: str, *, mean: bool) -> tu
     """Rows `[M, d]` that enter a factor, and their mask `[M]`, from `[N, T, d]`.
 
     `expand` takes every token; `reduce` one row per example, the mean (of inputs) or sum (of gradients) over its valid
-    tokens; `last` the last valid token.
+    tokens; `last` the last valid token. An example without a valid token, such as a text without a labelled position
+    where the output head only sees those, has no row that counts.
     """
     n, t, d = x.shape
     if tokens == "expand":
@@ -248,13 +257,14 @@ def token_rows(x: Tensor, mask: Tensor | None, tokens: str, *, mean: bool) -> tu
         if mask is None:
             return x[:, -1], None
         last = (mask.long() * torch.arange(t, device=x.device)).argmax(dim=1)
-        return x[torch.arange(n, device=x.device), last], None
+        return x[torch.arange(n, device=x.device), last], mask.any(dim=1)
     counted = x if mask is None else x.masked_fill(~mask[:, :, None], 0)
     total = counted.sum(dim=1, dtype=accumulate_dtype(x))
+    counts_at_all = None if mask is None else mask.any(dim=1)
     if not mean:
-        return total, None
+        return total, counts_at_all
     count = t if mask is None else mask.sum(dim=1, keepdim=True).clamp_min(1)
-    return total / count, None
+    return total / count, counts_at_all
 
 
 __all__ = ["TOKENS", "FactorSettings", "KroneckerSums", "token_rows"]

@@ -56,6 +56,7 @@ class Fit:
 @dataclass
 class _Totals:
     n_examples: int = 0
+    positions: Tensor | int = 0  # that carry a loss
     log_likelihood: Tensor | None = None
     labelled: bool = True
 
@@ -94,7 +95,7 @@ class CurvatureFit:
             ValueError: for an empty loader, bad labels, logits, inputs or gradients that are not finite, a layer that
                 is never called; the batch and the module are named.
         """
-        if self.settings.curvature == "ekfac" and iter(self.loader) is self.loader:
+        if self.settings.curvature == "ekfac" and isinstance(self.loader, Iterator):
             raise ValueError(
                 "loader: EKFAC goes over the data twice, expected an iterable that can start again (a DataLoader or a "
                 "list), got an iterator"
@@ -110,7 +111,8 @@ class CurvatureFit:
             squares = {("input", name): v for name, v in sums.add_inputs(recorded.inputs).items()}
             for gradients in self._backward(recorded):
                 grown = sums.add_gradients(gradients, recorded.inputs)
-                squares |= {("output gradient", name): v for name, v in grown.items()}
+                for name, value in grown.items():
+                    squares["output gradient", name] = squares.get(("output gradient", name), 0) + value
             _check_finite(squares, index)
         factors = sums.factors()
         self._check_called(factors)
@@ -170,6 +172,8 @@ class CurvatureFit:
             try:
                 batch = to_device(batch, device)
                 size = batch_size(batch)
+                if size == 0:
+                    continue
                 step = size
                 if size:
                     step = examples_within(
@@ -189,12 +193,19 @@ class CurvatureFit:
                 raise kind(f"batch {index}: {error}") from error
         if totals.n_examples == 0:
             raise ValueError("loader: expected at least one batch with at least one example, got none")
+        if int(totals.positions) == 0:
+            raise ValueError(
+                "mask: expected at least one position that carries a loss, got none in all of the data (a mask of all "
+                "False, or labels that are all -100)"
+            )
 
     def _count(self, recorded: Capture, totals: _Totals) -> None:
         logits, mask, labels, _ = recorded.result
         if not torch.isfinite(logits if mask is None else logits[mask]).all():
             raise ValueError("the logits are not finite (NaN or infinity)")
+        self.likelihood.check_logits(logits)
         totals.n_examples += len(logits)
+        totals.positions = totals.positions + (len(logits) if mask is None else mask.sum())
         if labels is None:
             totals.labelled = False
             return

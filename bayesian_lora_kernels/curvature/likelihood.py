@@ -21,6 +21,9 @@ MAX_EXACT_COLUMNS = 16
 class Likelihood(ABC):
     """What a logit means. Logits are `[N, C]`, or `[N, T, C]` with a mask `[N, T]` of positions that carry a loss."""
 
+    def check_logits(self, logits: Tensor) -> None:  # noqa: B027 (most shapes mean something)
+        """Raises ValueError if logits of this shape mean nothing."""
+
     @abstractmethod
     def check_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Labels in the form that the other methods take. Raises ValueError for a wrong shape, dtype or range."""
@@ -46,11 +49,13 @@ class Likelihood(ABC):
         """Gradient of the log-likelihood of the labels with respect to the logits."""
 
     def choose_fisher(self, fisher: str, logits: Tensor) -> str:
-        """Resolve `auto`: exact up to 16 backward passes, then mc."""
+        """Resolve `auto`: exact up to 16 backward passes, then mc; mc with a token dimension, whatever its length.
+
+        The number of positions changes from batch to batch, and one fit should not mix the two.
+        """
         if fisher != "auto":
             return fisher
-        positions = logits.shape[1] if logits.ndim == 3 else 1
-        return "exact" if positions * self.exact_rank(logits.shape[-1]) <= MAX_EXACT_COLUMNS else "mc"
+        return "exact" if logits.ndim == 2 and self.exact_rank(logits.shape[-1]) <= MAX_EXACT_COLUMNS else "mc"
 
     def cotangents(
         self,
@@ -67,7 +72,7 @@ class Likelihood(ABC):
         `exact` with a token dimension takes each position by itself: one backward pass that held several positions
         would add their cross terms.
         """
-        logits = _wide(logits.detach())
+        logits = _masked(_wide(logits.detach()), mask)  # what is masked may be anything, even NaN
         fisher = self.choose_fisher(fisher, logits)
         if fisher == "exact":
             columns = self.exact_columns(logits)
@@ -96,14 +101,17 @@ class Likelihood(ABC):
 class Classification(Likelihood):
     """Softmax over the logits; labels are class indices `[N]`, or `[N, T]` with -100 for none."""
 
+    def check_logits(self, logits: Tensor) -> None:
+        """See `Likelihood.check_logits`."""
+        if logits.shape[-1] < 2:
+            raise ValueError(
+                f"likelihood: classification expects at least 2 logits, got {logits.shape[-1]}; a single score, such "
+                "as a reward model's, is likelihood='regression'"
+            )
+
     def check_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """See `Likelihood.check_labels`."""
         n_classes = logits.shape[-1]
-        if n_classes < 2:
-            raise ValueError(
-                "likelihood: classification expects at least 2 logits, got 1; a single score, such as a reward "
-                "model's, is likelihood='regression'"
-            )
         if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
             raise ValueError(
                 f"labels: expected class indices of shape {list(logits.shape[:-1])}, got {labels.dtype} of shape "

@@ -44,10 +44,10 @@ class BaseSettings:
 class TuningSettings:
     """LoRA and its training."""
 
-    rank: int = 8
-    alpha: int = 16
+    rank: int = 4
+    alpha: int = 8
     targets: tuple[str, ...] = ("q_proj", "v_proj", "lm_head")
-    epochs: int = 30
+    epochs: int = 20
     batch_size: int = 32
     learning_rate: float = 3e-3
 
@@ -68,7 +68,7 @@ class DemoSettings:
         predict_batch_size: for predictions.
     """
 
-    train: int = 75
+    train: int = 150
     held_out: int = 25
     test: int = 100
     shift: int = 100
@@ -93,5 +93,5 @@ def quick_settings() -> DemoSettings:
         modules=("argparse", "http", "inspect", "json", "logging", "threading", "typing", "urllib"),
         samples=128,
         base=BaseSettings(vocabulary=900, pieces=300, width=32, heads=2, mlp=64, steps=40, warmup=5),
-        tuning=TuningSettings(rank=4, epochs=20, learning_rate=1e-2),
+        tuning=TuningSettings(learning_rate=1e-2),
     )

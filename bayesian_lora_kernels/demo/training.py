@@ -81,7 +81,7 @@ def train_base_model(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        watch({"text": float(text), "answer": float(answer)})
+        watch({"text": float(text.detach()), "answer": float(answer.detach())})
     model.eval()
 
 

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MASK_KEYS = ("attention_mask", "decoder_attention_mask")
+DECODER_MASK = "decoder_attention_mask"
+MASK_KEYS = ("attention_mask", DECODER_MASK)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it on `device`; mappings, tuples and lists keep their kind."""
+    """The batch with every tensor on `device`, as one that autograd may keep; tuples and lists keep their kind."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        moved = batch.to(device)
+        return moved.clone() if moved.is_inference() else moved
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
@@ -41,16 +43,19 @@ def inputs_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
 
 
 def token_masks(batch: Any) -> list[Tensor]:
-    """The `[N, T]` masks of valid tokens that come with a batch, as bool.
+    """The `[N, T]` masks of valid tokens that come with a batch, as bool; a decoder's ids without a mask are all valid.
 
     Raises:
-        ValueError: if an example has no valid token at all.
+        ValueError: if an example has no valid token at all, or if an encoder's and a decoder's mask differ in nothing
+            but their content: by its shape alone is known which of them describes a layer's tokens.
     """
     inputs = inputs_and_labels(batch)[0]
     masks = []
     if isinstance(inputs, Mapping):
         for key in MASK_KEYS:
             mask = inputs.get(key)
+            if mask is None and key == DECODER_MASK and isinstance(inputs.get("decoder_input_ids"), Tensor):
+                mask = torch.ones_like(inputs["decoder_input_ids"])
             if isinstance(mask, Tensor) and mask.ndim == 2:
                 valid = mask.bool()
                 empty = ~valid.any(dim=1)
@@ -60,6 +65,11 @@ def token_masks(batch: Any) -> list[Tensor]:
                         "the batch has a mask of all False"
                     )
                 masks.append(valid)
+    if len(masks) == 2 and masks[0].shape == masks[1].shape and not torch.equal(*masks):
+        raise ValueError(
+            f"{' and '.join(MASK_KEYS)}: both have the shape {list(masks[0].shape)} but differ, so that nothing tells "
+            "which of them describes a layer's tokens; pad one of the two by another column"
+        )
     return masks
 
 

@@ -36,6 +36,7 @@ class LayerInput(NamedTuple):
 
 class _Call(NamedTuple):
     a: Tensor  # the module's input, as it came
+    version: int  # of its storage then
     key: tuple[Any, ...]
 
 
@@ -98,7 +99,7 @@ class Capture:
             a = (args[0] if args else kwargs["input"]).detach()
             calls = self._calls[layer.name]
             key = (sources[id(layer.input_source)], a.dtype, bool(layer.weight), bool(layer.bias))
-            calls.append(_Call(a, key))
+            calls.append(_Call(a, a._version, key))
             if self._sink is None:
                 self._sink = torch.zeros((), device=output.device, requires_grad=True)
             return _Tap.apply(output, self._sink, self._mailbox, layer.name, len(calls) - 1)
@@ -117,7 +118,7 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
-        if not self.result.logits.requires_grad:
+        if self._sink is None or not self.result.logits.requires_grad:
             raise ValueError(
                 "forward: the logits do not depend on any of the layers: none was called, or forward runs under "
                 "torch.no_grad()"
@@ -131,6 +132,8 @@ class Capture:
             if not calls:
                 continue
             layer = self._layers[name]
+            if layer.weight and any(call.a._version != call.version for call in calls):
+                raise ValueError(f"{name}: its input was changed in place after it had used it")
             head_mask = self.result.head_mask if self._forward.in_head(name) else None
             key = (*(call.key for call in calls), head_mask is not None)
             if key not in shared:
@@ -266,7 +269,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
         for module, _ in modes:
             if _checkpoints_safely(module):
                 module.training = True
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for module, training in modes:

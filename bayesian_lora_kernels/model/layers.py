@@ -88,9 +88,9 @@ def find_layers(
 
     Args:
         model: a `peft.PeftModel`, or any module whose trainable parameters are weights and biases of `nn.Linear`.
-        modules: a regular expression that must match the whole module name, or a list of names (a name also matches
-            at the end of a longer one, after a dot). None takes every trainable `nn.Linear`; then there must be no
-            trainable parameter elsewhere.
+        modules: a regular expression that must match the whole module name, or a list of names (one that no module has
+            matches at the end of longer ones, after a dot). None takes every trainable `nn.Linear`; then there must be
+            no trainable parameter elsewhere.
         rows: `{module name: rows that are used}`, for an output head restricted to some classes.
 
     Raises:
@@ -130,6 +130,8 @@ def find_layers(
         layers_of = {name.rpartition(".")[0] for name in names}
         if len(layers_of) > 1 and layers_of & chosen:
             raise ValueError(f"one parameter is shared by several modules, which is not supported: {_some(names)}")
+    for name in selected:
+        _check_plain_lora(name, named_modules)
     return [
         LinearLayer(
             name=name,
@@ -151,6 +153,17 @@ def _input_source(name: str, named_modules: dict[str, nn.Module]) -> nn.Module:
     return named_modules[name]
 
 
+def _check_plain_lora(name: str, named_modules: dict[str, nn.Module]) -> None:
+    """Variants of LoRA (DoRA and others) use the matrices in ways beside their modules' calls."""
+    layer, _, adapter = name.replace(".lora_B.", ".lora_A.").rpartition(".lora_A.")
+    variant = getattr(named_modules.get(layer), "lora_variant", {}).get(adapter)
+    if variant is not None:
+        raise ValueError(
+            f"{name}: expected plain LoRA, its adapter is a {type(variant).__name__}, which uses the matrix outside "
+            "its module's call"
+        )
+
+
 def _select(available: list[str], modules: str | Sequence[str]) -> list[str]:
     if isinstance(modules, str):
         pattern = re.compile(modules)
@@ -158,7 +171,9 @@ def _select(available: list[str], modules: str | Sequence[str]) -> list[str]:
         missing = [] if selected else [modules]
     elif isinstance(modules, Iterable):
         wanted = list(modules)
-        matches = {want: [n for n in available if n == want or n.endswith("." + want)] for want in wanted}
+        matches = {
+            want: [want] if want in available else [n for n in available if n.endswith("." + want)] for want in wanted
+        }
         found = {name for names in matches.values() for name in names}
         selected = [name for name in available if name in found]
         missing = [want for want, names in matches.items() if not names]

@@ -12,9 +12,8 @@ from torch import Tensor
 from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels
 from bayesian_lora_kernels.model.layers import LinearLayer
 
-
-# Beyond this a CPU is no faster for more at once (within 5 %), and the graph of the piece only grows: its matrix products
-# want a few hundred rows, and a small model's operators some elements to work on.
+# Beyond this a CPU is hardly faster for more at once, and the graph of the piece only grows: matrix products want a
+# few hundred rows, and a small model's operators enough elements to outweigh what each call costs.
 CPU_TOKENS = 256
 CPU_ELEMENTS = 2**17
 

@@ -241,9 +241,14 @@ def as_precision(value: float | Tensor, device: torch.device | None = None) -> T
     """A prior precision as a 0-d float64 tensor on `device`; gradients pass through.
 
     Raises:
+        TypeError: if it is not a number at all.
         ValueError: if it is not one finite positive number.
     """
-    tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(value).__name__
+        raise TypeError(f"prior_precision: expected one positive number, got {kind} {value!r}") from error
     if tensor.numel() != 1:
         raise ValueError(f"prior_precision: expected one positive number, got a tensor of shape {list(tensor.shape)}")
     tensor = tensor.reshape(())

@@ -115,8 +115,9 @@ class LogitPosterior:
         variance = (self.variance - row.square() / total).clamp_min(torch.finfo(row.dtype).tiny)
         # log of exp(mean) / C^2 * sum exp(-mean), which overflows by itself
         spread = mean + (-mean).logsumexp(dim=-1, keepdim=True) - 2 * math.log(c)
-        alpha = (1 - 2 / c + spread.exp()) / variance
-        return alpha / alpha.sum(dim=-1, keepdim=True)
+        constant = torch.full_like(spread, math.log(1 - 2 / c) if c > 2 else -math.inf)
+        log_alpha = torch.logaddexp(constant, spread) - variance.log()
+        return log_alpha.softmax(dim=-1)
 
     def distribution(self) -> torch.distributions.MultivariateNormal:
         """The same Gaussian as a `torch.distributions` object with batch shape `[N]`."""

@@ -59,10 +59,18 @@ class LogitPredictor:
             ValueError: for logits with a token dimension, indices out of range, too many logits at once, or values
                 that are not finite.
         """
-        batch = to_device(batch, model_device(self.model))
-        size = batch_size(batch) or 1
+        with torch.inference_mode(False):
+            batch = to_device(batch, model_device(self.model))
+        size = batch_size(batch)
+        if size == 0:
+            raise ValueError("predict: expected at least one example, the batch has none")
+        size = size or 1
+        if isinstance(outputs, (list, tuple)):
+            outputs = torch.as_tensor(outputs)
+        if isinstance(outputs, Tensor) and outputs.ndim == 2 and len(outputs) != size:
+            raise ValueError(f"outputs: expected one row for each of {size} examples, got {list(outputs.shape)}")
         exact = isinstance(self.posterior, ExactPosterior)
-        count = outputs if isinstance(outputs, int) else len(outputs) if isinstance(outputs, (list, tuple)) else None
+        count = outputs if isinstance(outputs, int) else None
         count = outputs.shape[-1] if isinstance(outputs, Tensor) and outputs.ndim else count
         step = examples_within(self.memory_budget, batch, self.layers, outputs=count or 8, weight_gradients=exact)
         if not exact:  # which goes over all of its rows for every piece

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def minimise_nll(
     Raises:
         ValueError: if the loader is empty, an iterator that cannot start again, or has no labels.
     """
-    if iter(loader) is loader:
+    if isinstance(loader, Iterator):
         raise ValueError("val_loader: expected an iterable that can start again (a DataLoader or a list)")
 
     def nll(log_precisions: Tensor) -> Tensor:

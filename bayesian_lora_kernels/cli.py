@@ -1,0 +1,115 @@
+"""The command line, `blk`. Each command adds its own parser and sets `run`, arguments -> exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+FAILED, BAD_USE = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (0 for success, 1 for failure, 2 for bad use)."""
+    args = build_parser().parse_args(arguments)
+    code: int = args.run(args)
+    return code
+
+
+def build_parser() -> ArgumentParser:
+    """The parser with every command."""
+    from bayesian_lora_kernels import __version__
+    from bayesian_lora_kernels.commands import add_commands
+
+    parser = ArgumentParser(prog="blk", description="Laplace posteriors over LoRA weights.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_demo(subparsers)
+    _add_doctor(subparsers)
+    add_commands(subparsers)
+    return parser
+
+
+def _add_demo(subparsers: _SubParsersAction[ArgumentParser]) -> None:
+    demo = subparsers.add_parser(
+        "demo",
+        help="the whole story on text that is already on this machine",
+        description="Train a small language model, fine-tune it with LoRA until it is overconfident, and compare what "
+        "makes it calibrated.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--seeds", type=_positive, default=1, metavar="N", help="fine-tunings to average over")
+    demo.add_argument("--seed", type=int, default=0, help="of the base model and the first fine-tuning")
+    demo.add_argument("--out", type=Path, default=Path("blk-demo"), metavar="DIR", help="for the diagram and the JSON")
+    demo.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    demo.add_argument("--quick", action="store_true", help="tiny, in seconds; the numbers mean nothing")
+    demo.set_defaults(run=_demo)
+
+
+def _add_doctor(subparsers: _SubParsersAction[ArgumentParser]) -> None:
+    doctor = subparsers.add_parser(
+        "doctor",
+        help="what this machine can run, and a self-test",
+        description="Versions, devices, what can run here and why not the rest, and a self-test.",
+    )
+    doctor.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
+    doctor.set_defaults(run=_doctor)
+
+
+def _demo(args: Namespace) -> int:
+    from bayesian_lora_kernels.demo.run import run_demo
+    from bayesian_lora_kernels.demo.settings import DemoSettings, quick_settings
+
+    settings = quick_settings() if args.quick else DemoSettings()
+    try:
+        _check_json(args.json)
+        content = run_demo(settings, args.seeds, args.seed, args.out, progress=sys.stderr.isatty())
+        _write_json(args.json, content)
+    except (ImportError, OSError, RuntimeError) as error:
+        print(f"blk demo: {error}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def _doctor(args: Namespace) -> int:
+    from bayesian_lora_kernels.demo.doctor import examine, format_report
+
+    try:
+        _check_json(args.json)
+        report = examine()
+        print(format_report(report))
+        _write_json(args.json, report)
+    except OSError as error:
+        print(f"blk doctor: {error}", file=sys.stderr)
+        return FAILED
+    return 0 if report["ok"] else FAILED
+
+
+def _check_json(path: Path | None) -> None:
+    """Before long work: can the file be written?"""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise OSError(f"--json {path}: expected a file in a folder that exists")
+
+
+def _write_json(path: Path | None, content: Any) -> None:
+    if path is not None:
+        from bayesian_lora_kernels.posterior.storage import write_text
+
+        write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

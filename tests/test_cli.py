@@ -1,0 +1,93 @@
+"""`blk` from the outside: exit codes, what is printed, what is written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bayesian_lora_kernels import LaplaceLoRA, cli
+from bayesian_lora_kernels.demo.methods import NAMES
+from bayesian_lora_kernels.demo.run import JSON_NAME, PLOT_NAME
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """One quick demo of two runs: its output, folder and the additional JSON file."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("demo")
+    arguments = ["demo", "--quick", "--seeds", "2", "--out", str(folder / "out"), "--json", str(folder / "copy.json")]
+    result = subprocess.run(
+        [sys.executable, "-m", "bayesian_lora_kernels.cli", *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout, folder
+
+
+def test_demo_writes_its_files(quick):
+    _, folder = quick
+    assert sorted(path.name for path in (folder / "out").iterdir()) == sorted([JSON_NAME, PLOT_NAME])
+    assert (folder / "out" / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+    assert (folder / "copy.json").read_text() == (folder / "out" / JSON_NAME).read_text()
+
+
+def test_demo_prints_what_it_writes(quick):
+    output, folder = quick
+    content = json.loads((folder / "copy.json").read_text())
+    assert content["seeds"] == [0, 1]
+    for name in ("test", "shift"):
+        assert list(content["results"][name]) == list(NAMES)
+        for row in content["results"][name].values():
+            assert ("ood_auroc" in row) == (name == "test")
+            for statistic in row.values():
+                assert len(statistic["values"]) == 2
+                assert f"{statistic['mean']:.3f} ±{statistic['standard_error']:.3f}" in output
+    assert list(content["results_by_monte_carlo"]["test"]) == ["kfac", "ekfac", "exact"]
+    for sentence in content["conclusions"]:
+        assert sentence in output
+    assert all(value > 0 for what in content["chosen"].values() for value in what["values"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["demo", "--seeds", "0"], ["demo", "--seeds", "x"]])
+def test_bad_use(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: blk" in capsys.readouterr().err
+
+
+def test_paths_are_checked_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bayesian_lora_kernels.demo.run.run_demo", lambda *_, **__: pytest.fail("it began"))
+    assert cli.main(["demo", "--quick", "--json", str(tmp_path / "no" / "x.json")]) == 1
+    assert "expected a file in a folder that exists" in capsys.readouterr().err
+
+
+def test_demo_says_which_package_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sklearn" else object())
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 1
+    assert "the demo needs scikit-learn: pip install scikit-learn" in capsys.readouterr().err
+
+
+def test_doctor(tmp_path, capsys):
+    path = tmp_path / "doctor.json"
+    assert cli.main(["doctor", "--json", str(path)]) == 0
+    report, output = json.loads(path.read_text()), capsys.readouterr().out
+    assert report["ok"]
+    assert set(report["implementations"]) == {"reference", "triton", "native"}
+    for entry in report["implementations"].values():
+        assert entry["available"] or f"cannot run: {entry['reason']}" in output
+    assert all(version is None or version in output for version in report["versions"].values())
+    assert output.count("pass  ") == len(report["checks"])
+
+
+def test_doctor_fails_where_the_reference_does(capsys, monkeypatch):
+    def broken(self, loader, progress=True):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(LaplaceLoRA, "fit", broken)
+    assert cli.main(["doctor"]) == 1
+    assert "FAIL" in (output := capsys.readouterr().out)
+    assert "RuntimeError: out of order" in output
