@@ -28,14 +28,12 @@ help:
 demo: $(READY)
 	@$(BIN)/blk demo
 
-# Triton's interpreter needs a process of its own: it is switched on when a kernel is decorated.
+# Kernels run in Triton's interpreter, in a process of their own: make test-interpret.
 test: $(READY)
-	@$(PYTEST) -q -m "not slow and not interpret"
-	@TRITON_INTERPRET=1 $(PYTEST) -q -m "interpret and not slow"
+	@$(PYTEST) -q -m "not slow"
 
 test-all: $(READY)
-	@$(PYTEST) -q -m "not interpret"
-	@TRITON_INTERPRET=1 $(PYTEST) -q -m interpret
+	@$(PYTEST) -q
 
 TRITONS := $(TRITON_VERSIONS:%=$(VENV)-triton-%/.ready)
 
