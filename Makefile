@@ -1,10 +1,14 @@
 # make demo      the whole story on real data            make lint      only checks
 # make test      the tests, without the slow ones        make format    rewrites the sources
 # make bench     the benchmarks                          make clean     removes all that make made
+# make aot       compiles the GPU kernels without a GPU and writes docs/aot.md
+# make test-interpret, make aot-check: with each Triton of TRITON_VERSIONS, in environments of their own
 #
 # Every target sets up .venv by itself. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to every pip install.
 PYTHON    ?= python3
 PIP_FLAGS ?=
+# A GPU machine may have the first, a new installation the last.
+TRITON_VERSIONS ?= 3.6.0 3.9.0
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -15,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest
 # ninja is in the environment; the compiler finds it there
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-all lint format bench clean help
+.PHONY: demo test test-all test-interpret lint format bench aot aot-check clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -24,11 +28,33 @@ help:
 demo: $(READY)
 	@$(BIN)/blk demo
 
+# Kernels run in Triton's interpreter, in a process of their own: make test-interpret.
 test: $(READY)
 	@$(PYTEST) -q -m "not slow"
 
 test-all: $(READY)
 	@$(PYTEST) -q
+
+TRITONS := $(TRITON_VERSIONS:%=$(VENV)-triton-%/.ready)
+
+test-interpret: $(TRITONS)
+	@for ready in $^; do \
+	  TRITON_INTERPRET=1 $${ready%.ready}bin/python -m pytest -q -m interpret || exit 1; done
+
+aot-check: $(TRITONS)
+	@for ready in $^; do $${ready%.ready}bin/python -m benchmarks.aot || exit 1; done
+
+aot: $(lastword $(TRITONS))
+	@$(<D)/bin/python -m benchmarks.aot --write docs/aot.md
+
+# On top of .venv, with a Triton (and for 3.6 a NumPy) of its own.
+$(VENV)-triton-%/.ready: $(READY)
+	@echo "setup: $(@D)"
+	@$(BIN)/python -m venv $(@D)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+	  > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/base.pth"
+	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(PIP_FLAGS) "triton==$*" "numpy<2.4"
+	@touch $@
 
 lint: $(READY)
 	@echo "ruff check";  $(BIN)/ruff check --quiet .
@@ -43,7 +69,7 @@ bench: $(READY)
 	@$(PYTEST) -q benchmarks --benchmark-only
 
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf $(VENV) $(VENV)-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@rm -f bayesian_lora_kernels/_native*.so bayesian_lora_kernels/_native_build.json
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -28,6 +28,7 @@ def arguments():
     posterior = (torch.randn(4, 2), torch.randn(7, 3), *weights)
     return {
         "outer_product": (x, mask, 2.0, "auto"),
+        "mirror_lower": (torch.randn(12, 12), "auto"),
         "outer_product_accumulate": (out, x, None, 2.0, "auto"),
         "grouped_outer_product": ([x, few], [mask, None], [1.0, 2.0], "auto"),
         "grouped_outer_product_accumulate": ([out, out.clone()], [x, few], [mask, None], [1.0, 2.0], "auto"),
@@ -48,7 +49,7 @@ def test_opcheck(name):
 def test_compiles_without_a_graph_break(backend):
     def step(x, mask, a, g, basis_s, basis_a, blocks, out):
         first = ops.outer_product(x, mask=mask, scale=0.5)
-        second = ops.outer_product(x, out=out)
+        second = ops.mirror_lower(ops.outer_product(x, out=out, lower=True))
         grouped = ops.grouped_outer_product([x, 2 * x], masks=[mask, None], outs=[first, out])
         basis = ops.incremental_svd(None, x, columns=6, mask=mask, fresh=2)
         bases = ops.grouped_incremental_svd([basis, None], [x, x[:3]], columns=6)

@@ -4,17 +4,19 @@ implementations.
 
 from .dispatch import backends, set_default_impl
 from .incremental_svd import grouped_incremental_svd, incremental_svd
-from .jacobian_covariance import jacobian_covariance, jacobian_gram
-from .outer_product import grouped_outer_product, outer_product
+from .jacobian_covariance import grouped_jacobian_covariance, jacobian_covariance, jacobian_gram
+from .outer_product import grouped_outer_product, mirror_lower, outer_product
 from .small_eigh import small_eigh
 
 __all__ = [
     "backends",
     "grouped_incremental_svd",
+    "grouped_jacobian_covariance",
     "grouped_outer_product",
     "incremental_svd",
     "jacobian_covariance",
     "jacobian_gram",
+    "mirror_lower",
     "outer_product",
     "set_default_impl",
     "small_eigh",

@@ -24,6 +24,8 @@ logger = logging.getLogger("bayesian_lora_kernels")
 # The order in which "auto" tries them.
 IMPLEMENTATIONS = ("native", "triton", "reference")
 CHOICES = ("auto", *IMPLEMENTATIONS)
+# Tested in the interpreter only: no GPU has run these yet, so "auto" leaves them to an explicit choice.
+UNPROVEN = ("triton",)
 ENVIRONMENT_VARIABLE = "BLK_IMPL"
 
 
@@ -150,6 +152,9 @@ def choose(operation: str, impl: str, *arguments: Any) -> Callable[..., None]:
     for name in IMPLEMENTATIONS:
         candidate = offered.get(name)
         if candidate is None or not candidate.suits_auto(*arguments):
+            continue
+        if name in UNPROVEN:
+            _log_once(operation, name, f"not yet proven on a GPU, impl={name!r} asks for it")
             continue
         reason = machine_refuses(name) or candidate.refuses(*arguments)
         if reason is None:

@@ -11,12 +11,15 @@ State ``B: [d, l]``, ``B B^T`` the running estimate of ``sum x x^T``. Two routes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..masking import zero_masked
+
+Eigh = Callable[[Tensor], Any]
 
 
 def is_direct(rows: int, columns: int) -> bool:
@@ -37,7 +40,7 @@ def incremental_svd(
     counted = zero_masked(x, mask).to(out.dtype)
     columns = min(out.shape[1], out.shape[0])
     if is_direct(x.shape[0], out.shape[1]):
-        result = _direct(basis, counted, columns)
+        result = direct(basis, counted, columns)
     else:
         fresh = fresh if fresh <= columns else columns // 2
         result = _sketch(basis, counted, x.dtype, rows[:columns], signs[:columns], fresh)
@@ -59,10 +62,13 @@ def grouped_incremental_svd(
         incremental_svd(out, basis, x, mask, chosen, sign, fresh)
 
 
-def _direct(basis: Tensor, x: Tensor, columns: int) -> Tensor:
+def direct(basis: Tensor, x: Tensor, columns: int, eigh: Eigh = torch.linalg.eigh, check: bool = True) -> Tensor:
+    """The leading ``columns`` of ``[B, X^T]``. ``check`` waits for the device to see that all is finite."""
     both = torch.cat([basis, x.T], dim=1).double()  # [d, l + M]
-    _check_finite(gram := both.T @ both)
-    values, vectors = torch.linalg.eigh(gram)
+    gram = both.T @ both
+    if check:
+        _check_finite(gram)
+    values, vectors = eigh(gram)
     leading = min(columns, gram.shape[0])
     values, vectors = values[-leading:].flip(0), vectors[:, -leading:].flip(1)
     # Below this a column is the rounding of the stored state, or of the Gram matrix, and no direction
@@ -83,7 +89,7 @@ def _sketch(basis: Tensor, x: Tensor, rounded_to: torch.dtype, rows: Tensor, sig
     y, z, r = y.double(), z.double(), r.double()
     core = z.T @ z + r.T @ r  # Omega^T (B B^T + X^T X) Omega
     _check_finite(core)
-    combination = _small_algebra(core, y.T @ y, torch.finfo(x.dtype).eps)
+    combination = small_algebra(core, y.T @ y, torch.finfo(x.dtype).eps)
     result = y @ combination
     # A column smaller than the rounding errors of the columns of Y that it combines holds no direction of the data.
     rounding = torch.finfo(x.dtype).eps * (y.norm(dim=0) @ combination.abs())
@@ -123,22 +129,23 @@ def _test_columns(basis: Tensor, x: Tensor, rows: Tensor, signs: Tensor, fresh: 
     return torch.linalg.qr(stacked).Q
 
 
-def _small_algebra(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
-    """``W: [l, l]`` with ``Y W`` orthogonal, descending, and ``Y W (Y W)^T = Y C^+ Y^T``.
+def small_algebra(core: Tensor, gram: Tensor, rounding: float, eigh: Eigh = torch.linalg.eigh) -> Tensor:
+    """``W: [..., l, l]`` with ``Y W`` orthogonal, descending, and ``Y W (Y W)^T = Y C^+ Y^T``.
 
-    ``core`` is ``C``, ``gram`` is ``Y^T Y``, all in float64; ``rounding`` is that of the data.
+    ``core`` is ``C``, ``gram`` is ``Y^T Y``, all in float64; ``rounding`` is that of the data; ``eigh``
+    gives eigenvalues in ascending order.
 
     Both are scaled so that ``C`` has a unit diagonal: the threshold of the pseudo-inverse then compares
     directions, not sizes, and a massive activation does not wipe out the others.
     """
-    diagonal = core.diagonal().sqrt()
+    diagonal = core.diagonal(dim1=-2, dim2=-1).sqrt()
     scale = torch.where(diagonal > 0, 1.0 / diagonal, 0.0)
-    values, vectors = torch.linalg.eigh(core * scale * scale[:, None])
-    threshold = max(rounding, core.shape[0] * torch.finfo(torch.float64).eps) * values[-1:]
+    values, vectors = eigh(core * scale[..., None, :] * scale[..., :, None])
+    threshold = max(rounding, core.shape[-1] * torch.finfo(torch.float64).eps) * values[..., -1:]
     inverse_root = torch.where(values > threshold, values.clamp(min=1e-300).rsqrt(), 0.0)
-    whiten = scale[:, None] * vectors * inverse_root
-    _, rotation = torch.linalg.eigh(whiten.T @ gram @ whiten)
-    return whiten @ rotation.flip(1)
+    whiten = scale[..., :, None] * vectors * inverse_root[..., None, :]
+    _, rotation = eigh(whiten.mT @ gram @ whiten)
+    return whiten @ rotation.flip(-1)
 
 
 def _check_finite(small: Tensor) -> None:

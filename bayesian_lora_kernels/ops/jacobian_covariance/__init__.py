@@ -2,6 +2,6 @@
 covariance.
 """
 
-from .op import jacobian_covariance, jacobian_gram
+from .op import grouped_jacobian_covariance, jacobian_covariance, jacobian_gram
 
-__all__ = ["jacobian_covariance", "jacobian_gram"]
+__all__ = ["grouped_jacobian_covariance", "jacobian_covariance", "jacobian_gram"]

@@ -1,18 +1,22 @@
-"""Public ``jacobian_covariance`` and ``jacobian_gram``: checks, allocation, dispatch."""
+"""Public ``jacobian_covariance``, its grouped form and ``jacobian_gram``: checks, allocation, dispatch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..checks import accumulation_dtype, check_device, check_mask, check_tensor, describe
+from ..checks import accumulation_dtype, check_device, check_mask, check_same_length, check_tensor, describe
 from ..dispatch import Implementation, check_impl, choose, register
+from .routes import kernel_refuses, kernel_suits
 
 _REFERENCE = "bayesian_lora_kernels.ops.jacobian_covariance.reference"
-register("jacobian_covariance", "reference", Implementation(_REFERENCE, "jacobian_covariance"))
-register("jacobian_gram", "reference", Implementation(_REFERENCE, "jacobian_gram"))
+_TRITON = "bayesian_lora_kernels.ops.jacobian_covariance.kernel_launch"
+for _name in ("jacobian_covariance", "grouped_jacobian_covariance", "jacobian_gram"):
+    register(_name, "reference", Implementation(_REFERENCE, _name))
+    register(_name, "triton", Implementation(_TRITON, _name, kernel_refuses, kernel_suits))
 
 
 class KroneckerPrecision(Protocol):
@@ -91,14 +95,62 @@ def jacobian_covariance(
     check_impl(where, impl)
     _validate(where, a, g, mask)
     with torch.no_grad():
-        blocks = posterior.precision_blocks
-        blocks = tuple(blocks() if callable(blocks) else blocks)
-        if len(blocks) != 4:
-            raise ValueError(f"{where}: posterior.precision_blocks: expected 4 tensors, got {len(blocks)}")
-        _validate_posterior(a, g, posterior.basis_s, posterior.basis_a, *blocks)
-        # In float64: they are few, and a weight of 1e-6 should not lose digits before it is used.
-        weights = [block.double().reciprocal() for block in blocks]
-        return _jacobian_covariance(a, g, posterior.basis_s, posterior.basis_a, *weights, mask, impl)
+        return _jacobian_covariance(a, g, *_bases_and_weights(where, a, g, posterior), mask, impl)
+
+
+def grouped_jacobian_covariance(
+    a: Sequence[Tensor],
+    g: Sequence[Tensor],
+    posteriors: Sequence[KroneckerPrecision],
+    *,
+    masks: Sequence[Tensor | None] | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Sum over modules of ``jacobian_covariance``: the covariance under a posterior of independent modules.
+
+    Args:
+        a: one ``[N, T_i, d_in_i]`` per module, at least one, all on one device.
+        g: one ``[N, C, T_i, d_out_i]`` per module, with the same N and C.
+        posteriors: one per module, see ``KroneckerPrecision``.
+        masks: one ``[N, T_i]`` bool tensor or None per module; None: all tokens count.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``. The kernel takes all modules of the same
+            shapes, dtypes and strides in one go.
+
+    Returns:
+        ``[N, C, C]``, bit-exactly symmetric, float64 if any ``a`` or ``g`` is, else float32. No gradient is recorded.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``jacobian_covariance``, with the entry's number; lists of different
+            lengths, or no module at all.
+
+    Source: as ``jacobian_covariance``.
+    """
+    where = "grouped_jacobian_covariance"
+    check_impl(where, impl)
+    if not isinstance(a, list | tuple) or not a:
+        raise ValueError(f"{where}: expected a to be a list of at least one tensor, got {describe(a)}")
+    masks = [None] * len(a) if masks is None else masks
+    for name, entries in (("g", g), ("posteriors", posteriors), ("masks", masks)):
+        check_same_length(f"{where}: {name}", len(a), entries)
+    _validate_all(a, g, masks)
+    with torch.no_grad():
+        parts = [
+            _bases_and_weights(f"{where}: entry {i}", *entry)
+            for i, entry in enumerate(zip(a, g, posteriors, strict=True))
+        ]
+        lists = [list(column) for column in zip(*parts, strict=True)]
+        return _grouped_jacobian_covariance(list(a), list(g), *lists, list(masks), impl)
+
+
+def _bases_and_weights(where: str, a: Tensor, g: Tensor, posterior: KroneckerPrecision) -> tuple[Tensor, ...]:
+    """The two bases, and the variances on the four blocks."""
+    blocks = posterior.precision_blocks
+    blocks = tuple(blocks() if callable(blocks) else blocks)
+    if len(blocks) != 4:
+        raise ValueError(f"{where}: posterior.precision_blocks: expected 4 tensors, got {len(blocks)}")
+    _validate_posterior(where, a, g, posterior.basis_s, posterior.basis_a, *blocks)
+    # In float64: they are few, and a weight of 1e-6 should not lose digits before it is used.
+    return posterior.basis_s, posterior.basis_a, *(block.double().reciprocal() for block in blocks)
 
 
 def _validate(where: str, a: Tensor, g: Tensor, mask: Tensor | None) -> None:
@@ -109,8 +161,16 @@ def _validate(where: str, a: Tensor, g: Tensor, mask: Tensor | None) -> None:
     check_mask(f"{where}: mask", mask, a, (examples, tokens))
 
 
-def _validate_posterior(a: Tensor, g: Tensor, basis_s: Tensor, basis_a: Tensor, *blocks: Tensor) -> None:
-    where = "jacobian_covariance: posterior"
+def _validate_all(a: Sequence[Tensor], g: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
+    for i, (one_a, one_g, mask) in enumerate(zip(a, g, masks, strict=True)):
+        where = f"grouped_jacobian_covariance: entry {i}"
+        _validate(where, one_a, one_g, mask)
+        check_tensor(f"{where}: g", one_g, (*g[0].shape[:2], *one_g.shape[2:]))
+        check_device(f"{where}: a", one_a, a[0].device)
+
+
+def _validate_posterior(where: str, a: Tensor, g: Tensor, basis_s: Tensor, basis_a: Tensor, *blocks: Tensor) -> None:
+    where = f"{where}: posterior"
     check_tensor(f"{where}.basis_s", basis_s, (g.shape[3], "k_s"))
     check_tensor(f"{where}.basis_a", basis_a, (a.shape[2], "k_a"))
     for name, basis in (("basis_s", basis_s), ("basis_a", basis_a)):
@@ -135,8 +195,17 @@ def _validate_and_allocate(a: Tensor, g: Tensor, mask: Tensor | None) -> Tensor:
 
 def _validate_posterior_and_allocate(a: Tensor, g: Tensor, mask: Tensor | None, *posterior: Tensor) -> Tensor:
     _validate("jacobian_covariance", a, g, mask)
-    _validate_posterior(a, g, *posterior)
+    _validate_posterior("jacobian_covariance", a, g, *posterior)
     return _allocate(a, g)
+
+
+def _validate_all_and_allocate(
+    a: Sequence[Tensor], g: Sequence[Tensor], masks: Sequence[Tensor | None], *posteriors: Sequence[Tensor]
+) -> Tensor:
+    _validate_all(a, g, masks)
+    for i, posterior in enumerate(zip(*posteriors, strict=True)):
+        _validate_posterior(f"grouped_jacobian_covariance: entry {i}", a[i], g[i], *posterior)
+    return _allocate(a[0], g[0]).to(accumulation_dtype(*a, *g))
 
 
 @torch.library.custom_op(
@@ -197,3 +266,47 @@ def _(
 ) -> Tensor:
     posterior = (basis_s, basis_a, weight_kept, weight_rest_a, weight_rest_s, weight_rest)
     return _validate_posterior_and_allocate(a, g, mask, *posterior)
+
+
+@torch.library.custom_op(
+    "bayesian_lora_kernels::grouped_jacobian_covariance",
+    mutates_args=(),
+    schema=(
+        "(Tensor[] a, Tensor[] g, Tensor[] basis_s, Tensor[] basis_a, Tensor[] weight_kept, Tensor[] weight_rest_a, "
+        "Tensor[] weight_rest_s, Tensor[] weight_rest, Tensor?[] masks, str impl) -> Tensor"
+    ),
+)
+def _grouped_jacobian_covariance(
+    a: list[Tensor],
+    g: list[Tensor],
+    basis_s: list[Tensor],
+    basis_a: list[Tensor],
+    weight_kept: list[Tensor],
+    weight_rest_a: list[Tensor],
+    weight_rest_s: list[Tensor],
+    weight_rest: list[Tensor],
+    masks: list[Tensor | None],
+    impl: str,
+) -> Tensor:
+    posteriors = (basis_s, basis_a, weight_kept, weight_rest_a, weight_rest_s, weight_rest)
+    out = _validate_all_and_allocate(a, g, masks, *posteriors)
+    arguments = (out, a, g, *posteriors, masks)
+    choose("grouped_jacobian_covariance", impl, *arguments)(*arguments)
+    return out
+
+
+@_grouped_jacobian_covariance.register_fake
+def _(
+    a: list[Tensor],
+    g: list[Tensor],
+    basis_s: list[Tensor],
+    basis_a: list[Tensor],
+    weight_kept: list[Tensor],
+    weight_rest_a: list[Tensor],
+    weight_rest_s: list[Tensor],
+    weight_rest: list[Tensor],
+    masks: list[Tensor | None],
+    impl: str,
+) -> Tensor:
+    posteriors = (basis_s, basis_a, weight_kept, weight_rest_a, weight_rest_s, weight_rest)
+    return _validate_all_and_allocate(a, g, masks, *posteriors)

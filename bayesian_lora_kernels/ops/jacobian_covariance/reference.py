@@ -9,6 +9,8 @@ curvature outweighs the prior by more than the precision of float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -70,6 +72,27 @@ def jacobian_covariance(
             g_beside = [g_kept * rest_a] + ([] if g_rest is None else [g_rest * rest])
             result += _gram(a_part - a_kept @ basis_a.T, torch.cat(g_beside, dim=-1))
         _store_symmetric(out[examples], result)
+
+
+def grouped_jacobian_covariance(
+    out: Tensor,
+    a: Sequence[Tensor],
+    g: Sequence[Tensor],
+    basis_s: Sequence[Tensor],
+    basis_a: Sequence[Tensor],
+    weight_kept: Sequence[Tensor],
+    weight_rest_a: Sequence[Tensor],
+    weight_rest_s: Sequence[Tensor],
+    weight_rest: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+) -> None:
+    """Write to ``out: [N, C, C]`` the sum over modules of ``jacobian_covariance``."""
+    out.zero_()
+    part = torch.empty_like(out)
+    columns = (a, g, basis_s, basis_a, weight_kept, weight_rest_a, weight_rest_s, weight_rest, masks)
+    for entry in zip(*columns, strict=True):
+        jacobian_covariance(part, *entry)
+        out += part
 
 
 def _prepare(a: Tensor, g: Tensor, mask: Tensor | None, examples: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

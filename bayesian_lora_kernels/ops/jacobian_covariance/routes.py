@@ -12,6 +12,18 @@ it always is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..dispatch import interpreting
+
+# What the kernels keep in registers and shared memory at once.
+_NARROWEST_SIDE = 64
+_KEPT = 64
+_OUTPUTS = 64
+
 
 def multiply_adds_by_jacobian(tokens: int, d_in: int, d_out: int, outputs: int) -> int:
     """Multiply-adds per example when every Jacobian is formed."""
@@ -27,3 +39,47 @@ def prefer_tokens(tokens: int, d_in: int, d_out: int, outputs: int) -> bool:
     """Whether the token Gram matrix is the cheaper way."""
     by_tokens = multiply_adds_by_tokens(tokens, d_in, d_out, outputs)
     return by_tokens < multiply_adds_by_jacobian(tokens, d_in, d_out, outputs)
+
+
+def side_by_side(outputs: int, rows: int, most: int) -> tuple[int, int]:
+    """Outputs, and directions of the narrow side, that one program takes: powers of two, their product between 16 (a
+    matrix instruction's least) and ``most`` (or what all outputs need).
+    """
+    c = 1 << max(0, outputs - 1).bit_length()
+    o = 1 << max(0, rows - 1).bit_length()
+    o = min(o, max(1, most // c))
+    return c, max(o, 16 // c, 1)
+
+
+def kernel_refuses(
+    out: Tensor,
+    a: Tensor | Sequence[Tensor],
+    g: Tensor | Sequence[Tensor],
+    *rest: Tensor | Sequence[Tensor | None] | None,
+) -> str | None:
+    """Why the Triton kernels cannot take these arguments of ``jacobian_gram``, ``jacobian_covariance`` or its grouped
+    form, or None.
+    """
+    if out.device.type != "cuda" and not (interpreting() and out.device.type == "cpu"):
+        return f"the tensors are on {out.device}, not on a CUDA device"
+    if out.dtype != torch.float32:
+        return "float64 is for the reference"
+    if out.shape[1] > _OUTPUTS:
+        return f"{out.shape[1]} outputs, more than {_OUTPUTS}"
+    bases = rest[:2] if len(rest) > 1 else ()
+    if isinstance(a, Tensor):
+        entries = zip([a], [g], *([basis] for basis in bases), strict=True)
+    else:
+        entries = zip(a, g, *bases, strict=True)
+    for one_a, one_g, *one_bases in entries:
+        d_in, d_out = one_a.shape[2], one_g.shape[3]
+        if min(d_in, d_out) > _NARROWEST_SIDE:
+            return f"both sides are wider than {_NARROWEST_SIDE}: {d_in} and {d_out}"
+        if one_bases and one_bases[d_in >= d_out].shape[1] > _KEPT:
+            return f"{one_bases[d_in >= d_out].shape[1]} kept directions on the wide side, more than {_KEPT}"
+    return None
+
+
+def kernel_suits(out: Tensor, *arguments: object) -> bool:
+    """Whether "auto" takes the Triton kernels: always on a GPU, never in the interpreter."""
+    return out.is_cuda

@@ -3,16 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import accumulation_dtype, check_device, check_mask, check_same_length, check_tensor
+from ..checks import accumulation_dtype, check_device, check_mask, check_same_length, check_tensor, describe
+from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 
-_REFERENCE = "bayesian_lora_kernels.ops.outer_product.reference"
-register("outer_product", "reference", Implementation(_REFERENCE, "outer_product"))
-register("grouped_outer_product", "reference", Implementation(_REFERENCE, "grouped_outer_product"))
+_FOLDER = "bayesian_lora_kernels.ops.outer_product"
+
+
+def _refuses(out: Tensor, *others: Any) -> str | None:
+    return triton_refuses(out)
+
+
+def _refuses_any(outs: Sequence[Tensor], *others: Any) -> str | None:
+    return triton_refuses(*outs)
+
+
+def _on_gpu(out: Tensor, *others: Any) -> bool:
+    return out.is_cuda
+
+
+def _all_on_gpu(outs: Sequence[Tensor], *others: Any) -> bool:
+    return all(out.is_cuda for out in outs)
+
+
+_ALONE = {
+    "reference": Implementation(f"{_FOLDER}.reference", "outer_product"),
+    "triton": Implementation(f"{_FOLDER}.kernel", "outer_product", _refuses, _on_gpu),
+}
+_MIRROR = {
+    "reference": Implementation(f"{_FOLDER}.reference", "mirror_lower"),
+    "triton": Implementation(f"{_FOLDER}.kernel", "mirror_lower", _refuses, _on_gpu),
+}
+_GROUPED = {
+    "reference": Implementation(f"{_FOLDER}.reference", "grouped_outer_product"),
+    "triton": Implementation(f"{_FOLDER}.kernel_grouped", "grouped_outer_product", _refuses_any, _all_on_gpu),
+}
+for _operation, _offered in (
+    ("outer_product", _ALONE),
+    ("mirror_lower", _MIRROR),
+    ("grouped_outer_product", _GROUPED),
+):
+    for _name, _implementation in _offered.items():
+        register(_operation, _name, _implementation)
 
 
 def outer_product(
@@ -21,6 +58,7 @@ def outer_product(
     mask: Tensor | None = None,
     scale: float = 1.0,
     out: Tensor | None = None,
+    lower: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Sum of outer products of rows: ``out + scale * x^T diag(mask) x``, a sum over the counted rows, divided
@@ -31,6 +69,8 @@ def outer_product(
         mask: ``[M]`` bool, True = the row counts; None: all count. Other rows may hold NaN or infinity.
         scale: a factor on the sum; the accumulated ``out`` is not scaled.
         out: ``[d, d]`` in the dtype of the result, updated in place and returned; None: starts from zero.
+        lower: with ``out``: promise only its diagonal and what is below; what is above is undefined until
+            ``mirror_lower``. For a stream of batches this halves the traffic of a GPU.
         impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
 
     Returns:
@@ -40,18 +80,44 @@ def outer_product(
     Raises:
         TypeError: not a tensor, not a float dtype, ``mask`` not bool, ``out`` of another dtype than the
             result.
-        ValueError: a wrong shape or device, ``out`` whose elements share memory, an unknown ``impl``.
+        ValueError: a wrong shape or device, ``out`` whose elements share memory, ``lower`` without ``out``, an
+            unknown ``impl``.
         RuntimeError: an explicit ``impl`` cannot run; the message says why.
 
     Source: the Kronecker factors of Martens and Grosse 2015, equation 23.
     """
     check_impl("outer_product", impl)
     _validate("outer_product", x, mask, out)
+    if lower and out is None:
+        raise ValueError("outer_product: lower: expected an out to accumulate into, got None")
     with torch.no_grad():
         if out is None:
             return _outer_product(x, mask, float(scale), impl)
-        _outer_product_accumulate(out, x, mask, float(scale), impl)
+        _outer_product_accumulate(out, x, mask, float(scale), impl, lower)
         return out
+
+
+def mirror_lower(out: Tensor, *, impl: str = "auto") -> Tensor:
+    """Copy what is below the diagonal of ``out: [d, d]`` to above it, in place: the end of a stream of
+    ``outer_product(..., out=out, lower=True)``.
+
+    Args:
+        out: ``[d, d]``, float32 or float64, any strides but 0.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        ``out``, bit-exactly symmetric.
+
+    Raises:
+        TypeError: not a tensor, or of another dtype.
+        ValueError: not square, elements that share memory, an unknown ``impl``.
+        RuntimeError: an explicit ``impl`` cannot run; the message says why.
+    """
+    check_impl("mirror_lower", impl)
+    _validate_out("mirror_lower: out", out)
+    with torch.no_grad():
+        _mirror_lower(out, impl)
+    return out
 
 
 def grouped_outer_product(
@@ -110,8 +176,19 @@ def _validate(where: str, x: Tensor, mask: Tensor | None, out: Tensor | None) ->
     width = x.shape[1]
     check_tensor(f"{where}: out", out, (width, width), (accumulation_dtype(x),))
     check_device(f"{where}: out", out, x.device)
+    _check_own_memory(f"{where}: out", out)
+
+
+def _validate_out(where: str, out: Tensor) -> None:
+    check_tensor(where, out, ("d", "d"), (torch.float32, torch.float64))
+    if out.shape[0] != out.shape[1]:
+        raise ValueError(f"{where}: expected shape [d, d], got {describe(out)}")
+    _check_own_memory(where, out)
+
+
+def _check_own_memory(where: str, out: Tensor) -> None:
     if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(f"{where}: out: expected a tensor whose elements have their own memory, got a stride of 0")
+        raise ValueError(f"{where}: expected a tensor whose elements have their own memory, got a stride of 0")
 
 
 def _validate_all(xs: Sequence[Tensor], masks: Sequence[Tensor | None], outs: Sequence[Tensor] | None) -> None:
@@ -150,16 +227,32 @@ def _(x: Tensor, mask: Tensor | None, scale: float, impl: str) -> Tensor:
 @torch.library.custom_op(
     "bayesian_lora_kernels::outer_product_accumulate",
     mutates_args=("out",),
-    schema="(Tensor(a!) out, Tensor x, Tensor? mask, float scale, str impl) -> ()",
+    schema="(Tensor(a!) out, Tensor x, Tensor? mask, float scale, str impl, bool lower=False) -> ()",
 )
-def _outer_product_accumulate(out: Tensor, x: Tensor, mask: Tensor | None, scale: float, impl: str) -> None:
+def _outer_product_accumulate(
+    out: Tensor, x: Tensor, mask: Tensor | None, scale: float, impl: str, lower: bool = False
+) -> None:
     _validate("outer_product", x, mask, out)
-    choose("outer_product", impl, out, x, mask, scale, True)(out, x, mask, scale, True)
+    arguments = (out, x, mask, scale, True, lower)
+    choose("outer_product", impl, *arguments)(*arguments)
 
 
 @_outer_product_accumulate.register_fake
-def _(out: Tensor, x: Tensor, mask: Tensor | None, scale: float, impl: str) -> None:
+def _(out: Tensor, x: Tensor, mask: Tensor | None, scale: float, impl: str, lower: bool = False) -> None:
     _validate("outer_product", x, mask, out)
+
+
+@torch.library.custom_op(
+    "bayesian_lora_kernels::mirror_lower", mutates_args=("out",), schema="(Tensor(a!) out, str impl) -> ()"
+)
+def _mirror_lower(out: Tensor, impl: str) -> None:
+    _validate_out("mirror_lower: out", out)
+    choose("mirror_lower", impl, out)(out)
+
+
+@_mirror_lower.register_fake
+def _(out: Tensor, impl: str) -> None:
+    _validate_out("mirror_lower: out", out)
 
 
 @torch.library.custom_op(

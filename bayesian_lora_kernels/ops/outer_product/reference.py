@@ -15,11 +15,14 @@ from ..masking import counted_rows
 _BLOCK = 768
 
 
-def outer_product(out: Tensor, x: Tensor, mask: Tensor | None, scale: float, accumulate: bool) -> None:
+def outer_product(
+    out: Tensor, x: Tensor, mask: Tensor | None, scale: float, accumulate: bool, lower: bool = False
+) -> None:
     """Write ``scale * x^T diag(mask) x`` to ``out: [d, d]``, or add it if ``accumulate``.
 
     Products are in the dtype of ``out``. What is written is bit-exactly symmetric: the diagonal blocks are
-    averaged with their transpose, the others mirrored.
+    averaged with their transpose, the others mirrored; with
+    ``lower`` the blocks above the diagonal are left alone.
     """
     rows = counted_rows(x, mask).to(out.dtype)
     width = rows.shape[1]
@@ -36,9 +39,15 @@ def outer_product(out: Tensor, x: Tensor, mask: Tensor | None, scale: float, acc
             of_j = slice(edges[j], edges[j + 1])
             product = rows[:, of_i].T @ rows[:, of_j]
             _store(out[of_i, of_j], product, scale, accumulate)
-            _store(out[of_j, of_i], product.T, scale, accumulate)
+            if not lower:
+                _store(out[of_j, of_i], product.T, scale, accumulate)
         product = rows[:, of_i].T @ rows[:, of_i]
         _store(out[of_i, of_i], product + product.T, 0.5 * scale, accumulate)
+
+
+def mirror_lower(out: Tensor) -> None:
+    """Copy what is below the diagonal of ``out: [d, d]`` to above it."""
+    out.copy_(out.tril() + out.tril(-1).T)
 
 
 def grouped_outer_product(

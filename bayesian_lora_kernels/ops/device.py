@@ -1,0 +1,54 @@
+"""What a Triton launcher asks about the device of its tensors. Triton itself is imported by the kernels only."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from .dispatch import interpreting
+
+# A kernel never allocates more scratch than this for the sake of parallelism.
+SCRATCH_BYTES = 1 << 28
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The key of the configuration tables: ``sm_80`` (and 8.x), ``sm_90``, ``sm_100`` (and later).
+
+    In the interpreter, ``sm_90``: its configurations are what is tested.
+    """
+    if device.type != "cuda":
+        return "sm_90"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has; 4 in the interpreter, where each program costs time."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[None]:
+    """Launch on the device of ``tensor``, and on its current stream, whatever the process's current device is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def triton_refuses(*tensors: Tensor) -> str | None:
+    """Why the Triton kernels cannot take these tensors (device, float64), or None."""
+    for tensor in tensors:
+        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreting()):
+            return f"it takes tensors on a CUDA device, these lie on {tensor.device}"
+        if tensor.device.type == "cuda" and interpreting():
+            return "TRITON_INTERPRET=1 is set, and the interpreter takes CPU tensors"
+        if tensor.dtype == torch.float64:
+            return "it sums in float32, and the input is float64"
+        if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+            return "it needs compute capability 8.0 or newer"
+    return None
