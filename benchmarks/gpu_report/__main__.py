@@ -9,6 +9,7 @@ a kernel brings it down. `--plot DIR` draws DIR/kernels.png from DIR/kernels.jso
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from .report import BAD, Report
 
-SECTIONS = ("tests", "kernels", "end_to_end")
+SECTIONS = {"tests": "suite", "kernels": "kernels", "end_to_end": "end_to_end"}  # and their modules
 MOST_RESTARTS = 6
 
 
@@ -26,7 +27,7 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--section", choices=SECTIONS)
+    parser.add_argument("--section", choices=tuple(SECTIONS))
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny shapes")
     parser.add_argument("--seconds", type=float, default=480.0, help="time of the section (default 480)")
@@ -52,7 +53,7 @@ def main() -> int:
     for old in arguments.out.glob(f"{arguments.section}.*"):
         old.unlink()
     report = supervise(arguments)
-    print(report.markdown())
+    print(report.markdown(brief=True))
     return 1 if any(row.status in BAD for row in report.rows) else 0
 
 
@@ -60,17 +61,17 @@ def measure(arguments: argparse.Namespace) -> None:
     """The section itself, in the process that may be brought down."""
     import torch
 
-    from . import end_to_end, kernels, plot, suite
-    from .environment import environment
-
     if not arguments.dry_run and not torch.cuda.is_available():
         raise SystemExit("no CUDA device is present; --dry-run goes through every case on the CPU")
+    from . import plot
+    from .environment import environment
+
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     report = Report.read(arguments.out, arguments.section, arguments.until)
     report.until = arguments.until
     report.environment = environment(device) | ({"dry_run": "figures mean nothing"} if arguments.dry_run else {})
-    sections = {"tests": suite.run, "kernels": kernels.run, "end_to_end": end_to_end.run}
-    sections[arguments.section](report, device, arguments.dry_run, arguments.only)
+    section = importlib.import_module(f"benchmarks.gpu_report.{SECTIONS[arguments.section]}")
+    section.run(report, device, arguments.dry_run, arguments.only)
     if arguments.section == "kernels":
         report.environment["plot"] = plot.draw(report)
     report.write()

@@ -27,7 +27,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         found |= {"cuda": torch.version.cuda, "driver": driver()}
         found["multiprocessors"] = torch.cuda.get_device_properties(device).multi_processor_count
     for name, backend in backends().items():
-        found[name] = backend["reason"] or "available"
+        found[f"{name}_backend"] = backend["reason"] or "available"
     found |= {name: value for name, value in os.environ.items() if name.startswith(("BLK_", "TRITON_"))}
     return found
 

@@ -134,8 +134,9 @@ class Report:
     def columns(self) -> list[str]:
         return list(dict.fromkeys(name for row in self.rows for name in row.values))
 
-    def markdown(self) -> str:
-        """A table, a line on where it comes from, and what was said of rows without figures."""
+    def markdown(self, brief: bool = False) -> str:
+        """A table, where it comes from, and what was said of rows without figures; brief: without the skipped."""
+        shown = [row for row in self.rows if not brief or row.status != "skipped"]
         columns = self.columns()
         lines = [f"# {self.section}", "", "; ".join(f"{key} {value}" for key, value in self.environment.items())]
         if self.roofs:
@@ -143,10 +144,12 @@ class Report:
             lines.append(f"\nThis run's copy bandwidth: {bandwidth:.3g} TB/s; bf16 matrix product: {rate:.4g} TFLOP/s.")
         titles = ["case", "provider", "status", *(column.replace("_", " ") for column in columns)]
         lines += ["", "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-        for row in self.rows:
+        for row in shown:
             cells = [row.case, row.provider, row.status, *(_cell(row.values.get(column)) for column in columns)]
             lines.append("| " + " | ".join(cells) + " |")
-        details = [f"- {row.case}, {row.provider}: {row.detail}" for row in self.rows if row.detail]
+        details = [f"- {row.case}, {row.provider}: {row.detail}" for row in shown if row.detail]
+        if brief and len(shown) < len(self.rows):
+            details.append(f"- skipped: {len(self.rows) - len(shown)}, with the reasons in {self.section}.md")
         return "\n".join([*lines, "", *details]).rstrip() + "\n"
 
 

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 
 MOST_ROUNDS = 30
+HOST_ROUNDS = 5
 COPIED = 1 << 30  # bytes of the tensor that measures the copy bandwidth
 MULTIPLIED = 8192  # the width of the square product that measures the matmul rate
 
 
 @dataclass
 class Samples:
-    """Seconds of every launch: on the device, from first to last kernel; on the host, until the call came back."""
+    """Seconds of every launch: on the device, from first to last kernel; on the host, until the call came back, with
+    the device idle before it.
+    """
 
     device: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
@@ -101,7 +104,7 @@ def interleaved(
         device, host = watch.time(lambda call=call: call(inputs[0])) if device < 1 else (device, host)
         whole = max(time.perf_counter() - started, device, host)
         count[name] = max(1, min(rounds, int(seconds / len(calls) / whole) - 1))
-        busy[name] = min(0.05, 1.5 * host + 1e-4)
+        busy[name] = min(0.1, 1.5 * host + 1e-4)
         if count[name] == 1:
             samples[name].device.append(device)
             samples[name].host.append(host)
@@ -110,7 +113,10 @@ def interleaved(
             if count[name] > 1 and turn < count[name]:
                 device, host = watch.time(lambda call=call, turn=turn: call(inputs[turn % len(inputs)]), busy[name])
                 samples[name].device.append(device)
-                samples[name].host.append(host)
+                if watch.device.type == "cuda" and turn < HOST_ROUNDS:  # a call that waits would wait for `busy` too
+                    _, host = watch.time(lambda call=call, turn=turn: call(inputs[turn % len(inputs)]))
+                if turn < HOST_ROUNDS:
+                    samples[name].host.append(host)
     return samples
 
 
