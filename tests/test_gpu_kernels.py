@@ -18,7 +18,7 @@ from test_ops_jacobian import Posterior, assert_within_budget, data, posterior_a
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.ops.dispatch import interpreting
 from benchmarks.cases import Case, all_cases, interpretable
-from benchmarks.cases.case import Provider
+from benchmarks.cases.case import Provider, absent_here
 
 CPU = pytest.param("cpu", marks=pytest.mark.interpret)
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -197,8 +197,10 @@ def test_jacobian_covariance_past_two_to_the_31_elements(wide_input, device):
     assert (gram.double() - truth).norm() <= 1e-5 * truth.norm()
 
 
-@pytest.mark.skipif(not hasattr(ops, "vocabulary_variance"), reason="not in this version")
 def test_vocabulary_past_two_to_the_31_elements(device):
+    for operation in ("vocabulary_variance", "vocabulary_probs"):
+        if absent := absent_here(operation, "triton", device):
+            pytest.skip(f"{operation}: {absent}")
     large = device.type == "cuda"
     vocabulary, width = (2**19 + 5, 4100) if large else (40, 24)
     dtype = torch.bfloat16 if large else torch.float32

@@ -12,7 +12,7 @@ from torch import Tensor
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.ops.jacobian_covariance import reference
 
-from .case import HALF, Case, Provider, Work, compiled, generator, package, randn
+from .case import Case, Provider, Work, compiled, generator, package, randn
 
 
 @dataclass
@@ -108,9 +108,10 @@ class JacobianCovariance(Case):
 
         traced_loop = Provider("compiled reference", lambda i: one_by_one(i, None, of_reference), compiles=True)
         plain = [Provider("einsum fp32", lambda i: one_by_one(i, torch.float32, subtractive_covariance))]
-        if self.dtype in HALF:
-            # Jacobians and projections rounded to half precision: another accuracy, and the report shows it.
-            half = Provider("einsum half", lambda i: one_by_one(i, self.dtype, subtractive_covariance), tolerance=5e-2)
+        if self.dtype == torch.bfloat16:
+            # Jacobians and projections are rounded to bfloat16: another accuracy, and the report shows it. (In float16
+            # their inner products overflow.)
+            half = Provider("einsum bf16", lambda i: one_by_one(i, self.dtype, subtractive_covariance), tolerance=5e-2)
             plain.append(half)
         return [
             *package(self.operation, call, device, "triton"),
