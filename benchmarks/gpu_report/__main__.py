@@ -92,7 +92,8 @@ def supervise(arguments: argparse.Namespace) -> Report:
             reason = "ran past the section's time and was ended"
         report = Report.read(arguments.out, arguments.section, until)
         if report.running is None:
-            raise SystemExit(f"{arguments.section}: {reason}, between cases; see its output")
+            report.add("the section", "*", "failed", f"{reason}, between cases; see its output")
+            break
         case, provider, *detail = report.running
         reason = "; ".join([*detail, reason])
         whole = provider in ("truth", "timing")

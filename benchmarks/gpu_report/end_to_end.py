@@ -33,12 +33,28 @@ LLAMA_7B = Workload(layers=32, width=4096, heads=32, feed_forward=11008, vocabul
 LLAMA_1B = Workload(
     layers=16, width=2048, heads=32, key_value_heads=8, feed_forward=8192, vocabulary=128256, tokens=256
 )
-SHORT, LONG = 2, 8  # batches of the two fits whose difference is the cost of a batch
-ROUNDS = 3
 PLAIN = "plain"
 IMPLS = ("triton", "reference")
 # Of a predicted covariance under Triton against the reference: bf16 gradients differ, and random columns do not.
 TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is run: batches of the two fits whose difference is the cost of a batch, rounds, LaplaceLoRA's ranks."""
+
+    short: int = 2
+    long: int = 8
+    rounds: int = 3
+    rank: int = 32
+    rank_threshold: int = 256
+
+    def laplace(self, model: Any, ids: Tensor, **options: Any) -> LaplaceLoRA:
+        settings = {"rank": self.rank, "rank_threshold": self.rank_threshold, "fisher": "mc"} | options
+        return LaplaceLoRA(model, class_token_ids=ids, **settings)
+
+
+DRY = Plan(short=1, long=2, rounds=1, rank=4, rank_threshold=16)
 
 
 @dataclass(frozen=True)
@@ -79,9 +95,8 @@ class Models:
         workload = {"7B": LLAMA_7B, "1B": LLAMA_1B}[setting.size]
         if not self.dry:
             return workload
-        # Wider than 256, so that its factors are low-rank as those of the large ones are.
-        small = replace(workload, layers=1, width=288, heads=4, feed_forward=32, vocabulary=40, examples=2, tokens=48)
-        return replace(small, width=576, key_value_heads=2) if workload.key_value_heads else small
+        small = replace(workload, layers=1, width=72, heads=4, feed_forward=32, vocabulary=40, examples=2, tokens=48)
+        return replace(small, width=144, key_value_heads=2) if workload.key_value_heads else small
 
     def get(self, setting: Setting) -> Any:
         key = (setting.size, setting.adapter_dtype)
@@ -108,17 +123,17 @@ def run(report: Report, device: torch.device, dry: bool, only: str) -> None:
         workload = models.workload(setting)
         report.cases[name] = {"workload": str(workload), "adapters": str(setting.adapter_dtype)}
         with report.attempt(name, "timing"):
-            functions[setting.what](report, name, models.get(setting), workload, device)
+            functions[setting.what](report, name, models.get(setting), workload, device, DRY if dry else Plan())
         free(device)
 
     each(report, list(settings), one, reserve=40.0 if device.type == "cuda" else 1.0)
 
 
-def fit(report: Report, name: str, model: Any, workload: Workload, device: torch.device) -> None:
+def fit(report: Report, name: str, model: Any, workload: Workload, device: torch.device, plan: Plan) -> None:
     """Cost of a batch, as the difference of a long and a short fit, against forward and backward of the same."""
     ids = workload.class_token_ids.to(device)
-    batches = on(device, workload.batches(LONG))
-    laplaces = {impl: LaplaceLoRA(model, class_token_ids=ids, fisher="mc") for impl in IMPLS}
+    batches = on(device, workload.batches(plan.long))
+    laplaces = {impl: plan.laplace(model, ids) for impl in IMPLS}
     calls: dict[str, Callable[[int], object]] = {PLAIN: lambda count: plain_pass(model, batches[:count], ids)}
     for impl in IMPLS:
         calls[impl] = lambda count, impl=impl: laplaces[impl].fit(batches[:count], progress=False)
@@ -129,17 +144,17 @@ def fit(report: Report, name: str, model: Any, workload: Workload, device: torch
             report.add(name, impl, "skipped", absent)
             continue
         with excused(report, name, impl, calls), using(impl):
-            calls[impl](SHORT)
+            calls[impl](plan.short)
             covariances[impl] = predicted(laplaces[impl], batches[0], "reference")
     difference = differing(report, name, covariances, calls)
-    short, long = timed(calls, SHORT, device), timed(calls, LONG, device)
-    per_batch = {impl: (long[impl] - short[impl]) / (LONG - SHORT) for impl in calls}
+    short, long = (timed(calls, count, plan.rounds, device) for count in (plan.short, plan.long))
+    per_batch = {impl: (long[impl] - short[impl]) / (plan.long - plan.short) for impl in calls}
     for impl in calls:
         with using(impl):
-            memory = peak_bytes(lambda impl=impl: calls[impl](SHORT), device)
+            memory = peak_bytes(lambda impl=impl: calls[impl](plan.short), device)
         values: dict[str, Any] = {
             "ms_per_batch": 1e3 * per_batch[impl],
-            "ms_besides": 1e3 * (short[impl] - SHORT * per_batch[impl]),
+            "ms_besides": 1e3 * (short[impl] - plan.short * per_batch[impl]),
             "peak_mib": mebibytes(memory),
         }
         if impl != PLAIN:
@@ -149,11 +164,11 @@ def fit(report: Report, name: str, model: Any, workload: Workload, device: torch
         report.add(name, impl, "measured", detail, **values)
 
 
-def predict(report: Report, name: str, model: Any, workload: Workload, device: torch.device) -> None:
+def predict(report: Report, name: str, model: Any, workload: Workload, device: torch.device, plan: Plan) -> None:
     """One batch, C = 4, against one forward and C backwards; peak memory against a training step's."""
     ids = workload.class_token_ids.to(device)
-    batches = on(device, workload.batches(SHORT))
-    laplace = LaplaceLoRA(model, class_token_ids=ids, fisher="mc")
+    batches = on(device, workload.batches(plan.short))
+    laplace = plan.laplace(model, ids)
     with using("reference"):
         laplace.fit(batches, progress=False)
     calls: dict[str, Callable[[int], object]] = {PLAIN: lambda _: forward_and_backwards(model, batches[0], ids)}
@@ -167,7 +182,7 @@ def predict(report: Report, name: str, model: Any, workload: Workload, device: t
         with excused(report, name, impl, calls):
             covariances[impl] = predicted(laplace, batches[0], impl)
     difference = differing(report, name, covariances, calls)
-    seconds = timed(calls, 1, device)
+    seconds = timed(calls, 1, plan.rounds, device)
     training = peak_bytes(lambda: plain_pass(model, batches[:1], ids), device)
     for impl in calls:
         with using(impl):
@@ -183,7 +198,7 @@ def predict(report: Report, name: str, model: Any, workload: Workload, device: t
         report.add(name, impl, "measured", detail, **values)
 
 
-def peer(report: Report, name: str, model: Any, workload: Workload, device: torch.device) -> None:
+def peer(report: Report, name: str, model: Any, workload: Workload, device: torch.device, plan: Plan) -> None:
     """bayesian_lora's own fit (it sees the last token only) and prediction, a batch each, on the same model."""
     if importlib.util.find_spec("bayesian_lora") is None:
         report.add(name, "fit", "skipped", "bayesian_lora is not installed")
@@ -196,7 +211,7 @@ def peer(report: Report, name: str, model: Any, workload: Workload, device: torc
         detail = "one batch, the pace of many is extrapolated from it; it sees the last token only"
         report.add(name, "fit", "measured", detail, ms_per_batch=1e3 * seconds)
     with report.attempt(name, "predict"):
-        laplace = LaplaceLoRA(model, class_token_ids=ids, fisher="mc", rank=workload.kept, tail=False)
+        laplace = plan.laplace(model, ids, rank=workload.kept, tail=False)
         with using("reference"):
             laplace.fit(batches, progress=False)
         factors = published_factors(laplace, workload, device.type)
@@ -246,7 +261,6 @@ def excused(report: Report, name: str, impl: str, calls: dict[str, Callable[[int
         yield
     if len(report.rows) > count:
         del calls[impl]
-    report.running = [name, "timing"]
 
 
 @contextlib.contextmanager
@@ -259,10 +273,12 @@ def using(impl: str) -> Iterator[None]:
         set_default_impl(None)
 
 
-def timed(calls: Mapping[str, Callable[[int], object]], count: int, device: torch.device) -> dict[str, float]:
+def timed(
+    calls: Mapping[str, Callable[[int], object]], count: int, rounds: int, device: torch.device
+) -> dict[str, float]:
     """Median seconds, the calls in turns; the first round warms up."""
     seconds: dict[str, list[float]] = {impl: [] for impl in calls}
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         for impl, call in calls.items():
             with using(impl):
                 elapsed, _ = clocked(lambda call=call: call(count), device)
@@ -294,4 +310,6 @@ def mebibytes(size: int | None) -> float | None:
 
 
 def said(ratio: float, most: float) -> str:
+    if ratio <= 0:
+        return f"<= {most:.2f}: open, the differences are noise"
     return f"<= {most:.2f}: {'reached' if ratio <= most else 'missed'}"

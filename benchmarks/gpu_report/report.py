@@ -102,7 +102,7 @@ class Report:
     @contextmanager
     def attempt(self, case: str, provider: str) -> Iterator[None]:
         """Mark what runs; an error becomes a row, and the section goes on."""
-        self.running = [case, provider]
+        before, self.running = self.running, [case, provider]
         self.write()
         try:
             yield
@@ -112,7 +112,7 @@ class Report:
                 self.write()
                 raise SystemExit(DEVICE_LOST) from error
             self.add(case, provider, "failed", last_lines(error))
-        self.running = None
+        self.running = before
         self.write()
 
     def write(self) -> None:
