@@ -15,7 +15,8 @@ import torch
 
 from benchmarks.cases import all_cases
 from benchmarks.gpu_report import __main__ as command
-from benchmarks.gpu_report import end_to_end, suite, timing
+from benchmarks.gpu_report import end_to_end, kernels, suite, timing
+from benchmarks.gpu_report.environment import environment
 from benchmarks.gpu_report.plot import draw
 from benchmarks.gpu_report.report import Report, each
 
@@ -160,6 +161,55 @@ def test_times_are_of_calls_in_turns():
     assert 1000 <= quick["us_p20"] <= quick["us"] <= quick["us_p80"]
     assert slow["us"] >= 20000
     assert samples["slow"].values(share=0.5)["us"] == pytest.approx(2 * slow["us"])
+
+
+class StandInEvent:
+    """Two milliseconds between any two."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    synchronize = record
+
+    def elapsed_time(self, other):
+        return 2.0
+
+
+def test_what_only_a_gpu_runs_runs_on_a_stand_in(monkeypatch):
+    """The branches of timing for a CUDA device, with torch.cuda's answers made up."""
+    slept, properties = [], SimpleNamespace(L2_cache_size=50_000_000, multi_processor_count=132)
+    made_up = {
+        "Event": StandInEvent,
+        "_sleep": slept.append,
+        "synchronize": lambda device=None: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "memory_allocated": lambda device: 100,
+        "max_memory_allocated": lambda device: 350,
+        "get_device_properties": lambda device: properties,
+        "get_device_name": lambda device: "a stand-in",
+    }
+    for name, value in made_up.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, value)
+    device = torch.device("cuda")
+    watch = timing.Stopwatch(device)
+    calls = []
+    samples = timing.interleaved(watch, {"one": calls.append}, [0, 1], seconds=1.0, rounds=7)
+    assert samples["one"].values()["us"] == pytest.approx(2000)
+    assert len(samples["one"].device) == 7
+    assert len(samples["one"].host) == timing.HOST_ROUNDS
+    assert len(calls) == 2 + 7 + timing.HOST_ROUNDS
+    assert len(slept) == 3 + 7  # to find its pace, then before every timed call
+    assert all(cycles > 0 for cycles in slept)
+    assert timing.peak_bytes(lambda: None, device) == 250
+    assert kernels._copies(10**8, device) == 3
+    assert kernels._copies(10**9, device) == 1
+    found = environment(device)
+    assert found["device"] == "a stand-in"
+    assert found["multiprocessors"] == 132
 
 
 def test_counts_of_a_pytest_run_that_was_ended():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.ops import native
 from bayesian_lora_kernels.ops.dispatch import interpreting
 
 HALF = (torch.float16, torch.bfloat16)
@@ -163,6 +164,8 @@ def absent_here(operation: str, impl: str, device: torch.device) -> str | None:
         return f"{operation} has no {impl} implementation"
     if not offered["available"]:
         return str(offered["reason"])
+    if impl == "native" and device.type == "cuda" and native.build_info()["cuda"] is None:
+        return "the native extension was built without CUDA"
     if impl == "triton" and device.type == "cpu" and not interpreting():
         return "the tensors lie on the CPU, and TRITON_INTERPRET=1 is not set"
     return None

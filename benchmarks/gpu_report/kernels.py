@@ -13,7 +13,7 @@ import torch
 from benchmarks.cases import Case, Provider, all_cases, interpretable
 
 from .report import Report, each
-from .timing import Stopwatch, interleaved, measure_roofs, peak_bytes
+from .timing import Stopwatch, cache_bytes, interleaved, measure_roofs, peak_bytes
 
 ROOFS = ("bytes_per_second", "operations_per_second")
 SECONDS_PER_CASE = 6.0
@@ -138,8 +138,8 @@ def _time(
 
 def _copies(size: int, device: torch.device) -> int:
     """Sets of inputs that together are four times the L2 cache: each is cold when its turn comes."""
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    return max(1, min(16, math.ceil(4 * cache / max(size, 1)))) + 1 if size < 4 * cache else 1
+    wanted = 4 * cache_bytes(device)
+    return 1 + min(16, math.ceil(wanted / max(size, 1))) if size < wanted else 1
 
 
 def _targets(report: Report, name: str, case: Case) -> None:

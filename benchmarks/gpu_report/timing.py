@@ -120,6 +120,15 @@ def interleaved(
     return samples
 
 
+def cache_bytes(device: torch.device) -> int:
+    """Of the last cache before the device's memory; 0 on a CPU, whose figures are not about its memory."""
+    if device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    # Its name depends on PyTorch's version.
+    return int(getattr(properties, "L2_cache_size", 0) or getattr(properties, "last_level_cache_size", 0) or 1 << 27)
+
+
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that a call allocates at its peak, results included; None on a CPU."""
     if device.type != "cuda":
