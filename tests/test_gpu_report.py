@@ -215,6 +215,8 @@ def test_what_only_a_gpu_runs_runs_on_a_stand_in(monkeypatch):
 def test_counts_of_a_pytest_run_that_was_ended():
     output = "tests/test_a.py::test_one PASSED [ 10%]\ntests/test_a.py::test_two FAILED [ 20%]\ntests/test_a.py::test_t"
     assert suite.counts(output) == {"passed": 1, "failed": 1}
+    workers = "[gw1] [ 3%] PASSED tests/test_a.py::test_one\n[gw0] [ 5%] SKIPPED tests/test_a.py::test_two\n[gw0] [ "
+    assert suite.counts(workers) == {"passed": 1, "skipped": 1}
     assert suite.counts("noise\n==== 3 passed, 2 skipped in 1.0s ====") == {"passed": 3, "skipped": 2}
 
 

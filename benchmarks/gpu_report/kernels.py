@@ -34,6 +34,8 @@ def run(report: Report, device: torch.device, dry: bool, only: str) -> None:
 
 def _case(report: Report, watch: Stopwatch, name: str, case: Case, dry: bool, total: float) -> None:
     device = watch.device
+    if dry:
+        case = interpretable(case.dry())
     work = case.work()
     report.cases[name] = {
         "operation": case.operation,
@@ -44,9 +46,6 @@ def _case(report: Report, watch: Stopwatch, name: str, case: Case, dry: bool, to
         "floor_us_of_gpu_md": case.floor_us,
         "targets": [str(target) for target in case.targets],
     }
-    if dry:
-        case = interpretable(case.dry())
-        work = case.work()
     try:
         # One at a time: an error in one says nothing of the others.
         good, memory = _gate(report, name, case, device, total)

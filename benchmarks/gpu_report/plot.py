@@ -27,7 +27,7 @@ def draw(report: Report) -> str:
     bandwidth, most = report.roofs["bytes_per_second"], report.roofs["operations_per_second"]
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     intensities = [x for pairs in points.values() for x, _ in pairs]
-    low, high = min(intensities) / 2, max(*intensities, most / bandwidth) * 2
+    low, high = min(*intensities, most / bandwidth) / 2, max(*intensities, most / bandwidth) * 2
     axes.plot([low, most / bandwidth, high], [low * bandwidth, most, most], color="black", label="roofs of this run")
     for number, (provider, pairs) in enumerate(points.items()):
         axes.plot(*zip(*pairs, strict=True), "o^sDvP*X"[number % 8], label=provider, alpha=0.8)
