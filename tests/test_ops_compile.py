@@ -32,6 +32,7 @@ def arguments():
         "outer_product_accumulate": (out, x, None, 2.0, "auto"),
         "grouped_outer_product": ([x, few], [mask, None], [1.0, 2.0], "auto"),
         "grouped_outer_product_accumulate": ([out, out.clone()], [x, few], [mask, None], [1.0, 2.0], "auto"),
+        "grouped_square_sum": ([x, few], [mask, None], "auto"),
         "incremental_svd": (basis, x, mask, rows, signs, 2, "auto"),
         "grouped_incremental_svd": ([basis, basis[:, :0]], [x, few], [mask, None], [rows] * 2, [signs] * 2, 2, "auto"),
         "jacobian_gram": (a, g, None, "auto"),
@@ -51,10 +52,11 @@ def test_compiles_without_a_graph_break(backend):
         first = ops.outer_product(x, mask=mask, scale=0.5)
         second = ops.mirror_lower(ops.outer_product(x, out=out, lower=True))
         grouped = ops.grouped_outer_product([x, 2 * x], masks=[mask, None], outs=[first, out])
+        squares = ops.grouped_square_sum([x, x[:3]], masks=[mask, None])
         basis = ops.incremental_svd(None, x, columns=6, mask=mask, fresh=2)
         bases = ops.grouped_incremental_svd([basis, None], [x, x[:3]], columns=6)
         gram = ops.jacobian_gram(a, g) + ops.jacobian_covariance(a, g, Posterior(basis_s, basis_a, blocks))
-        return first, second, *grouped, basis, *bases, gram, *ops.small_eigh(out[None])
+        return first, second, *grouped, squares, basis, *bases, gram, *ops.small_eigh(out[None])
 
     def inputs():
         torch.manual_seed(1)

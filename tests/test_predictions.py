@@ -75,6 +75,18 @@ def test_a_smaller_prior_precision_gives_a_larger_variance(whole):
     assert torch.equal(laplace.predict(case.batch()).covariance, everything.covariance)
 
 
+def test_a_prior_that_is_changed_in_place_counts_at_once():
+    case = mlp()
+    prior = torch.tensor(0.5, dtype=torch.float64)
+    laplace = blk.LaplaceLoRA(case.model, prior_precision=prior).fit([case.batch()], progress=False)
+    before = laplace.predict(case.batch()).variance
+    prior.fill_(5.0)
+    after = laplace.predict(case.batch()).variance
+    laplace.prior_precision = 5.0
+    assert (after < before).all()
+    assert torch.equal(laplace.predict(case.batch()).variance, after)
+
+
 def gaussian(n: int, c: int, scale: float = 1.0, seed: int = 0, dtype=torch.float64) -> LogitPosterior:
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(n, c, generator=generator, dtype=torch.float64)

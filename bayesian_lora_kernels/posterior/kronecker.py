@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -160,7 +161,7 @@ class KroneckerPosterior:
         """Dimensions outside the kept columns, `(d_out - k_s, d_in - k_a)`."""
         return self.shape[0] - self.basis_s.shape[1], self.shape[1] - self.basis_a.shape[1]
 
-    @property
+    @cached_property
     def precision_blocks(self) -> Blocks:
         """Eigenvalues of the posterior precision on the four blocks, float64."""
         return self.curvature.map(lambda block: block + self.prior_precision)

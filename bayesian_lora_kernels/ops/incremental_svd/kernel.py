@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import native
-from ..device import architecture, multiprocessors, on_device
+from ..device import architecture, int64_table, multiprocessors, on_device
 from ..masking import zero_masked
 from ..shipped import Shipped
 from ..tuning import choose_configuration
@@ -196,8 +196,7 @@ class _Update:
         for stream in self.streams:
             rows.append(stream.fields(first_m, first_d))
             first_m, first_d = first_m + stream.x.shape[0], first_d + stream.x.shape[1]
-        table = torch.tensor(rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        self.table = table.to(self.device, non_blocking=True)
+        self.table = int64_table(rows, self.device)
         count, block = len(streams), kind.block
         self.halves = kind.dtype == torch.bfloat16
         self.stack = self._empty(first_d, block)
