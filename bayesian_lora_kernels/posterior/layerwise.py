@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.posterior.kronecker import KroneckerPosterior
+from bayesian_lora_kernels.posterior.kronecker import KroneckerPosterior, identity_of
 
 
 class LayerwisePosterior:
@@ -21,21 +21,19 @@ class LayerwisePosterior:
 
     def __init__(self, layers: Mapping[str, KroneckerPosterior]):
         self.layers = dict(layers)
-        self._recent: tuple[tuple[Any, ...] | None, Mapping[str, Tensor], dict[str, KroneckerPosterior]] | None = None
+        self._recent: tuple[tuple[Any, ...], Mapping[str, Tensor], dict[str, KroneckerPosterior]] | None = None
 
     def with_prior(self, prior: Mapping[str, Tensor]) -> dict[str, KroneckerPosterior]:
         """The layers' posteriors under the given prior precisions.
 
         Those of the last prior without gradients are kept: a loop of predictions prepares them once.
         """
-        kept = not torch.is_inference_mode_enabled()
-        kept = kept and not any(value.requires_grad or value.is_inference() for value in prior.values())
-        key = tuple((name, value.data_ptr(), value._version) for name, value in prior.items()) if kept else None
-        if kept and self._recent is not None and self._recent[0] == key:
+        key = identity_of(prior)
+        if key is not None and self._recent is not None and self._recent[0] == key:
             return dict(self._recent[2])
         layers = {name: layer.with_prior(prior[name]) for name, layer in self.layers.items()}
-        if kept:
-            self._recent = key, dict(prior), layers  # the tensors too, so that no other takes their address
+        if key is not None:
+            self._recent = key, dict(prior), layers
         return dict(layers)
 
     @property
