@@ -6,7 +6,7 @@ into two bfloat16 halves where X is bfloat16. And NaN or infinity in a counted r
 then NaN.
 
 Launches, for all streams of a dtype and padded width together: norms, fresh columns, stack, Gram, Gram-Schmidt, Omega;
-R, the touch (Z, Y), C, K; the l x l algebra (``small_eigh`` twice), B. First batches go through the touch twice, as in
+R, the touch (Z, Y), C, K; the l x l algebra, B. First batches go through the touch twice, as in
 the reference. Batches with at most as many rows as columns are a few products in PyTorch each.
 
 Bytes and operations per stream, X of M rows and d columns of b bytes, L = l padded to a power of two: X twice, ``2 M
@@ -178,10 +178,19 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Ascending eigenvalues and eigenvectors of ``[..., n, n]``; natively, without waiting, where it can."""
     matrices = matrices.contiguous()
     values, vectors = matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices)
-    if native.why_unavailable() is None and native.refuses_small_eigh(values, vectors, matrices) is None:
+    if native.why_unavailable() is None and native.refuses(matrices) is None:
         native.small_eigh(values, vectors, matrices, check_errors=False)
         return values.flip(-1), vectors.flip(-1)
     return torch.linalg.eigh(matrices)
+
+
+def small_algebra(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
+    """As ``reference.small_algebra``; natively, without waiting, where it can."""
+    if native.why_unavailable() is None and native.refuses(core) is None:
+        combination = torch.empty_like(core, memory_format=torch.contiguous_format)
+        native.small_algebra(combination, core, gram, rounding, check_errors=False)
+        return combination
+    return reference.small_algebra(core, gram, rounding)
 
 
 class _Update:
@@ -294,7 +303,7 @@ class _Update:
         eps = torch.finfo(torch.float32).eps
         columns = max(min(stream.out.shape) for stream in self.streams)
         core, gram = core[:, :columns, :columns], gram[:, :columns, :columns]
-        combination = reference.small_algebra(core, gram, eps, eigh)
+        combination = small_algebra(core, gram, eps)
         norms = (combination * (gram @ combination)).sum(-2).clamp(min=0.0).sqrt()
         terms = gram.diagonal(dim1=-2, dim2=-1).sqrt()[:, None, :] @ combination.abs()
         kept = norms[:, None, :] > eps * terms
