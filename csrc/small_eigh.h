@@ -228,11 +228,10 @@ BLK_HD void set_vectors_to_identity(const Team& team, const Workspace<T>& w, int
 }
 
 // Sweeps until the matrix in `w` is diagonal, J being the product of all rotations: A <- J^T A J and, on the vectors as
-// columns, V <- V J. Starts and ends with a barrier. Returns the number of sweeps, or kNotConverged. `scratch`: n * n
-// numbers.
+// columns, V <- V J. Between what loaded them and this there has to be a barrier; it ends with one. Returns the number of
+// sweeps, or kNotConverged. `scratch`: n * n numbers.
 template <typename Team, typename T>
 BLK_HD int diagonalise(const Team& team, const Workspace<T>& w, T* scratch, int n) {
-  team.sync();
   int sweeps = 0;
   bool converged = is_diagonal(team, w, n);
   while (!converged && sweeps < kMaxSweeps) {

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -235,6 +239,23 @@ def test_tensors_of_different_devices_are_refused() -> None:
         arguments = [good.cuda() if i == place else good.clone() for i in range(3)]
         with pytest.raises(ValueError, match=r"on .* like the core, got"):
             native.small_algebra(*arguments, EPS32)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_team_of_threads_computes_what_one_does(tmp_path: Path) -> None:
+    """The order of barriers that a CUDA block relies on, without a GPU."""
+    compiler = ["c++", "-std=c++20", "-O1", "-g", "-ffp-contract=off", "-pthread", f"-o{tmp_path / 'team'}"]
+    compiler.append(str(Path(__file__).with_name("native_team.cpp")))
+    for sanitizer in (["-fsanitize=thread"], []):
+        built = subprocess.run([*compiler, *sanitizer], capture_output=True, text=True)
+        if built.returncode == 0:
+            done = subprocess.run([tmp_path / "team"], capture_output=True, text=True, timeout=120)
+            if "FATAL: ThreadSanitizer" not in done.stderr:  # it cannot start on every kernel
+                break
+    else:
+        pytest.skip(f"the compiler does not take C++20: {built.stderr[-500:]}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("equal") == 20
 
 
 def stream(batches: int, massive: bool, width: int = 60, rows: int = 64) -> list[Tensor]:
