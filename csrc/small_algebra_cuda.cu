@@ -1,6 +1,6 @@
 // small_algebra on CUDA: one block per matrix, one launch for all.
 //
-// Memory. What the sweeps touch is in shared memory: the triangle, 4 n^2 bytes, and the vectors, 8 n^2 bytes; 197 KB at
+// Memory. What the sweeps touch is in shared memory: the triangle, 4 n^2 bytes, and the vectors, 8 n^2 bytes; 195 KB at
 // n = 128, which the 227 KB of sm_90 and sm_100 hold. Where they do not fit (sm_80, 163 KB: from n = 117) the vectors go
 // to global memory and stay in L2. What is written once and read by rows, P and K P, is in global memory: the result,
 // and one matrix of scratch.

@@ -31,8 +31,8 @@ def grouped_incremental_svd(
     reference.grouped_incremental_svd(outs, bases, xs, masks, rows, signs, fresh, small_algebra)
 
 
-def small_algebra(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
-    """As ``reference.small_algebra``, for ``[L, l, l]``."""
+def small_algebra(core: Tensor, gram: Tensor, rounding: float, check_errors: bool = True) -> Tensor:
+    """As ``reference.small_algebra``, for ``[L, l, l]``; ``check_errors`` as ``native.small_algebra``."""
     combination = torch.empty_like(core, memory_format=torch.contiguous_format)
-    native.small_algebra(combination, core, gram, rounding)
+    native.small_algebra(combination, core, gram, rounding, check_errors=check_errors)
     return combination
