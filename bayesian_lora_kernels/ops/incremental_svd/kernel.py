@@ -6,8 +6,8 @@ into two bfloat16 halves where X is bfloat16. And NaN or infinity in a counted r
 then NaN.
 
 Launches, for all streams of a dtype and padded width together: norms, fresh columns, stack, Gram, Gram-Schmidt, Omega;
-R, the touch (Z, Y), C, K; the l x l algebra (one native launch), B. First batches go through the touch
-twice, as in the reference. Batches with at most as many rows as columns are a few products in PyTorch each.
+R, the touch (Z, Y), C, K; the l x l algebra (one launch where the native extension has it), B. First batches go through
+the touch twice, as in the reference. Batches with at most as many rows as columns are a few products in PyTorch each.
 
 Bytes and operations per stream, X of M rows and d columns of b bytes, L = l padded to a power of two: X twice, ``2 M
 d b`` (once where the second reading finds it in the L2 cache, see ``touch.py``) plus ``160 d b`` for the fresh
