@@ -6,7 +6,6 @@ Baselines come from PyTorch itself or from `reference.py`; nothing is written a 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -15,15 +14,10 @@ import torch
 
 from bayesian_lora_kernels import ops
 
+from .cases.jacobian import Posterior, subtractive_covariance
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FACTOR_WIDTH, ROWS, KEPT = 1536, 1024, 32
-
-
-@dataclass
-class Posterior:
-    basis_s: torch.Tensor
-    basis_a: torch.Tensor
-    precision_blocks: tuple[torch.Tensor, ...]
 
 
 def measure(benchmark: Any, call: Any) -> None:
@@ -46,23 +40,6 @@ def exact_svd(basis: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The published update: float64 SVD of `[B, X^T]`, keeping k columns."""
     u, s, _ = torch.linalg.svd(torch.cat([basis[:, :KEPT], x.T], dim=1).double(), full_matrices=False)
     return u[:, :KEPT] * s[:KEPT]
-
-
-def subtractive_covariance(a: torch.Tensor, g: torch.Tensor, posterior: Posterior) -> torch.Tensor:
-    """The form of METHOD.md section 4, from explicit Jacobians, term by term."""
-    kept, rest_a, rest_s, rest = (1 / block for block in posterior.precision_blocks)
-    q_s, q_a = posterior.basis_s, posterior.basis_a
-    if q_a.shape[0] == q_a.shape[1]:
-        rest_a, rest = torch.zeros_like(rest_a), torch.zeros_like(rest)
-    if q_s.shape[0] == q_s.shape[1]:
-        rest_s, rest = torch.zeros_like(rest_s), torch.zeros_like(rest)
-    j = torch.einsum("ncto,nti->ncoi", g, a)
-    u, v = torch.einsum("os,ncoi->ncsi", q_s, j), j @ q_a
-    p = torch.einsum("os,ncok->ncsk", q_s, v)
-    total = rest * torch.einsum("ncoi,neoi->nce", j, j)
-    total += torch.einsum("ncsi,s,nesi->nce", u, rest_a - rest, u)
-    total += torch.einsum("ncok,k,neok->nce", v, rest_s - rest, v)
-    return total + torch.einsum("ncsk,sk,nesk->nce", p, kept - rest_s - rest_a[:, None] + rest, p)
 
 
 @pytest.mark.parametrize("provider", ["ours", "addmm"])

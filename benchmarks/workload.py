@@ -29,6 +29,7 @@ class Workload:
     layers: int = 4
     width: int = 512
     heads: int = 8
+    key_value_heads: int | None = None  # None: as many as heads
     feed_forward: int = 1376
     # Small on purpose: bayesian_lora computes the logits of every token and position, we do not.
     vocabulary: int = 1000
@@ -43,20 +44,35 @@ class Workload:
     def class_token_ids(self) -> Tensor:
         return torch.arange(5, 5 + self.classes)
 
-    def model(self) -> peft.PeftModel:
-        """A random model; LoRA B, which PEFT starts at zero, is random too, or no gradient would reach LoRA A."""
+    @property
+    def value_width(self) -> int:
+        """Of what v_proj puts out: the narrowest of the wide sides of the adapters."""
+        return self.width * (self.key_value_heads or self.heads) // self.heads
+
+    def model(
+        self, device: str = "cpu", dtype: torch.dtype = torch.float32, adapter_dtype: torch.dtype = torch.float32
+    ) -> peft.PeftModel:
+        """A random model, made where it is to lie; LoRA B, which PEFT starts at zero, is random too, or no gradient
+        would reach LoRA A.
+        """
         torch.manual_seed(0)
-        base = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=self.vocabulary,
-                hidden_size=self.width,
-                intermediate_size=self.feed_forward,
-                num_hidden_layers=self.layers,
-                num_attention_heads=self.heads,
-                max_position_embeddings=max(128, self.tokens),
-                attn_implementation=self.attention,
-            )
+        config = transformers.LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.width,
+            intermediate_size=self.feed_forward,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_value_heads,
+            max_position_embeddings=max(128, self.tokens),
+            attn_implementation=self.attention,
         )
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                base = transformers.LlamaForCausalLM(config)
+        finally:
+            torch.set_default_dtype(before)
         lora = peft.LoraConfig(
             r=self.lora_rank,
             lora_alpha=2 * self.lora_rank,
@@ -65,7 +81,8 @@ class Workload:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            model = peft.get_peft_model(base, lora)
+            # PEFT would take adapters of a half-precision model to float32.
+            model = peft.get_peft_model(base, lora, autocast_adapter_dtype=adapter_dtype == torch.float32)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -90,17 +107,17 @@ class Workload:
         return laplace.fit(self.batches(8), progress=False)
 
 
-def published_factors(laplace: LaplaceLoRA, workload: Workload) -> Factors:
+def published_factors(laplace: LaplaceLoRA, workload: Workload, device: str = "cpu") -> Factors:
     """The same factors as bayesian_lora takes them: the small ones by their Cholesky factor."""
     from bayesian_lora import cholesky_decompose_small_factors
 
     factors = {name: (factor.a.clone(), factor.s.clone()) for name, factor in laplace.factors.items()}
-    decomposed: Factors = cholesky_decompose_small_factors(factors, workload.width, "cpu", torch.float32)
+    decomposed: Factors = cholesky_decompose_small_factors(factors, workload.value_width, device, torch.float32)
     return decomposed
 
 
 def published_prediction(
-    model: peft.PeftModel, batch: Mapping[str, Tensor], factors: Factors, workload: Workload
+    model: peft.PeftModel, batch: Mapping[str, Tensor], factors: Factors, workload: Workload, device: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance from bayesian_lora's `jacobian_mean` and `variance`, under `no_grad` as its README has it.
 
@@ -110,7 +127,7 @@ def published_prediction(
     from bayesian_lora.main import jacobian_mean, variance
 
     inputs = transformers.BatchEncoding({key: value for key, value in batch.items() if key != "labels"})
-    ids = workload.class_token_ids
+    ids = workload.class_token_ids.to(device)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a missing batching rule of PyTorch's vmap
         jacobian, mean = jacobian_mean(model, inputs, output_callback=lambda outputs: outputs.logits[:, -1, ids])
@@ -118,11 +135,11 @@ def published_prediction(
             inputs,
             jacobian,
             factors,
-            torch.tensor(1.0),
+            torch.tensor(1.0, device=device),
             workload.classes,
             workload.lora_rank,
             workload.kept,
-            "cpu",
+            device,
         )
     return mean.detach(), covariance
 

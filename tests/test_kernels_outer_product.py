@@ -176,12 +176,3 @@ def test_what_it_cannot_take_is_said():
     with pytest.raises(RuntimeError, match=r"impl='triton' cannot run: it sums in float32, and the input is float64"):
         ops.outer_product(randn(4, 3).double(), impl="triton")
     assert ops.outer_product(randn(4, 3).double()).dtype == torch.float64
-
-
-@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
-def test_addresses_past_two_to_the_31():
-    rows, width = 2**24 + 3, 160
-    x = torch.zeros(rows, width, dtype=torch.bfloat16, device=DEVICE)
-    x[-2:] = randn(2, width, dtype=torch.bfloat16)
-    assert_within_budget(launch(x), x[-2:])
-    assert_within_budget(ops.grouped_outer_product([x[:, 80:]], impl="triton")[0], x[-2:, 80:])

@@ -1,0 +1,53 @@
+"""Every kernel case, once, for the GPU report, pytest-benchmark and the tests."""
+
+from __future__ import annotations
+
+import torch
+
+from .case import Case, Provider, Target, Work, interpretable
+from .incremental_svd import IncrementalSvd
+from .jacobian import JacobianCovariance
+from .outer_product import GroupedOuterProduct, OuterProduct
+from .small_eigh import SmallEigh
+from .vocabulary import VocabularyProbs, VocabularyStatistics, VocabularyVariance
+
+__all__ = ["Case", "Provider", "Target", "Work", "all_cases", "interpretable"]
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+def all_cases() -> list[Case]:
+    """The rows of GPU.md in order of importance, then the same kernels in other dtypes."""
+    of_addmm = (Target("triton", times=1.5, over="addmm"), Target("triton", times=1.75, over="addmm"))
+    einsum = Target("triton", times=3, over="einsum fp32")
+    peer = Target("triton", times=100, over="bayesian_lora")
+    fast, fast_past_32 = (Target("native", times=times, over="torch.linalg.eigh") for times in (3, 50))
+    batched = (Target("triton", times=1.2, over="baddbmm"), Target("triton", times=1.2, over="addmm loop"))
+    of_gemm = Target("triton", times=1 / 1.10, over="gemm alone")
+    recomputed = (Target("triton", times=1 / 1.5, over="torch"), Target("triton", memory=1 / 30, over="torch"))
+    loop = Target("triton", times=30, over="addmm loop")
+    return [
+        OuterProduct(BF16, 177, of_addmm, extras=True),
+        GroupedOuterProduct(BF16, 11, (Target("triton", microseconds=18), loop)),
+        IncrementalSvd(BF16, 1600, (Target("triton", microseconds=3000), peer), extras=True),
+        JacobianCovariance(BF16, 1260, (Target("triton", microseconds=2000), einsum), extras=True),
+        JacobianCovariance(BF16, 1330, (Target("triton", microseconds=2700), einsum), outputs=32),
+        SmallEigh(FP64, None, (fast,), n=32),
+        SmallEigh(FP64, None, (fast, fast_past_32), n=74),
+        VocabularyVariance(BF16, 1350, (of_gemm,)),
+        VocabularyProbs(BF16, 2700, recomputed),
+        VocabularyStatistics(BF16, 2700),
+        OuterProduct(BF16, None, of_addmm[:1], width=8192),
+        GroupedOuterProduct(BF16, None, batched, rows=8192, widths=(2048,), count=16),
+        GroupedOuterProduct(BF16, rows=2048, widths=(4, 8, 16, 32, 64, 128), count=32),
+        SmallEigh(FP32, None, (fast,), n=32),
+        SmallEigh(FP32, None, (fast,), n=74),
+        IncrementalSvd(BF16, columns=74),
+        OuterProduct(FP16),
+        OuterProduct(FP32),
+        GroupedOuterProduct(FP32),
+        IncrementalSvd(FP16, modules=32),
+        IncrementalSvd(FP32, modules=32),
+        JacobianCovariance(FP16, modules=32),
+        JacobianCovariance(FP32, modules=32),
+    ]

@@ -1,0 +1,156 @@
+"""`outer_product` of one wide input, and `grouped_outer_product` of many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.ops.outer_product import reference
+
+from .case import Case, Provider, Work, compiled, generator, package, randn
+
+
+def addmm(out: Tensor, x: Tensor) -> Tensor:
+    """`out += x^T x`, summed in float32: PyTorch's own way, which has mixed dtypes on CUDA only."""
+    if x.dtype == out.dtype:
+        return out.addmm_(x.T, x)
+    if not x.is_cuda:
+        return out.addmm_(x.float().T, x.float())
+    return torch.addmm(out, x.T, x, out_dtype=torch.float32, out=out)
+
+
+def baddbmm(out: Tensor, x: Tensor) -> Tensor:
+    """`addmm` of a batch."""
+    if x.dtype == out.dtype:
+        return out.baddbmm_(x.mT, x)
+    if not x.is_cuda:
+        return out.baddbmm_(x.float().mT, x.float())
+    return torch.baddbmm(out, x.mT, x, out_dtype=torch.float32, out=out)
+
+
+def symmetric(shape: tuple[int, ...], device: torch.device, state: torch.Generator) -> Tensor:
+    out = randn(shape, torch.float32, device, state)
+    return out + out.mT
+
+
+@dataclass(frozen=True)
+class OuterProduct(Case):
+    """`out += x^T x`, the factor of one layer while the data passes by."""
+
+    rows: int = 8192
+    width: int = 4096
+
+    operation = "outer_product"
+    mutates = True
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows}x{self.width}"
+
+    def dry(self) -> OuterProduct:
+        return replace(self, rows=40, width=72)
+
+    def moderate(self) -> OuterProduct:
+        return replace(self, rows=self.rows // 8, width=self.width // 4)
+
+    def work(self) -> Work:
+        x, out = self.rows * self.width * self.dtype.itemsize, 4 * self.width**2
+        return Work(x + 2 * out, self.rows * self.width * (self.width + 1))
+
+    def inputs(self, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+        state = generator(device, seed)
+        out = symmetric((self.width, self.width), device, state)
+        return randn((self.rows, self.width), self.dtype, device, state), out
+
+    def truth(self, inputs: Any) -> Tensor:
+        x, out = inputs
+        return torch.addmm(out.double(), x.double().T, x.double())
+
+    def providers(self, device: torch.device) -> list[Provider]:
+        traced = compiled(lambda x, out: reference.outer_product(out, x, None, 1.0, True), device)
+
+        def call_traced(inputs: Any) -> Tensor:
+            traced(*inputs)
+            return inputs[1]
+
+        lower = package(
+            self.operation, lambda i, impl: ops.outer_product(i[0], out=i[1], lower=True, impl=impl), device, "triton"
+        )[0]
+        return [
+            *package(self.operation, lambda i, impl: ops.outer_product(i[0], out=i[1], impl=impl), device, "triton"),
+            replace(lower, name="triton lower", comparable=lambda out: out.tril() + out.tril(-1).T),
+            Provider("addmm", lambda i: addmm(i[1], i[0])),
+            *package(self.operation, lambda i, impl: ops.outer_product(i[0], out=i[1], impl=impl), device, "reference"),
+            *([Provider("compiled reference", call_traced, compiles=True)] if self.extras else []),
+        ]
+
+
+@dataclass(frozen=True)
+class GroupedOuterProduct(Case):
+    """`outs[i] += x_i^T x_i`, `count` of each width."""
+
+    rows: int = 8192
+    widths: tuple[int, ...] = (8,)
+    count: int = 256
+
+    operation = "grouped_outer_product"
+    mutates = True
+
+    @property
+    def shape(self) -> str:
+        widths = "/".join(map(str, self.widths))
+        return f"{self.count}{' each' if len(self.widths) > 1 else ''} of {self.rows}x{widths}"
+
+    def dry(self) -> GroupedOuterProduct:
+        return replace(self, rows=24, widths=tuple(min(width, 40) for width in self.widths), count=3)
+
+    def moderate(self) -> GroupedOuterProduct:
+        return replace(self, rows=1024, widths=tuple(min(width, 512) for width in self.widths), count=self.count // 8)
+
+    def work(self) -> Work:
+        x = sum(self.count * self.rows * width * self.dtype.itemsize for width in self.widths)
+        out = sum(self.count * 4 * width**2 for width in self.widths)
+        return Work(x + 2 * out, sum(self.count * self.rows * width * (width + 1) for width in self.widths))
+
+    def inputs(self, device: torch.device, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Stacks per width, so that a batched product can be measured too."""
+        state = generator(device, seed)
+        xs = [randn((self.count, self.rows, width), self.dtype, device, state) for width in self.widths]
+        outs = [symmetric((self.count, width, width), device, state) for width in self.widths]
+        return xs, outs
+
+    def truth(self, inputs: Any) -> list[Tensor]:
+        xs, outs = inputs
+        return [
+            torch.stack(
+                [torch.addmm(one.double(), row.double().T, row.double()) for one, row in zip(o, x, strict=True)]
+            )
+            for x, o in zip(xs, outs, strict=True)
+        ]
+
+    def providers(self, device: torch.device) -> list[Provider]:
+        def grouped(inputs: Any, impl: str) -> list[Tensor]:
+            xs, outs = inputs
+            flat = [one for out in outs for one in out]
+            ops.grouped_outer_product([one for x in xs for one in x], outs=flat, impl=impl)
+            return outs
+
+        def one_by_one(inputs: Any) -> list[Tensor]:
+            for x, out in zip(*inputs, strict=True):
+                for row, one in zip(x, out, strict=True):
+                    addmm(one, row)
+            return inputs[1]
+
+        def batched(inputs: Any) -> list[Tensor]:
+            return [baddbmm(out, x) for x, out in zip(*inputs, strict=True)]
+
+        return [
+            *package(self.operation, grouped, device, "triton"),
+            Provider("addmm loop", one_by_one),
+            Provider("baddbmm", batched),
+            *package(self.operation, grouped, device, "reference"),
+        ]
