@@ -37,9 +37,11 @@ test-all: $(READY)
 
 TRITONS := $(TRITON_VERSIONS:%=$(VENV)-triton-%/.ready)
 
-test-interpret: $(TRITONS)
-	@for ready in $^; do \
-	  TRITON_INTERPRET=1 $${ready%.ready}bin/python -m pytest -q -m interpret || exit 1; done
+# One version's tests use one core: make -j2 runs two versions at once.
+test-interpret: $(TRITON_VERSIONS:%=test-interpret-%)
+
+test-interpret-%: $(VENV)-triton-%/.ready
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(<D)/bin/python -m pytest -q -p no:cacheprovider -m interpret
 
 aot-check: $(TRITONS)
 	@for ready in $^; do $${ready%.ready}bin/python -m benchmarks.aot || exit 1; done

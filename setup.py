@@ -57,7 +57,7 @@ def find_cuda() -> Path | None:
 
 
 def make_extension(cuda: Path | None) -> Extension:
-    sources = ["csrc/module.cpp", "csrc/small_eigh_cpu.cpp"]
+    sources = ["csrc/module.cpp", *sorted(glob.glob("csrc/*_cpu.cpp"))]
     headers = sorted(glob.glob("csrc/*.h"))
     if os.name == "posix":
         # -fno-*: sqrt sets no errno and traps nothing, so that loops over it are vectorised. No result changes.
@@ -80,7 +80,7 @@ def make_extension(cuda: Path | None) -> Extension:
     flags += [f"-gencode=arch=compute_{name},code=compute_{name}" for name in chosen[:1]]
     return CUDAExtension(
         NAME,
-        [*sources, "csrc/small_eigh_cuda_op.cpp", "csrc/small_eigh_cuda.cu"],
+        [*sources, *sorted(glob.glob("csrc/*_cuda_op.cpp")), *sorted(glob.glob("csrc/*_cuda.cu"))],
         define_macros=[
             ("BLK_WITH_CUDA", "1"),
             ("BLK_CUDA_ARCHITECTURES", ",".join(f"sm_{name}" for name in chosen)),

@@ -33,6 +33,7 @@ def build_parser() -> ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(subparsers)
     _add_doctor(subparsers)
+    _add_bench(subparsers)
     add_commands(subparsers)
     return parser
 
@@ -63,6 +64,22 @@ def _add_doctor(subparsers: _SubParsersAction[ArgumentParser]) -> None:
     doctor.set_defaults(run=_doctor)
 
 
+def _add_bench(subparsers: _SubParsersAction[ArgumentParser]) -> None:
+    bench = subparsers.add_parser(
+        "bench",
+        help="how fast every operation is here",
+        description="Every operation in every implementation that runs here, checked against float64 and timed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    bench.add_argument(
+        "--device", default=None, metavar="DEVICE", help="cpu, cuda, cuda:1; None: a GPU if there is one"
+    )
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the inputs")
+    bench.add_argument("--quick", action="store_true", help="tiny sizes, in seconds; the times mean nothing")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    bench.set_defaults(run=_bench)
+
+
 def _demo(args: Namespace) -> int:
     from bayesian_lora_kernels.demo.run import run_demo
     from bayesian_lora_kernels.demo.settings import DemoSettings, quick_settings
@@ -90,6 +107,28 @@ def _doctor(args: Namespace) -> int:
         print(f"blk doctor: {error}", file=sys.stderr)
         return FAILED
     return 0 if report["ok"] else FAILED
+
+
+def _bench(args: Namespace) -> int:
+    import torch
+
+    from bayesian_lora_kernels.demo.bench import SIZES, format_rows, measure
+
+    try:
+        _check_json(args.json)
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)  # the device is there, or this says why not
+        size = SIZES["quick" if args.quick else "cuda" if device.type == "cuda" else "cpu"]
+        rows = measure(device, getattr(torch, args.dtype), size, progress=sys.stderr.isatty())
+        name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+        print(f"{name}, PyTorch {torch.__version__}, inputs {args.dtype}\n\n{format_rows(rows)}")
+        _write_json(args.json, {"device": name, "torch": torch.__version__, "dtype": args.dtype, "rows": rows})
+    except (AssertionError, OSError, RuntimeError) as error:  # PyTorch without CUDA asserts that it had it
+        print(f"blk bench: {error}", file=sys.stderr)
+        return FAILED
+    return FAILED if any(row["error"] is not None and row["seconds"] is None for row in rows) else 0
 
 
 def _check_json(path: Path | None) -> None:

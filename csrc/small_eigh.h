@@ -206,43 +206,73 @@ BLK_HD void rotate_round(const Team& team, const Workspace<T>& w, int n, int odd
   team.sync();
 }
 
-// `input`, `eigenvectors`: n x n row-major, of `input` only the lower triangle is read; `eigenvalues`: n, descending;
-// eigenvectors are columns. Returns the number of sweeps; or kNotFinite, with NaN in all results; or kNotConverged.
+// Copies the lower triangle of `input`, n x n row-major. Returns whether all that this thread copied is finite.
 template <typename Team, typename T>
-BLK_HD int small_eigh(const Team& team, const T* __restrict__ input, T* __restrict__ eigenvalues,
-                      T* __restrict__ eigenvectors, const Workspace<T>& w, int n) {
+BLK_HD bool load_lower(const Team& team, const T* __restrict__ input, const Workspace<T>& w, int n) {
   bool finite = true;
   for (int i = team.row(); i < n; i += team.rows()) {
-    for (int j = team.lane(); j < n; j += team.lanes()) {
-      w.vectors[i * n + j] = i == j;
-      if (j > i) continue;
+    for (int j = team.lane(); j <= i; j += team.lanes()) {
       const T a = input[i * n + j];
       (j < i ? w.lower[packed_row(i) + j] : w.diagonal[i]) = a;
       finite &= a - a == 0;
     }
   }
-  if (team.any(!finite)) {
-    for (int i = team.rank(); i < n * n; i += team.size()) eigenvectors[i] = T(NAN);
-    for (int i = team.rank(); i < n; i += team.size()) eigenvalues[i] = T(NAN);
-    return kNotFinite;
-  }
+  return finite;
+}
 
+template <typename Team, typename T>
+BLK_HD void set_vectors_to_identity(const Team& team, const Workspace<T>& w, int n) {
+  for (int i = team.row(); i < n; i += team.rows()) {
+    for (int j = team.lane(); j < n; j += team.lanes()) w.vectors[i * n + j] = i == j;
+  }
+}
+
+// Sweeps until the matrix in `w` is diagonal, J being the product of all rotations: A <- J^T A J and, on the vectors as
+// columns, V <- V J. Between what loaded them and this there has to be a barrier; it ends with one. Returns the number of
+// sweeps, or kNotConverged. `scratch`: n * n numbers.
+template <typename Team, typename T>
+BLK_HD int diagonalise(const Team& team, const Workspace<T>& w, T* scratch, int n) {
   int sweeps = 0;
   bool converged = is_diagonal(team, w, n);
   while (!converged && sweeps < kMaxSweeps) {
-    sort_diagonal(team, w, eigenvectors, n);
+    sort_diagonal(team, w, scratch, n);
     for (int i = 0; i < n; ++i) rotate_round(team, w, n, i % 2);
     ++sweeps;
     converged = is_diagonal(team, w, n);
   }
-
-  find_order(team, w, n);
-  for (int i = team.row(); i < n; i += team.rows()) {
-    const int from = w.order[i];
-    if (team.lane() == 0) eigenvalues[i] = w.diagonal[from];
-    for (int j = team.lane(); j < n; j += team.lanes()) eigenvectors[j * n + i] = w.vectors[from * n + j];
-  }
   return converged ? sweeps : kNotConverged;
+}
+
+// The vectors as columns of `to`, n x n row-major, in the order that `find_order` found.
+template <typename Team, typename T>
+BLK_HD void store_vectors(const Team& team, const Workspace<T>& w, T* __restrict__ to, int n) {
+  for (int i = team.row(); i < n; i += team.rows()) {
+    const T* __restrict__ from = w.vectors + w.order[i] * n;
+    for (int j = team.lane(); j < n; j += team.lanes()) to[j * n + i] = from[j];
+  }
+}
+
+template <typename Team, typename T>
+BLK_HD void fill(const Team& team, T* to, T value, int count) {
+  for (int i = team.rank(); i < count; i += team.size()) to[i] = value;
+}
+
+// `input`, `eigenvectors`: n x n row-major, of `input` only the lower triangle is read; `eigenvalues`: n, descending;
+// eigenvectors are columns. Returns the number of sweeps; or kNotFinite, with NaN in all results; or kNotConverged.
+template <typename Team, typename T>
+BLK_HD int small_eigh(const Team& team, const T* __restrict__ input, T* __restrict__ eigenvalues,
+                      T* __restrict__ eigenvectors, const Workspace<T>& w, int n) {
+  set_vectors_to_identity(team, w, n);
+  if (team.any(!load_lower(team, input, w, n))) {
+    fill(team, eigenvectors, T(NAN), n * n);
+    fill(team, eigenvalues, T(NAN), n);
+    return kNotFinite;
+  }
+  const int result = diagonalise(team, w, eigenvectors, n);
+  find_order(team, w, n);
+  for (int i = team.rank(); i < n; i += team.size()) eigenvalues[i] = w.diagonal[w.order[i]];
+  store_vectors(team, w, eigenvectors, n);
+  return result;
 }
 
 }  // namespace blk

@@ -1,23 +1,16 @@
 // bayesian_lora_kernels_native::small_eigh on the CPU: the matrices are shared out among PyTorch's threads.
+#include "checks.h"
+#include "multiversion.h"
 #include "small_eigh.h"
-#include "small_eigh_op.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <vector>
 
-// One binary for every x86 machine: the loader picks the version that the processor has.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define BLK_MULTIVERSION __attribute__((flatten, target_clones("avx512f", "fma", "default")))
-#else
-#define BLK_MULTIVERSION
-#endif
-
 namespace blk {
 namespace {
 
-// Not a template: GCC has no versions of those.
 BLK_MULTIVERSION int solve(const double* matrix, double* values, double* vectors, const Workspace<double>& w, int n) {
   return small_eigh(SerialTeam{}, matrix, values, vectors, w, n);
 }
@@ -26,7 +19,8 @@ BLK_MULTIVERSION int solve(const float* matrix, float* values, float* vectors, c
 }
 
 at::Tensor small_eigh_cpu(const at::Tensor& matrices, const at::Tensor& eigenvalues, const at::Tensor& eigenvectors) {
-  const at::Tensor input = checked_matrices(matrices, eigenvalues, eigenvectors);
+  check_small_eigh(matrices, eigenvalues, eigenvectors);
+  const at::Tensor input = matrices.contiguous();
   const at::Tensor info = at::empty({input.size(0)}, input.options().dtype(at::kInt));
   const int n = static_cast<int>(input.size(1));
   // a few tens of microseconds of work per task, below which waking a thread costs more than it brings

@@ -6,31 +6,12 @@
 // between sweeps the result serves as scratch for the sort, 3 n^2 numbers that stay in L2. Up to about n = 32 it is
 // latency that counts (barriers; three divisions and four square roots one after another in every rotation), which
 // only several resident matrices per multiprocessor hide: 3 of n = 74 in float64 fit into the 227 KB of sm_90.
+#include "block_team.h"
 #include "small_eigh.h"
 #include "small_eigh_cuda.h"
 
 namespace blk {
 namespace {
-
-struct BlockTeam {
-  __device__ int row() const { return threadIdx.y; }
-  __device__ int rows() const { return blockDim.y; }
-  __device__ int lane() const { return threadIdx.x; }
-  __device__ int lanes() const { return blockDim.x; }
-  __device__ int rank() const { return threadIdx.y * blockDim.x + threadIdx.x; }
-  __device__ int size() const { return blockDim.x * blockDim.y; }
-  __device__ void sync() const { __syncthreads(); }
-  __device__ bool any(bool condition) const { return __syncthreads_or(condition); }
-};
-
-constexpr int kMaxThreads = 256;
-
-// Half a row of pairs to the lanes, which walk along a row of the triangle.
-dim3 team_shape(int n) {
-  if (n <= 16) return dim3(8, 4);
-  if (n <= 32) return dim3(16, 8);
-  return dim3(32, 8);
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads, 3)
@@ -52,21 +33,13 @@ size_t shared_bytes(int n, bool vectors) {
   return sizeof(T) * (workspace_size(n) + (vectors ? n * n : 0));
 }
 
-cudaError_t shared_limit(size_t* bytes) {
-  int device = 0, limit = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  *bytes = static_cast<size_t>(limit);
-  return error;
-}
-
 }  // namespace
 
 template <typename T>
 cudaError_t small_eigh_needs_scratch(int n, bool* needed) {
   size_t limit = 0;
   const cudaError_t error = shared_limit(&limit);
-  *needed = shared_bytes<T>(n, true) > limit;
+  *needed = shared_bytes<T>(n, true) + sizeof(int) * kMaxN > limit;
   return error;
 }
 

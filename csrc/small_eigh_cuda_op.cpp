@@ -1,6 +1,6 @@
 // bayesian_lora_kernels_native::small_eigh on CUDA tensors: PyTorch's side of small_eigh_cuda.cu. Never synchronises.
+#include "checks.h"
 #include "small_eigh_cuda.h"
-#include "small_eigh_op.h"
 
 #include <ATen/Dispatch.h>
 #include <c10/cuda/CUDAException.h>
@@ -14,8 +14,9 @@ namespace {
 
 at::Tensor small_eigh_on_cuda(const at::Tensor& matrices, const at::Tensor& eigenvalues,
                               const at::Tensor& eigenvectors) {
-  const at::Tensor input = checked_matrices(matrices, eigenvalues, eigenvectors);
-  const c10::cuda::CUDAGuard guard(input.device());
+  check_small_eigh(matrices, eigenvalues, eigenvectors);
+  const c10::cuda::CUDAGuard guard(matrices.device());
+  const at::Tensor input = matrices.contiguous();
   TORCH_CHECK_VALUE(input.size(0) <= std::numeric_limits<int>::max(),
                     "small_eigh: expected at most 2^31 - 1 matrices, got ", input.size(0));
   const at::Tensor info = at::empty({input.size(0)}, input.options().dtype(at::kInt));

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bayesian_lora_kernels import LaplaceLoRA, cli
 from bayesian_lora_kernels.demo.methods import NAMES
@@ -91,3 +92,35 @@ def test_doctor_fails_where_the_reference_does(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 1
     assert "FAIL" in (output := capsys.readouterr().out)
     assert "RuntimeError: out of order" in output
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench_times_what_is_right(dtype, tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    assert cli.main(["bench", "--device", "cpu", "--quick", "--dtype", dtype, "--json", str(path)]) == 0
+    rows, output = json.loads(path.read_text())["rows"], capsys.readouterr().out
+    assert {row["operation"] for row in rows} >= {"outer_product", "grouped_jacobian_covariance", "small_eigh"}
+    for row in rows:
+        if row["implementation"] == "reference":
+            assert 0 < row["seconds"]["p20"] <= row["seconds"]["median"] <= row["seconds"]["p80"]
+        assert row["operation"] in output
+        assert row["reason"] is None or row["reason"] in output
+
+
+def test_bench_shows_no_time_of_what_is_wrong(capsys, monkeypatch):
+    from bayesian_lora_kernels.ops.square_sum import reference
+
+    true = reference.grouped_square_sum
+
+    def wrong(out, xs, masks):
+        true(out, xs, masks)
+        out *= 1.0 if xs[0].dtype == torch.float64 else 1.01
+
+    monkeypatch.setattr(reference, "grouped_square_sum", wrong)
+    assert cli.main(["bench", "--device", "cpu", "--quick"]) == 1
+    assert "wrong: relative error 1.0e-02" in capsys.readouterr().out
+
+
+def test_bench_on_a_device_that_is_not_there(capsys):
+    assert cli.main(["bench", "--quick", "--device", "nowhere"]) == 1
+    assert capsys.readouterr().err.startswith("blk bench: ")

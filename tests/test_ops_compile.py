@@ -25,6 +25,7 @@ def arguments():
     rows, signs = torch.randint(3, (6, 16)), torch.ones(6, 16)
     a, g = torch.randn(2, 5, 7), torch.randn(2, 3, 5, 4)
     weights = (torch.rand(2, 3), torch.rand(2), torch.rand(3), torch.rand(()))
+    mask_nt = torch.rand(2, 5) < 0.7
     posterior = (torch.randn(4, 2), torch.randn(7, 3), *weights)
     return {
         "outer_product": (x, mask, 2.0, "auto"),
@@ -32,10 +33,12 @@ def arguments():
         "outer_product_accumulate": (out, x, None, 2.0, "auto"),
         "grouped_outer_product": ([x, few], [mask, None], [1.0, 2.0], "auto"),
         "grouped_outer_product_accumulate": ([out, out.clone()], [x, few], [mask, None], [1.0, 2.0], "auto"),
+        "grouped_square_sum": ([x, few], [mask, None], "auto"),
         "incremental_svd": (basis, x, mask, rows, signs, 2, "auto"),
         "grouped_incremental_svd": ([basis, basis[:, :0]], [x, few], [mask, None], [rows] * 2, [signs] * 2, 2, "auto"),
         "jacobian_gram": (a, g, None, "auto"),
-        "jacobian_covariance": (a, g, *posterior, torch.rand(2, 5) < 0.7, "auto"),
+        "jacobian_covariance": (a, g, *posterior, mask_nt, "auto"),
+        "grouped_jacobian_covariance": ([a, a], [g, g], *([part] * 2 for part in posterior), [mask_nt, None], "auto"),
         "small_eigh": (torch.eye(5).repeat(3, 1, 1), "auto"),
     }
 
@@ -51,10 +54,13 @@ def test_compiles_without_a_graph_break(backend):
         first = ops.outer_product(x, mask=mask, scale=0.5)
         second = ops.mirror_lower(ops.outer_product(x, out=out, lower=True))
         grouped = ops.grouped_outer_product([x, 2 * x], masks=[mask, None], outs=[first, out])
+        squares = ops.grouped_square_sum([x, x[:3]], masks=[mask, None])
         basis = ops.incremental_svd(None, x, columns=6, mask=mask, fresh=2)
         bases = ops.grouped_incremental_svd([basis, None], [x, x[:3]], columns=6)
-        gram = ops.jacobian_gram(a, g) + ops.jacobian_covariance(a, g, Posterior(basis_s, basis_a, blocks))
-        return first, second, *grouped, basis, *bases, gram, *ops.small_eigh(out[None])
+        posterior = Posterior(basis_s, basis_a, blocks)
+        gram = ops.jacobian_gram(a, g) + ops.jacobian_covariance(a, g, posterior)
+        gram = gram + ops.grouped_jacobian_covariance([a, 2 * a], [g, g], [posterior] * 2)
+        return first, second, *grouped, squares, basis, *bases, gram, *ops.small_eigh(out[None])
 
     def inputs():
         torch.manual_seed(1)

@@ -42,8 +42,10 @@ def test_every_operation_has_a_reference():
     assert report["reference"] == {
         "available": True,
         "reason": None,
+        "auto": True,
         "operations": operations,
     }
+    assert not report["triton"]["auto"]
     assert "small_eigh" in report["native"]["operations"]
     for name in ("triton", "native"):
         assert report[name]["available"] == (report[name]["reason"] is None)

@@ -10,6 +10,11 @@ from bayesian_lora_kernels.ops.incremental_svd.fresh import choose_rows, draw_nu
 
 WIDTH, KEPT = 192, 8
 COLUMNS = 2 * KEPT + 10
+NATIVE = ops.backends()["native"]
+IMPLS = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(not NATIVE["available"], reason=str(NATIVE["reason"]))),
+]
 SPECTRA = {
     "flat": lambda i: torch.ones_like(i),
     "1/i": lambda i: 1 / i,
@@ -85,12 +90,13 @@ def assert_orthogonal_and_descending(basis):
     assert ((unit.T @ unit - torch.eye(int(kept.sum())).double()).abs() < 1e-5).all()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", ["flat", "1/i", "1/i^2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_stationary_streams_are_within_a_hundredth_of_the_best_and_no_worse_than_exact_updates(kind, dtype):
+def test_stationary_streams_are_within_a_hundredth_of_the_best_and_no_worse_than_exact_updates(kind, dtype, impl):
     xs = stream(kind, rows=384, batches=16, dtype=dtype)
     a = sum_of(xs)
-    basis = run(xs)
+    basis = run(xs, impl=impl)
     error, exact, best = rank_error(basis, a), rank_error(exact_svd_keeping(xs), a), best_error(a)
     assert basis.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert error <= 1.01 * best
@@ -98,14 +104,15 @@ def test_stationary_streams_are_within_a_hundredth_of_the_best_and_no_worse_than
     assert_orthogonal_and_descending(basis)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rows", [12, 384])
-def test_massive_activations(dtype, rows):
+def test_massive_activations(dtype, rows, impl):
     xs = stream("massive", rows, batches=16, dtype=dtype)
     a = sum_of(xs)
     eigenvalues = torch.linalg.eigvalsh(a).flip(0)
     assert eigenvalues[0] > 7e5 * eigenvalues[KEPT - 1]
-    basis = run(xs)
+    basis = run(xs, impl=impl)
     assert rank_error(basis, a) <= 1.02 * best_error(a)  # required: 1.1
     assert_orthogonal_and_descending(basis[:, :KEPT])
 

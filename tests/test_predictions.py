@@ -75,6 +75,26 @@ def test_a_smaller_prior_precision_gives_a_larger_variance(whole):
     assert torch.equal(laplace.predict(case.batch()).covariance, everything.covariance)
 
 
+@pytest.mark.parametrize("curvature", ["kfac", "exact"])
+@pytest.mark.parametrize("per_module", [False, True])
+def test_a_prior_that_is_changed_in_place_counts_at_once(curvature, per_module):
+    case = mlp()
+    laplace = blk.LaplaceLoRA(case.model, curvature=curvature).fit([case.batch()], progress=False)
+    names = list(laplace.sample_weights(1))
+    names = sorted({name.rsplit(".", 1)[0] for name in names})
+    values = [0.5 + i for i in range(len(names))] if per_module else [0.5] * len(names)
+    priors = [torch.tensor(value, dtype=torch.float64) for value in values]
+    laplace.prior_precision = dict(zip(names, priors, strict=True))
+    before = laplace.predict(case.batch()).variance
+    assert torch.equal(laplace.predict(case.batch()).variance, before)
+    for prior in priors:
+        prior *= 10
+    after = laplace.predict(case.batch()).variance
+    laplace.prior_precision = {name: 10 * value for name, value in zip(names, values, strict=True)}
+    assert (after < before).all()
+    assert torch.equal(laplace.predict(case.batch()).variance, after)
+
+
 def gaussian(n: int, c: int, scale: float = 1.0, seed: int = 0, dtype=torch.float64) -> LogitPosterior:
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(n, c, generator=generator, dtype=torch.float64)

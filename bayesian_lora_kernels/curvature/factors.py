@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,8 +45,8 @@ class FactorSum:
     def __init__(self, width: int, columns: int | None):
         self.columns = columns
         self.width = width
-        self.matrix: Tensor | None = None  # [d, d] full, or [d, columns] with B B^T the estimate
-        self.trace: Tensor | float = 0.0
+        self.matrix: Tensor | None = None  # [d, d], only its lower half; or [d, columns] with B B^T the estimate
+        self.trace = 0.0
         self._rows: list[tuple[Tensor, Tensor | None]] = []
 
     def clone(self) -> FactorSum:
@@ -82,12 +83,12 @@ class FactorSum:
             return self._finish_full(scale, settings, zero)
         assert settings.rank is not None
         kept = self.matrix[:, : settings.rank] * scale**0.5
-        tail = (torch.as_tensor(self.trace, device=kept.device) * scale - kept.double().square().sum()).clamp_min(0)
+        tail = (self.trace * scale - kept.double().square().sum()).clamp_min(0)
         return kept.contiguous(), tail / (self.width - settings.rank) if settings.tail else zero
 
     def _finish_full(self, scale: float, settings: FactorSettings, zero: Tensor) -> tuple[Tensor, Tensor]:
         assert self.matrix is not None
-        matrix = self.matrix * scale
+        matrix = ops.mirror_lower(self.matrix) * scale
         if settings.rank is None or self.width <= settings.rank_threshold or settings.rank >= self.width:
             return matrix, zero
         # Summed in full only because that was the cheaper way to the same low-rank factor.
@@ -98,39 +99,42 @@ class FactorSum:
 
 
 class FactorSums:
-    """All the sums of a model, updated together: one grouped operation per kind and batch."""
+    """All the sums of a model, updated together: a few grouped operations per batch, however many sums there are."""
 
     def __init__(self, settings: FactorSettings, seed: int):
         self.settings = settings
         self.generator = torch.Generator().manual_seed(seed)
         self.sums: dict[Hashable, FactorSum] = {}
 
-    def add(self, rows: Mapping[Hashable, tuple[Tensor, Tensor | None]]) -> dict[Hashable, Tensor]:
+    def add(self, rows: Mapping[Hashable, tuple[Tensor, Tensor | None]]) -> list[Hashable]:
         """Add `{key: (x [M, d], mask [M])}`.
 
         Returns:
-            `{key: sum of squares of the counted rows}`, 0-d float64: what the traces grew by, and not finite exactly
-            if a counted entry is not.
+            The keys whose counted entries are not all finite; nothing is added then.
         """
-        grown: dict[Hashable, Tensor] = {}
-        full: list[tuple[FactorSum, Tensor, Tensor | None]] = []
-        ready: list[FactorSum] = []
+        kept = {}
         for key, (x, mask) in rows.items():
             if mask is not None and x.device.type == "cpu":
                 x, mask = x[mask], None  # no synchronisation to avoid here: leave padding out altogether
-            squares = torch.linalg.vector_norm(x, dim=1, dtype=accumulate_dtype(x)).double().square()
-            grown[key] = (squares if mask is None else squares.masked_fill(~mask, 0)).sum()
+            kept[key] = x, mask
+        squares = square_sums(kept)
+        not_finite = [key for key, square in squares.items() if not math.isfinite(square)]
+        if not_finite:
+            return not_finite
+        full: list[tuple[FactorSum, Tensor, Tensor | None]] = []
+        ready: list[FactorSum] = []
+        for key, (x, mask) in kept.items():
             if key not in self.sums:
                 self.sums[key] = FactorSum(x.shape[1], self.settings.columns(x.shape[1]))
             total = self.sums[key]
-            total.trace = total.trace + grown[key]
+            total.trace += squares[key]
             if total.columns is None:
                 full.append((total, x, mask))
             elif total.gather(x, mask):
                 ready.append(total)
         self._add_full(full)
-        self._update(_finite(ready))
-        return grown
+        self._update(ready)
+        return []
 
     def _add_full(self, entries: Sequence[tuple[FactorSum, Tensor, Tensor | None]]) -> None:
         for total, x, _ in entries:
@@ -142,11 +146,12 @@ class FactorSums:
                 [x for _, x, _ in here],
                 masks=[mask for _, _, mask in here],
                 outs=[total.matrix for total, _, _ in here if total.matrix is not None],
+                lower=True,
             )
 
     def _update(self, totals: Sequence[FactorSum]) -> None:
         rows = [(total, *total.take_rows()) for total in totals]
-        for group in {(x.device, total.columns) for total, x, _ in rows}:
+        for group in dict.fromkeys((x.device, total.columns) for total, x, _ in rows):
             here = [entry for entry in rows if (entry[1].device, entry[0].columns) == group]
             columns = group[1]
             assert columns is not None
@@ -167,12 +172,17 @@ class FactorSums:
         return {key: self.sums[key].finish(scale, self.settings) for key, scale in scales.items()}
 
 
-def _finite(totals: Sequence[FactorSum]) -> list[FactorSum]:
-    """Those without NaN or infinity in their rows; the caller reports the others by name, from what `add` returned."""
-    if not totals:
-        return []
-    finite = torch.stack([torch.isfinite(torch.as_tensor(total.trace)).cpu() for total in totals]).tolist()
-    return [total for total, ok in zip(totals, finite, strict=True) if ok]
+def square_sums(rows: Mapping[Hashable, tuple[Tensor, Tensor | None]]) -> dict[Hashable, float]:
+    """Sum of squares of the counted entries of each `(x [M, d], mask [M])`: not finite exactly if one of them is not.
+
+    One operation and one synchronisation per device.
+    """
+    sums: dict[Hashable, float] = {}
+    for device in dict.fromkeys(x.device for x, _ in rows.values()):
+        here = {key: entry for key, entry in rows.items() if entry[0].device == device}
+        found = ops.grouped_square_sum([x for x, _ in here.values()], masks=[mask for _, mask in here.values()])
+        sums |= zip(here, found.tolist(), strict=True)
+    return sums
 
 
 class KroneckerSums:
@@ -186,37 +196,38 @@ class KroneckerSums:
         self.settings = settings
         self._sums = FactorSums(settings, seed)
         self._group: dict[str, int] = {}
-        self._counts: dict[int, Tensor | float] = {}  # 0-d on the device: no synchronisation per batch
+        self._counts: dict[int, int] = {}
 
-    def add_inputs(self, inputs: Mapping[str, LayerInput]) -> dict[str, Tensor]:
-        """Add one batch's inputs; returns `{layer name: sum of squares}` for one layer of each group."""
+    def add_inputs(self, inputs: Mapping[str, LayerInput]) -> list[str]:
+        """Add one batch's inputs; returns the layers whose input is not finite."""
         self._regroup(inputs)
         rows: dict[Hashable, tuple[Tensor, Tensor | None]] = {}
-        names = {}
+        names: dict[Hashable, str] = {}
+        counts: dict[int, int] = {}  # of the masks, which most layers share
         for name, (a, mask, _) in inputs.items():
             group = self._group[name]
-            if group in names:
+            if ("a", group) in names:
                 continue
-            names[group] = name
-            x, counted = token_rows(a, mask, self.settings.tokens, mean=True)
-            rows["a", group] = (x, counted)
-            self._counts[group] = self._counts.get(group, 0.0) + (len(x) if counted is None else counted.sum())
-        grown = self._sums.add(rows)
-        return {name: grown["a", group] for group, name in names.items()}
+            names["a", group] = name
+            x, counted = rows["a", group] = token_rows(a, mask, self.settings.tokens, mean=True)
+            if counted is not None and id(mask) not in counts:
+                counts[id(mask)] = int(counted.sum())
+            self._counts[group] = self._counts.get(group, 0) + (len(x) if counted is None else counts[id(mask)])
+        return [names[key] for key in self._sums.add(rows)]
 
-    def add_gradients(self, gradients: Mapping[str, Tensor], inputs: Mapping[str, LayerInput]) -> dict[str, Tensor]:
-        """Add one backward pass's output gradients; returns `{layer name: sum of squares}`."""
+    def add_gradients(self, gradients: Mapping[str, Tensor], inputs: Mapping[str, LayerInput]) -> list[str]:
+        """Add one backward pass's output gradients; returns the layers whose gradient is not finite."""
+        names: dict[Hashable, str] = {("s", name): name for name in gradients}
         rows: dict[Hashable, tuple[Tensor, Tensor | None]] = {
-            ("s", name): token_rows(g, inputs[name].mask, self.settings.tokens, mean=False)
-            for name, g in gradients.items()
+            key: token_rows(gradients[name], inputs[name].mask, self.settings.tokens, mean=False)
+            for key, name in names.items()
         }
-        grown = self._sums.add(rows)
-        return {name: grown["s", name] for name in gradients}
+        return [names[key] for key in self._sums.add(rows)]
 
     def factors(self) -> dict[str, KroneckerFactors]:
         """The finished factors: A a mean over tokens (or examples), S a sum. Shared inputs share their tensor."""
         scales: dict[Hashable, float] = {("s", name): 1.0 for name in self._group}
-        scales |= {("a", group): 1.0 / max(float(self._counts[group]), 1.0) for group in set(self._group.values())}
+        scales |= {("a", group): 1.0 / max(self._counts[group], 1) for group in set(self._group.values())}
         finished = self._sums.finish(scales)
         result = {}
         for name, group in self._group.items():
@@ -236,7 +247,7 @@ class KroneckerSums:
             group = before
             if before is None or before in placed.values():  # new, or others kept the old group: take a copy along
                 group = max(self._counts, default=-1) + 1
-                self._counts[group] = self._counts.get(before, 0.0) if before is not None else 0.0
+                self._counts[group] = self._counts.get(before, 0) if before is not None else 0
                 if before is not None:
                     self._sums.sums["a", group] = self._sums.sums["a", before].clone()
             assert group is not None
@@ -267,4 +278,4 @@ def token_rows(x: Tensor, mask: Tensor | None, tokens: str, *, mean: bool) -> tu
     return total / count, counts_at_all
 
 
-__all__ = ["TOKENS", "FactorSettings", "KroneckerSums", "token_rows"]
+__all__ = ["TOKENS", "FactorSettings", "KroneckerSums", "square_sums", "token_rows"]

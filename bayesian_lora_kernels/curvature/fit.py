@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.curvature.eigenvalues import EigenvalueSum
-from bayesian_lora_kernels.curvature.factors import FactorSettings, KroneckerSums
+from bayesian_lora_kernels.curvature.factors import FactorSettings, KroneckerSums, square_sums
 from bayesian_lora_kernels.curvature.likelihood import Likelihood
 from bayesian_lora_kernels.model.batches import batch_size, slice_batch, to_device
 from bayesian_lora_kernels.model.capture import Capture, capture, measuring
@@ -108,12 +109,9 @@ class CurvatureFit:
     def _kronecker(self) -> Fit:
         sums, totals = KroneckerSums(self.settings.factors, self.settings.seed), _Totals()
         for index, recorded in self._captures("curvature", totals):
-            squares = {("input", name): v for name, v in sums.add_inputs(recorded.inputs).items()}
+            _check_finite("input", sums.add_inputs(recorded.inputs), index)
             for gradients in self._backward(recorded):
-                grown = sums.add_gradients(gradients, recorded.inputs)
-                for name, value in grown.items():
-                    squares["output gradient", name] = squares.get(("output gradient", name), 0) + value
-            _check_finite(squares, index)
+                _check_finite("output gradient", sums.add_gradients(gradients, recorded.inputs), index)
         factors = sums.factors()
         self._check_called(factors)
         bases = {name: self._bases(factors[name]) for name in factors}
@@ -156,11 +154,10 @@ class CurvatureFit:
         for index, recorded in self._captures("rows", totals, weight_gradients=True):
             self._check_called(recorded.inputs)
             for gradients in self._backward(recorded, weight_gradients=names):
-                _check_finite(
-                    {("gradient", name): g.square().sum(dtype=torch.float64) for name, g in gradients.items()},
-                    index,
-                )
-                store.append({name: gradients[name].flatten(start_dim=1) for name in names})
+                rows = {name: gradients[name].flatten(start_dim=1) for name in names}
+                squares = square_sums({name: (row, None) for name, row in rows.items()})
+                _check_finite("gradient", [name for name in names if not math.isfinite(squares[name])], index)
+                store.append(rows)
         shapes = {layer.name: layer.shape for layer in self.layers}
         posterior = ExactPosterior(store, shapes, model_device(self.model))
         return Fit(posterior, None, totals.n_examples, _likelihood_of(totals))
@@ -244,12 +241,6 @@ def _likelihood_of(totals: _Totals) -> float | None:
     return float(totals.log_likelihood)
 
 
-def _check_finite(squares: Mapping[tuple[str, str], Tensor], batch: int) -> None:
-    """One synchronisation per batch: every sum of squares is finite, else say which is not."""
-    if not squares:
-        return
-    device = next(iter(squares.values())).device
-    finite = torch.stack([torch.isfinite(value).to(device) for value in squares.values()])
-    if not finite.all():
-        what, name = next(key for key, ok in zip(squares, finite.tolist(), strict=True) if not ok)
-        raise ValueError(f"{name}: its {what} is not finite (NaN or infinity) in batch {batch}")
+def _check_finite(what: str, names: Sequence[str], batch: int) -> None:
+    if names:
+        raise ValueError(f"{names[0]}: its {what} is not finite (NaN or infinity) in batch {batch}")

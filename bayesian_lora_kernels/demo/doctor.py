@@ -46,6 +46,8 @@ def format_report(report: dict[str, Any]) -> str:
     lines.append("\nimplementations")
     for name, entry in report["implementations"].items():
         state = "can run" if entry["available"] else f"cannot run: {entry['reason']}"
+        if entry["available"] and not entry["auto"]:
+            state += f", if asked to: impl={name!r} or BLK_IMPL={name} (no GPU has proven it yet)"
         lines.append(f"  {name:<12}{state}")
     if "build" in report["native"]:
         build = ", ".join(f"{key} {value or 'none'}" for key, value in report["native"]["build"].items())

@@ -139,8 +139,8 @@ class Capture:
             if key not in shared:
                 tokens = [as_tokens(call.a, n, name) for call in calls]
                 counted = [_token_mask(x, masks, head_mask) for x in tokens]
-                mask = None
-                if any(m is not None for m in counted):
+                mask = counted[0].to(tokens[0].device) if len(counted) == 1 and counted[0] is not None else None
+                if len(counted) > 1 and any(m is not None for m in counted):
                     mask = torch.cat(
                         [
                             x.new_ones(x.shape[:2], dtype=torch.bool) if m is None else m.to(x.device)

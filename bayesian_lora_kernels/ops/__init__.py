@@ -7,12 +7,14 @@ from .incremental_svd import grouped_incremental_svd, incremental_svd
 from .jacobian_covariance import grouped_jacobian_covariance, jacobian_covariance, jacobian_gram
 from .outer_product import grouped_outer_product, mirror_lower, outer_product
 from .small_eigh import small_eigh
+from .square_sum import grouped_square_sum
 
 __all__ = [
     "backends",
     "grouped_incremental_svd",
     "grouped_jacobian_covariance",
     "grouped_outer_product",
+    "grouped_square_sum",
     "incremental_svd",
     "jacobian_covariance",
     "jacobian_gram",

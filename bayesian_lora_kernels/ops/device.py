@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -38,6 +39,12 @@ def multiprocessors(device: torch.device) -> int:
 def on_device(tensor: Tensor) -> AbstractContextManager[None]:
     """Launch on the device of ``tensor``, and on its current stream, whatever the process's current device is."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def int64_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Pointers and shapes of many modules on the device; copied from pinned memory, so that the host does not wait."""
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
 
 
 def triton_refuses(*tensors: Tensor) -> str | None:

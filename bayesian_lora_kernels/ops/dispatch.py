@@ -166,10 +166,11 @@ def choose(operation: str, impl: str, *arguments: Any) -> Callable[..., None]:
 def backends() -> dict[str, dict[str, Any]]:
     """What this machine can run, and why not the rest.
 
-    Returns ``{name: {"available": bool, "reason": str or None, "operations": [names]}}`` for ``reference``,
-    ``triton`` and ``native``: ``reason`` says why ``available`` is False; ``operations`` are those that have
-    such an implementation. Plain values, ready for JSON. Asks for a CUDA device, which importing the package
-    never does.
+    Returns ``{name: {"available": bool, "reason": str or None, "auto": bool, "operations": [names]}}`` for
+    ``reference``, ``triton`` and ``native``: ``reason`` says why ``available`` is False; ``auto``, whether
+    ``impl="auto"`` may choose it or leaves it to an explicit choice, since no GPU has proven it yet; ``operations``
+    are those that have such an implementation. Plain values, ready for JSON. Asks for a CUDA device, which importing
+    the package never does.
     """
     report: dict[str, dict[str, Any]] = {}
     for name in reversed(IMPLEMENTATIONS):
@@ -177,5 +178,10 @@ def backends() -> dict[str, dict[str, Any]]:
         reason = machine_refuses(name)
         if reason is None and not operations:
             reason = f"no operation of this version has a {name} implementation"
-        report[name] = {"available": reason is None, "reason": reason, "operations": operations}
+        report[name] = {
+            "available": reason is None,
+            "reason": reason,
+            "auto": name not in UNPROVEN,
+            "operations": operations,
+        }
     return report

@@ -14,9 +14,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-MAX_N = 128  # largest matrix that small_eigh takes; kMaxN in csrc/small_eigh.h
+MAX_N = 128  # largest matrix that the operators take; kMaxN in csrc/small_eigh.h
 
-# What the operator returns in place of a number of sweeps; kNotFinite in csrc/small_eigh.h. Lower: not converged.
+# What the operators return in place of a number of sweeps; kNotFinite in csrc/small_eigh.h. Lower: not converged.
 _NOT_FINITE = -1
 
 _ADVICE = (
@@ -61,15 +61,25 @@ def build_info() -> dict[str, str | None]:
     return info
 
 
-def refuses_small_eigh(eigenvalues: Tensor, eigenvectors: Tensor, matrices: Tensor) -> str | None:
-    """Why ``small_eigh`` cannot take these arguments, or None."""
+def refuses(matrices: Tensor) -> str | None:
+    """Why the operators cannot take ``matrices: [..., n, n]``, or None."""
     if matrices.shape[-1] > MAX_N:
         return f"it takes matrices up to n = {MAX_N}, these have n = {matrices.shape[-1]}"
-    if matrices.device.type == "cuda" and build_info()["cuda"] is None:
+    return refuses_device(matrices)
+
+
+def refuses_device(tensor: Tensor) -> str | None:
+    """Why the operators cannot take tensors where ``tensor`` lies, or None."""
+    if tensor.device.type == "cuda" and build_info()["cuda"] is None:
         return "the native extension was built without CUDA, and the matrices lie on a CUDA device"
-    if matrices.device.type not in ("cpu", "cuda"):
-        return f"it takes tensors on the CPU or a CUDA device, the matrices lie on {matrices.device}"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"it takes tensors on the CPU or a CUDA device, the matrices lie on {tensor.device}"
     return None
+
+
+def refuses_small_eigh(eigenvalues: Tensor, eigenvectors: Tensor, matrices: Tensor) -> str | None:
+    """Why ``small_eigh`` cannot take these arguments, or None."""
+    return refuses(matrices)
 
 
 def small_eigh(eigenvalues: Tensor, eigenvectors: Tensor, matrices: Tensor, *, check_errors: bool = True) -> None:
@@ -96,19 +106,57 @@ def small_eigh(eigenvalues: Tensor, eigenvectors: Tensor, matrices: Tensor, *, c
     Source: Jacobi 1846 with the stopping criterion of Demmel and Veselic, "Jacobi's method is more accurate
     than QR", SIAM J. Matrix Anal. Appl. 13 (1992).
     """
+    _require("small_eigh")
+    info: Tensor = torch.ops.bayesian_lora_kernels_native.small_eigh(matrices, eigenvalues, eigenvectors)
+    if check_errors:
+        _check_outcome("small_eigh", info)
+
+
+def small_algebra(
+    combination: Tensor, core: Tensor, gram: Tensor, rounding: float, *, check_errors: bool = True
+) -> None:
+    """Write ``W: [L, l, l]``: ``Y W`` has orthogonal, descending columns, and ``Y W (Y W)^T = Y C^+ Y^T``.
+
+    As ``ops.incremental_svd.reference.small_algebra``, with ``small_eigh``'s Jacobi solver, for all entries in one
+    launch. Deterministic; the result of one entry does not depend on the others.
+
+    Args:
+        combination: ``[L, l, l]``, contiguous, float64, on the device of ``core``; written.
+        core: ``C: [L, l, l]``, float64, l up to 128, on the CPU or a CUDA device, any strides; only the lower
+            triangle is read.
+        gram: ``K = Y^T Y``, likewise, symmetric; read whole.
+        rounding: relative rounding of the data, in [0, 1). With ``C`` scaled to a unit diagonal, eigenvalues up to
+            ``max(rounding, l * 2^-52)`` times the largest count as zero.
+        check_errors: as ``small_eigh``.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device other than those; NaN, infinity or overflow, naming the
+            first such entry.
+        torch.linalg.LinAlgError: no convergence, naming the entry.
+        RuntimeError: no native extension; the message says why.
+
+    Source: Nystroem approximation of Tropp et al. 2017 and of Frangella, Tropp and Udell 2021.
+    """
+    _require("small_algebra")
+    info: Tensor = torch.ops.bayesian_lora_kernels_native.small_algebra(core, gram, rounding, combination)
+    if check_errors:
+        _check_outcome("small_algebra", info)
+
+
+def _require(operation: str) -> None:
     module, reason = _load()
     if module is None:
-        raise RuntimeError(f"small_eigh: {reason}")
-    info: Tensor = torch.ops.bayesian_lora_kernels_native.small_eigh(matrices, eigenvalues, eigenvectors)
-    if not check_errors:
-        return
+        raise RuntimeError(f"{operation}: {reason}")
+
+
+def _check_outcome(operation: str, info: Tensor) -> None:
     failed = (info < 0).nonzero()
     if len(failed) == 0:
         return
     first = int(failed[0])
-    where = f"matrix {first} of {matrices.shape[0]}"
+    where = f"matrix {first} of {len(info)}"
     if int(info[first]) == _NOT_FINITE:
-        raise ValueError(f"small_eigh: expected finite matrices, got NaN or infinity in {where}")
+        raise ValueError(f"{operation}: expected finite matrices, got NaN or infinity in {where}")
     raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-        f"small_eigh: {where} did not converge; its results are not to be used"
+        f"{operation}: {where} did not converge; its results are not to be used"
     )

@@ -19,6 +19,7 @@ KERNEL_MODULES: tuple[str, ...] = (
     "bayesian_lora_kernels.ops.outer_product.kernel_grouped",
     "bayesian_lora_kernels.ops.incremental_svd.kernel",
     "bayesian_lora_kernels.ops.jacobian_covariance.kernel_shipped",
+    "bayesian_lora_kernels.ops.square_sum.kernel",
 )
 
 

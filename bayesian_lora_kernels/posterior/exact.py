@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.posterior.kronecker import identity_of
 from bayesian_lora_kernels.posterior.rows import RowStore
 
 SLICE_BYTES = 128 * 2**20
@@ -42,6 +44,7 @@ class ExactPosterior:
         self.device = device
         self.shapes = dict(shapes)
         self._layer_grams: dict[str, Tensor] = {}
+        self._recent: tuple[tuple[Any, ...], Mapping[str, Tensor], tuple[Tensor, Tensor]] | None = None
         self.gram = self._gram_of(self.store.names, None) if gram is None else gram.to(device)
         if not torch.isfinite(self.gram).all():
             raise ValueError("the Gram matrix of the Gauss-Newton rows is not finite; keep the rows in a wider dtype")
@@ -132,11 +135,16 @@ class ExactPosterior:
         return result
 
     def _inner(self, prior: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Eigendecomposition of `R D R^T`."""
+        """Eigendecomposition of `R D R^T`; that of the last prior is kept."""
         shared = shared_precision(prior)
         if shared is not None:
             return self.eigenvalues / shared.to(self.device), self.eigenvectors
+        key = identity_of(prior)
+        if key is not None and self._recent is not None and self._recent[0] == key:
+            return self._recent[2]
         values, vectors = torch.linalg.eigh(self._weighted_gram(prior))
+        if key is not None:
+            self._recent = key, dict(prior), (values.clamp_min(0), vectors)
         return values.clamp_min(0), vectors
 
     def _weighted_gram(self, prior: Mapping[str, Tensor] | None) -> Tensor:

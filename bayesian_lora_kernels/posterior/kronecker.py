@@ -8,9 +8,10 @@ thus splits into four blocks, and K-FAC and EKFAC differ only in the numbers tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -160,7 +161,7 @@ class KroneckerPosterior:
         """Dimensions outside the kept columns, `(d_out - k_s, d_in - k_a)`."""
         return self.shape[0] - self.basis_s.shape[1], self.shape[1] - self.basis_a.shape[1]
 
-    @property
+    @cached_property
     def precision_blocks(self) -> Blocks:
         """Eigenvalues of the posterior precision on the four blocks, float64."""
         return self.curvature.map(lambda block: block + self.prior_precision)
@@ -255,3 +256,13 @@ def as_precision(value: float | Tensor, device: torch.device | None = None) -> T
     if not (torch.isfinite(tensor) and tensor > 0):
         raise ValueError(f"prior_precision: expected a finite positive number, got {tensor.item()}")
     return tensor
+
+
+def identity_of(prior: Mapping[str, Tensor]) -> tuple[Any, ...] | None:
+    """Equal for the same tensors with the same content: a key under which something made from them may be kept, along
+    with the tensors themselves, so that no other takes their address. None where nothing should be kept: gradients are
+    wanted, or changes are not counted (inference mode).
+    """
+    if torch.is_inference_mode_enabled() or any(v.requires_grad or v.is_inference() for v in prior.values()):
+        return None
+    return tuple((name, value.data_ptr(), value._version) for name, value in prior.items())

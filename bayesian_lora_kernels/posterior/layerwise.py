@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.posterior.kronecker import KroneckerPosterior
+from bayesian_lora_kernels.posterior.kronecker import KroneckerPosterior, identity_of
 
 
 class LayerwisePosterior:
@@ -20,10 +21,20 @@ class LayerwisePosterior:
 
     def __init__(self, layers: Mapping[str, KroneckerPosterior]):
         self.layers = dict(layers)
+        self._recent: tuple[tuple[Any, ...], Mapping[str, Tensor], dict[str, KroneckerPosterior]] | None = None
 
     def with_prior(self, prior: Mapping[str, Tensor]) -> dict[str, KroneckerPosterior]:
-        """The layers' posteriors under the given prior precisions."""
-        return {name: layer.with_prior(prior[name]) for name, layer in self.layers.items()}
+        """The layers' posteriors under the given prior precisions.
+
+        Those of the last prior without gradients are kept: a loop of predictions prepares them once.
+        """
+        key = identity_of(prior)
+        if key is not None and self._recent is not None and self._recent[0] == key:
+            return dict(self._recent[2])
+        layers = {name: layer.with_prior(prior[name]) for name, layer in self.layers.items()}
+        if key is not None:
+            self._recent = key, dict(prior), layers
+        return dict(layers)
 
     @property
     def n_parameters(self) -> dict[str, int]:

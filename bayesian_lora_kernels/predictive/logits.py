@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.memory import examples_within, frugal_examples
 from bayesian_lora_kernels.posterior.exact import ExactPosterior
-from bayesian_lora_kernels.posterior.kronecker import KroneckerPosterior
 from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
 
 MAX_LOGITS = 4096
@@ -104,7 +103,7 @@ class LogitPredictor:
             raise ValueError("predict: the logits are not finite (NaN or infinity)")
         indices, per_example = choose_logits(logits.detach(), outputs)
         if isinstance(self.posterior, ExactPosterior):
-            jacobians = self._weight_jacobians(recorded, per_example)
+            jacobians = self._jacobians(recorded, per_example, recorded.inputs)
             covariances = [self.posterior.covariance(jacobians, prior) for prior in priors]
         else:
             covariances = self._layerwise(recorded, per_example, self.posterior, priors)
@@ -112,19 +111,18 @@ class LogitPredictor:
         mean = logits.detach().gather(1, per_example).to(dtype)
         return mean, [covariance.to(logits.device, dtype) for covariance in covariances], indices
 
-    def _gradients(self, recorded: Capture, indices: Tensor, compressed: set[str]) -> dict[str, list[Tensor]]:
-        """Per layer the gradients of each chosen logit, one backward pass each."""
-        collected: dict[str, list[Tensor]] = {name: [] for name in recorded.inputs}
-        for c in range(indices.shape[1]):
+    def _jacobians(self, recorded: Capture, indices: Tensor, compressed: Collection[str]) -> dict[str, Tensor]:
+        """Per layer the gradients of each chosen logit, `[N, C, ...]`: one backward pass each."""
+        outputs = indices.shape[1]
+        collected: dict[str, Tensor] = {}
+        for c in range(outputs):
             cotangent = torch.zeros_like(recorded.logits).scatter_(1, indices[:, c : c + 1], 1)
-            gradients = recorded.backward(cotangent, weight_gradients=compressed, retain_graph=c + 1 < indices.shape[1])
+            gradients = recorded.backward(cotangent, weight_gradients=compressed, retain_graph=c + 1 < outputs)
             for name, gradient in gradients.items():
-                collected[name].append(gradient)
+                if name not in collected:
+                    collected[name] = gradient.new_empty(len(gradient), outputs, *gradient.shape[1:])
+                collected[name][:, c] = gradient
         return collected
-
-    def _weight_jacobians(self, recorded: Capture, indices: Tensor) -> dict[str, Tensor]:
-        gradients = self._gradients(recorded, indices, set(recorded.inputs))
-        return {name: torch.stack(parts, dim=1) for name, parts in gradients.items()}
 
     def _layerwise(
         self,
@@ -133,26 +131,40 @@ class LogitPredictor:
         posterior: LayerwisePosterior,
         priors: Sequence[Mapping[str, Tensor]],
     ) -> list[Tensor]:
-        """Sum over layers of the covariance contractions.
+        """Sum over layers of the covariance contractions, one grouped operation per device and prior.
 
         A layer with fewer inputs than tokens hands over its weight gradient: to the contraction it is a layer whose
         tokens are the unit vectors, and its wide output gradients never pile up.
         """
         compressed = {name for name, (a, _, _) in recorded.inputs.items() if a.shape[2] < a.shape[1]}
-        gradients = self._gradients(recorded, indices, compressed)
-        totals: list[Tensor | None] = [None] * len(priors)
-        for name in list(gradients):
-            g = torch.stack(gradients.pop(name), dim=1)  # [N, C, T, d_out] or [N, C, d_out, d_in]
-            a, mask, _ = recorded.inputs[name]
-            if name in compressed:
-                g = g.mT
-                a = torch.eye(a.shape[2], dtype=g.dtype, device=g.device).expand(len(g), -1, -1)
-                mask = None
-            layer: KroneckerPosterior = posterior.layers[name]
-            for i, prior in enumerate(priors):
-                part = ops.jacobian_covariance(a, g, layer.with_prior(prior[name]), mask=mask)
-                totals[i] = part if totals[i] is None else totals[i] + part.to(totals[i].device)  # type: ignore[operator,union-attr]
-        return [total for total in totals if total is not None]
+        g = self._jacobians(recorded, indices, compressed)  # [N, C, T, d_out] or [N, C, d_out, d_in]
+        a = {name: one.a for name, one in recorded.inputs.items()}
+        masks = {name: one.mask for name, one in recorded.inputs.items()}
+        units: dict[tuple[Any, ...], Tensor] = {}
+        for name in compressed:
+            g[name] = g[name].mT
+            n, _, width, _ = g[name].shape
+            key = (n, width, g[name].dtype, g[name].device)
+            if key not in units:
+                units[key] = torch.eye(width, dtype=key[2], device=key[3]).expand(n, -1, -1)
+            a[name], masks[name] = units[key], None
+        devices: dict[torch.device, list[str]] = {}
+        for name, x in a.items():
+            devices.setdefault(x.device, []).append(name)
+        covariances = []
+        for prior in priors:
+            layers = posterior.with_prior(prior)
+            parts = [
+                ops.grouped_jacobian_covariance(
+                    [a[name] for name in names],
+                    [g[name] for name in names],
+                    [layers[name] for name in names],
+                    masks=[masks[name] for name in names],
+                )
+                for names in devices.values()
+            ]
+            covariances.append(torch.stack([part.to(parts[0].device) for part in parts]).sum(dim=0))
+        return covariances
 
 
 def choose_logits(logits: Tensor, outputs: Outputs) -> tuple[Tensor | None, Tensor]:

@@ -6,8 +6,8 @@ into two bfloat16 halves where X is bfloat16. And NaN or infinity in a counted r
 then NaN.
 
 Launches, for all streams of a dtype and padded width together: norms, fresh columns, stack, Gram, Gram-Schmidt, Omega;
-R, the touch (Z, Y), C, K; the l x l algebra (``small_eigh`` twice), B. First batches go through the touch twice, as in
-the reference. Batches with at most as many rows as columns are a few products in PyTorch each.
+R, the touch (Z, Y), C, K; the l x l algebra (one launch where the native extension has it), B. First batches go through
+the touch twice, as in the reference. Batches with at most as many rows as columns are a few products in PyTorch each.
 
 Bytes and operations per stream, X of M rows and d columns of b bytes, L = l padded to a power of two: X twice, ``2 M
 d b`` (once where the second reading finds it in the L2 cache, see ``touch.py``) plus ``160 d b`` for the fresh
@@ -27,12 +27,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import native
-from ..device import architecture, multiprocessors, on_device
+from ..device import architecture, int64_table, multiprocessors, on_device
 from ..masking import zero_masked
 from ..shipped import Shipped
 from ..tuning import choose_configuration
+from . import algebra, reference
 from . import columns as around
-from . import reference
 from .touch import back_project_kernel, project_kernel, touch_kernel
 
 WIDEST = 128  # columns of B before and after
@@ -164,24 +164,29 @@ def grouped_incremental_svd(
 
 def _direct(out: Tensor, basis: Tensor, x: Tensor, mask: Tensor | None) -> None:
     counted = zero_masked(x, mask).to(out.dtype)
-    result = reference.direct(basis, counted, min(out.shape), _eigh_of_one, check=False)
+    result = reference.direct(basis, counted, min(out.shape), _eigh, check=False)
     out[:, : result.shape[1]] = result
     out[:, result.shape[1] :] = 0.0
 
 
-def _eigh_of_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = eigh(matrix[None])
-    return values[0], vectors[0]
+def _is_native(matrices: Tensor) -> bool:
+    """Whether the native extension takes them: it never waits for the device, as ``torch.linalg.eigh`` does."""
+    return native.why_unavailable() is None and native.refuses(matrices) is None
 
 
-def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending eigenvalues and eigenvectors of ``[..., n, n]``; natively, without waiting, where it can."""
-    matrices = matrices.contiguous()
-    values, vectors = matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices)
-    if native.why_unavailable() is None and native.refuses_small_eigh(values, vectors, matrices) is None:
-        native.small_eigh(values, vectors, matrices, check_errors=False)
-        return values.flip(-1), vectors.flip(-1)
-    return torch.linalg.eigh(matrices)
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues and eigenvectors of ``[n, n]``."""
+    if not _is_native(matrix):
+        return torch.linalg.eigh(matrix)
+    values, vectors = matrix.new_empty(1, len(matrix)), matrix.new_empty(1, *matrix.shape)
+    native.small_eigh(values, vectors, matrix[None], check_errors=False)
+    return values[0].flip(-1), vectors[0].flip(-1)
+
+
+def _small_algebra(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
+    if not _is_native(core):
+        return reference.small_algebra(core, gram, rounding)
+    return algebra.small_algebra(core, gram, rounding, check_errors=False)
 
 
 class _Update:
@@ -196,8 +201,7 @@ class _Update:
         for stream in self.streams:
             rows.append(stream.fields(first_m, first_d))
             first_m, first_d = first_m + stream.x.shape[0], first_d + stream.x.shape[1]
-        table = torch.tensor(rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        self.table = table.to(self.device, non_blocking=True)
+        self.table = int64_table(rows, self.device)
         count, block = len(streams), kind.block
         self.halves = kind.dtype == torch.bfloat16
         self.stack = self._empty(first_d, block)
@@ -294,7 +298,7 @@ class _Update:
         eps = torch.finfo(torch.float32).eps
         columns = max(min(stream.out.shape) for stream in self.streams)
         core, gram = core[:, :columns, :columns], gram[:, :columns, :columns]
-        combination = reference.small_algebra(core, gram, eps, eigh)
+        combination = _small_algebra(core, gram, eps)
         norms = (combination * (gram @ combination)).sum(-2).clamp(min=0.0).sqrt()
         terms = gram.diagonal(dim1=-2, dim2=-1).sqrt()[:, None, :] @ combination.abs()
         kept = norms[:, None, :] > eps * terms

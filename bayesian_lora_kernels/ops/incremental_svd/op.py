@@ -3,48 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import accumulation_dtype, check_device, check_mask, check_same_length, check_tensor, describe
-from ..device import triton_refuses
-from ..dispatch import Implementation, check_impl, choose, register
+from ..dispatch import check_impl, choose
 from .fresh import choose_rows, draw_numbers
+from .implementations import register_all
 
-_FOLDER = "bayesian_lora_kernels.ops.incremental_svd"
-# Columns of the widest basis, before and after, that the Triton kernels take; WIDEST in kernel.py.
-_WIDEST = 128
-
-
-def _refuses(out: Tensor, basis: Tensor, *others: Any) -> str | None:
-    widest = max(out.shape[1], basis.shape[1])
-    if widest > _WIDEST:
-        return f"it takes up to {_WIDEST} columns, here are {widest}"
-    return triton_refuses(out)
-
-
-def _refuses_any(outs: Sequence[Tensor], bases: Sequence[Tensor], *others: Any) -> str | None:
-    return next(filter(None, map(_refuses, outs, bases)), None)
-
-
-def _on_gpu(out: Tensor, *others: Any) -> bool:
-    return out.is_cuda
-
-
-def _all_on_gpu(outs: Sequence[Tensor], *others: Any) -> bool:
-    return all(out.is_cuda for out in outs)
-
-
-register("incremental_svd", "reference", Implementation(f"{_FOLDER}.reference", "incremental_svd"))
-register("incremental_svd", "triton", Implementation(f"{_FOLDER}.kernel", "incremental_svd", _refuses, _on_gpu))
-register("grouped_incremental_svd", "reference", Implementation(f"{_FOLDER}.reference", "grouped_incremental_svd"))
-register(
-    "grouped_incremental_svd",
-    "triton",
-    Implementation(f"{_FOLDER}.kernel", "grouped_incremental_svd", _refuses_any, _all_on_gpu),
-)
+register_all()
 
 
 def incremental_svd(
@@ -73,7 +41,8 @@ def incremental_svd(
             Half of the columns, where there are fewer columns than that.
         generator: where the choice of rows and signs comes from, on any device; None: PyTorch's global
             generator.
-        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"`` (the reference, with its small algebra in the
+            native extension).
 
     Returns:
         ``[d, columns]``, orthogonal columns by descending norm, zero columns where the rank is smaller;
@@ -83,7 +52,7 @@ def incremental_svd(
         TypeError: not a tensor, not a float dtype, ``mask`` not bool, ``basis`` of another dtype than the
             result.
         ValueError: a wrong shape or device, ``columns`` missing or below 1, ``fresh`` negative, an unknown
-            ``impl``, and (reference) NaN or infinity in a counted row or in ``basis``.
+            ``impl``, and (reference, native) NaN or infinity in a counted row or in ``basis``.
         RuntimeError: an explicit ``impl`` cannot run; the message says why.
 
     Source: Nystroem approximation of Tropp et al. 2017, algorithm 3, and Frangella, Tropp and Udell 2021; in

@@ -12,6 +12,7 @@ State ``B: [d, l]``, ``B B^T`` the running estimate of ``sum x x^T``. Two routes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..masking import zero_masked
 
 Eigh = Callable[[Tensor], Any]
+Algebra = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def is_direct(rows: int, columns: int) -> bool:
@@ -28,24 +30,21 @@ def is_direct(rows: int, columns: int) -> bool:
 
 
 def incremental_svd(
-    out: Tensor, basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor, signs: Tensor, fresh: int
+    out: Tensor,
+    basis: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    rows: Tensor,
+    signs: Tensor,
+    fresh: int,
+    algebra: Algebra | None = None,
 ) -> None:
     """Write to ``out: [d, columns]`` the update of ``basis: [d, l]`` by the counted rows of ``x: [M, d]``.
 
     ``rows`` and ``signs``, ``[columns, 16]``, choose the fresh columns; the last ``fresh`` test
-    columns are such.
+    columns are such. ``algebra``: another implementation of ``small_algebra``.
     """
-    if out.numel() == 0:
-        return
-    counted = zero_masked(x, mask).to(out.dtype)
-    columns = min(out.shape[1], out.shape[0])
-    if is_direct(x.shape[0], out.shape[1]):
-        result = direct(basis, counted, columns)
-    else:
-        fresh = fresh if fresh <= columns else columns // 2
-        result = _sketch(basis, counted, x.dtype, rows[:columns], signs[:columns], fresh)
-    out[:, : result.shape[1]] = result
-    out[:, result.shape[1] :] = 0.0
+    grouped_incremental_svd([out], [basis], [x], [mask], [rows], [signs], fresh, algebra)
 
 
 def grouped_incremental_svd(
@@ -56,10 +55,37 @@ def grouped_incremental_svd(
     rows: Sequence[Tensor],
     signs: Sequence[Tensor],
     fresh: int,
+    algebra: Algebra | None = None,
 ) -> None:
-    """``incremental_svd`` for each entry."""
+    """``incremental_svd`` for each entry.
+
+    The small algebra of all entries of one size is one batch, which saves the calls and, on a GPU, all but one wait for
+    the eigensolvers. Until then each entry keeps its ``Y``, as large as its basis.
+    """
+    algebra = algebra or small_algebra
+    sketches: dict[tuple[int, torch.dtype], list[tuple[Tensor, _Sketch]]] = {}
     for out, basis, x, mask, chosen, sign in zip(outs, bases, xs, masks, rows, signs, strict=True):
-        incremental_svd(out, basis, x, mask, chosen, sign, fresh)
+        if out.numel() == 0:
+            continue
+        counted = zero_masked(x, mask).to(out.dtype)
+        columns = min(out.shape)
+        if is_direct(x.shape[0], out.shape[1]):
+            _write(out, direct(basis, counted, columns))
+            continue
+        few = fresh if fresh <= columns else columns // 2
+        sketch = _sketch(basis, counted, x.dtype, chosen[:columns], sign[:columns], few)
+        sketches.setdefault((columns, out.dtype), []).append((out, sketch))
+    for (_, dtype), entries in sketches.items():
+        core = torch.stack([sketch.core for _, sketch in entries])
+        gram = torch.stack([sketch.gram for _, sketch in entries])
+        _check_finite(core)
+        for (out, sketch), combination in zip(entries, algebra(core, gram, torch.finfo(dtype).eps), strict=True):
+            _write(out, _combine(sketch.y, combination))
+
+
+def _write(out: Tensor, result: Tensor) -> None:
+    out[:, : result.shape[1]] = result
+    out[:, result.shape[1] :] = 0.0
 
 
 def direct(basis: Tensor, x: Tensor, columns: int, eigh: Eigh = torch.linalg.eigh, check: bool = True) -> Tensor:
@@ -78,7 +104,16 @@ def direct(basis: Tensor, x: Tensor, columns: int, eigh: Eigh = torch.linalg.eig
     return torch.where(kept, both @ vectors, 0.0).to(x.dtype)
 
 
-def _sketch(basis: Tensor, x: Tensor, rounded_to: torch.dtype, rows: Tensor, signs: Tensor, fresh: int) -> Tensor:
+@dataclass(frozen=True)
+class _Sketch:
+    """``Y: [d, l]``, and ``C`` and ``K: [l, l]`` in float64."""
+
+    y: Tensor
+    core: Tensor
+    gram: Tensor
+
+
+def _sketch(basis: Tensor, x: Tensor, rounded_to: torch.dtype, rows: Tensor, signs: Tensor, fresh: int) -> _Sketch:
     omega = _test_columns(basis, x, rows, signs, fresh).to(rounded_to).to(x.dtype)
     if basis.shape[1] == 0:
         # The first batch has no basis to build on: one step of subspace iteration makes up for it. Without it, its
@@ -86,14 +121,17 @@ def _sketch(basis: Tensor, x: Tensor, rounded_to: torch.dtype, rows: Tensor, sig
         z, _, y = _touch(basis, x, omega)
         omega = torch.linalg.qr(y).Q.to(rounded_to).to(x.dtype)
     z, r, y = _touch(basis, x, omega)
-    y, z, r = y.double(), z.double(), r.double()
+    wide, z, r = y.double(), z.double(), r.double()
     core = z.T @ z + r.T @ r  # Omega^T (B B^T + X^T X) Omega
-    _check_finite(core)
-    combination = small_algebra(core, y.T @ y, torch.finfo(x.dtype).eps)
-    result = y @ combination
+    return _Sketch(y, core, wide.T @ wide)
+
+
+def _combine(y: Tensor, combination: Tensor) -> Tensor:
+    wide, eps = y.double(), torch.finfo(y.dtype).eps
+    result = wide @ combination
     # A column smaller than the rounding errors of the columns of Y that it combines holds no direction of the data.
-    rounding = torch.finfo(x.dtype).eps * (y.norm(dim=0) @ combination.abs())
-    return torch.where(result.norm(dim=0) > rounding, result, 0.0).to(x.dtype)
+    rounding = eps * (wide.norm(dim=0) @ combination.abs())
+    return torch.where(result.norm(dim=0) > rounding, result, 0.0).to(y.dtype)
 
 
 def _touch(basis: Tensor, x: Tensor, omega: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,22 +167,21 @@ def _test_columns(basis: Tensor, x: Tensor, rows: Tensor, signs: Tensor, fresh: 
     return torch.linalg.qr(stacked).Q
 
 
-def small_algebra(core: Tensor, gram: Tensor, rounding: float, eigh: Eigh = torch.linalg.eigh) -> Tensor:
+def small_algebra(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
     """``W: [..., l, l]`` with ``Y W`` orthogonal, descending, and ``Y W (Y W)^T = Y C^+ Y^T``.
 
-    ``core`` is ``C``, ``gram`` is ``Y^T Y``, all in float64; ``rounding`` is that of the data; ``eigh``
-    gives eigenvalues in ascending order.
+    ``core`` is ``C``, ``gram`` is ``Y^T Y``, all in float64; ``rounding`` is that of the data.
 
     Both are scaled so that ``C`` has a unit diagonal: the threshold of the pseudo-inverse then compares
     directions, not sizes, and a massive activation does not wipe out the others.
     """
     diagonal = core.diagonal(dim1=-2, dim2=-1).sqrt()
     scale = torch.where(diagonal > 0, 1.0 / diagonal, 0.0)
-    values, vectors = eigh(core * scale[..., None, :] * scale[..., :, None])
+    values, vectors = torch.linalg.eigh(core * scale[..., None, :] * scale[..., :, None])
     threshold = max(rounding, core.shape[-1] * torch.finfo(torch.float64).eps) * values[..., -1:]
     inverse_root = torch.where(values > threshold, values.clamp(min=1e-300).rsqrt(), 0.0)
     whiten = scale[..., :, None] * vectors * inverse_root[..., None, :]
-    _, rotation = eigh(whiten.mT @ gram @ whiten)
+    _, rotation = torch.linalg.eigh(whiten.mT @ gram @ whiten)
     return whiten @ rotation.flip(-1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import int64_table, on_device
 from . import kernel
 from .routes import side_by_side
 
@@ -80,7 +80,7 @@ def jacobian_gram(out: Tensor, a: Tensor, g: Tensor, mask: Tensor | None) -> Non
     narrow, wide_input = _narrow_width(a, g)
     ones = torch.ones((1, narrow), dtype=torch.float32, device=out.device)
     covariance = _Covariance(None, ones[:, :, None], ones, ones[:, 0], 0, True)
-    with _device(out):
+    with on_device(out):
         _write(out, _group(out, [a], [g], [mask], [None], covariance, wide_input))
 
 
@@ -90,15 +90,15 @@ def jacobian_covariance(
     g: Tensor,
     basis_s: Tensor,
     basis_a: Tensor,
-    weight_kept: Tensor,
-    weight_rest_a: Tensor,
-    weight_rest_s: Tensor,
-    weight_rest: Tensor,
+    kept: Tensor,
+    rest_a: Tensor,
+    rest_s: Tensor,
+    rest: Tensor,
     mask: Tensor | None,
 ) -> None:
     """As in reference.py."""
-    weights = [weight_kept], [weight_rest_a], [weight_rest_s], [weight_rest]
-    grouped_jacobian_covariance(out, [a], [g], [basis_s], [basis_a], *weights, [mask])
+    precisions = [kept], [rest_a], [rest_s], [rest]
+    grouped_jacobian_covariance(out, [a], [g], [basis_s], [basis_a], *precisions, [mask])
 
 
 def grouped_jacobian_covariance(
@@ -107,10 +107,10 @@ def grouped_jacobian_covariance(
     g: Sequence[Tensor],
     basis_s: Sequence[Tensor],
     basis_a: Sequence[Tensor],
-    weight_kept: Sequence[Tensor],
-    weight_rest_a: Sequence[Tensor],
-    weight_rest_s: Sequence[Tensor],
-    weight_rest: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    rest_a: Sequence[Tensor],
+    rest_s: Sequence[Tensor],
+    rest: Sequence[Tensor],
     masks: Sequence[Tensor | None],
 ) -> None:
     """As in reference.py: four launches for every set of modules that agree in shapes, dtypes, strides."""
@@ -122,17 +122,18 @@ def grouped_jacobian_covariance(
         )
         groups.setdefault((*key, a[i].data_ptr() % 16, g[i].data_ptr() % 16), []).append(i)
     total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
-    with _device(out):
+    with on_device(out):
         for members in groups.values():
             _, wide_input = _narrow_width(a[members[0]], g[members[0]])
             wide, narrow = (basis_a, basis_s) if wide_input else (basis_s, basis_a)
-            rest = (weight_rest_a, weight_rest_s) if wide_input else (weight_rest_s, weight_rest_a)
-            kept = [weight_kept[i] if wide_input else weight_kept[i].mT for i in members]
+            single = (rest_a, rest_s) if wide_input else (rest_s, rest_a)
+            blocks = [[kept[i] if wide_input else kept[i].mT for i in members]]
+            blocks += [[precision[i] for i in members] for precision in (*single, rest)]
             covariance = _prepare(
                 torch.stack([narrow[i] for i in members]),
                 wide[members[0]],
-                torch.stack(kept),
-                *(torch.stack([weight[i] for i in members]) for weight in (*rest, weight_rest)),
+                # Stacked first: then the launches do not grow with the number of modules.
+                *(torch.stack(block).double().reciprocal() for block in blocks),
             )
             total += _group(
                 out,
@@ -144,10 +145,6 @@ def grouped_jacobian_covariance(
                 wide_input,
             )
         _write(out, total)
-
-
-def _device(out: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext()
 
 
 def _write(out: Tensor, value: Tensor) -> None:
@@ -254,7 +251,7 @@ def _launch(
     pointers = [
         [0 if x is None else x.data_ptr() for x in one] for one in zip(wides, narrows, masks, bases, strict=True)
     ]
-    table = torch.tensor(pointers, dtype=torch.int64).to(device)
+    table = int64_table(pointers, device)
     mask_strides = (0, 0) if mask is None else mask.stride()
     planes = _planes(wide, wide_input)
     c_, o_, chosen = configuration(wide_input, planes, outputs, rows)

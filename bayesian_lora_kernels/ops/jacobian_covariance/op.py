@@ -95,7 +95,7 @@ def jacobian_covariance(
     check_impl(where, impl)
     _validate(where, a, g, mask)
     with torch.no_grad():
-        return _jacobian_covariance(a, g, *_bases_and_weights(where, a, g, posterior), mask, impl)
+        return _jacobian_covariance(a, g, *_bases_and_precisions(where, a, g, posterior), mask, impl)
 
 
 def grouped_jacobian_covariance(
@@ -135,22 +135,21 @@ def grouped_jacobian_covariance(
     _validate_all(a, g, masks)
     with torch.no_grad():
         parts = [
-            _bases_and_weights(f"{where}: entry {i}", *entry)
+            _bases_and_precisions(f"{where}: entry {i}", *entry)
             for i, entry in enumerate(zip(a, g, posteriors, strict=True))
         ]
         lists = [list(column) for column in zip(*parts, strict=True)]
         return _grouped_jacobian_covariance(list(a), list(g), *lists, list(masks), impl)
 
 
-def _bases_and_weights(where: str, a: Tensor, g: Tensor, posterior: KroneckerPrecision) -> tuple[Tensor, ...]:
-    """The two bases, and the variances on the four blocks."""
+def _bases_and_precisions(where: str, a: Tensor, g: Tensor, posterior: KroneckerPrecision) -> tuple[Tensor, ...]:
+    """The two bases, and the posterior precision on the four blocks."""
     blocks = posterior.precision_blocks
     blocks = tuple(blocks() if callable(blocks) else blocks)
     if len(blocks) != 4:
         raise ValueError(f"{where}: posterior.precision_blocks: expected 4 tensors, got {len(blocks)}")
     _validate_posterior(where, a, g, posterior.basis_s, posterior.basis_a, *blocks)
-    # In float64: they are few, and a weight of 1e-6 should not lose digits before it is used.
-    return posterior.basis_s, posterior.basis_a, *(block.double().reciprocal() for block in blocks)
+    return posterior.basis_s, posterior.basis_a, *blocks
 
 
 def _validate(where: str, a: Tensor, g: Tensor, mask: Tensor | None) -> None:
@@ -228,8 +227,8 @@ def _(a: Tensor, g: Tensor, mask: Tensor | None, impl: str) -> Tensor:
     "bayesian_lora_kernels::jacobian_covariance",
     mutates_args=(),
     schema=(
-        "(Tensor a, Tensor g, Tensor basis_s, Tensor basis_a, Tensor weight_kept, Tensor weight_rest_a, "
-        "Tensor weight_rest_s, Tensor weight_rest, Tensor? mask, str impl) -> Tensor"
+        "(Tensor a, Tensor g, Tensor basis_s, Tensor basis_a, Tensor kept, Tensor rest_a, Tensor rest_s, Tensor rest, "
+        "Tensor? mask, str impl) -> Tensor"
     ),
 )
 def _jacobian_covariance(
@@ -237,14 +236,14 @@ def _jacobian_covariance(
     g: Tensor,
     basis_s: Tensor,
     basis_a: Tensor,
-    weight_kept: Tensor,
-    weight_rest_a: Tensor,
-    weight_rest_s: Tensor,
-    weight_rest: Tensor,
+    kept: Tensor,
+    rest_a: Tensor,
+    rest_s: Tensor,
+    rest: Tensor,
     mask: Tensor | None,
     impl: str,
 ) -> Tensor:
-    posterior = (basis_s, basis_a, weight_kept, weight_rest_a, weight_rest_s, weight_rest)
+    posterior = (basis_s, basis_a, kept, rest_a, rest_s, rest)
     out = _validate_posterior_and_allocate(a, g, mask, *posterior)
     arguments = (out, a, g, *posterior, mask)
     choose("jacobian_covariance", impl, *arguments)(*arguments)
@@ -257,14 +256,14 @@ def _(
     g: Tensor,
     basis_s: Tensor,
     basis_a: Tensor,
-    weight_kept: Tensor,
-    weight_rest_a: Tensor,
-    weight_rest_s: Tensor,
-    weight_rest: Tensor,
+    kept: Tensor,
+    rest_a: Tensor,
+    rest_s: Tensor,
+    rest: Tensor,
     mask: Tensor | None,
     impl: str,
 ) -> Tensor:
-    posterior = (basis_s, basis_a, weight_kept, weight_rest_a, weight_rest_s, weight_rest)
+    posterior = (basis_s, basis_a, kept, rest_a, rest_s, rest)
     return _validate_posterior_and_allocate(a, g, mask, *posterior)
 
 
@@ -272,8 +271,8 @@ def _(
     "bayesian_lora_kernels::grouped_jacobian_covariance",
     mutates_args=(),
     schema=(
-        "(Tensor[] a, Tensor[] g, Tensor[] basis_s, Tensor[] basis_a, Tensor[] weight_kept, Tensor[] weight_rest_a, "
-        "Tensor[] weight_rest_s, Tensor[] weight_rest, Tensor?[] masks, str impl) -> Tensor"
+        "(Tensor[] a, Tensor[] g, Tensor[] basis_s, Tensor[] basis_a, Tensor[] kept, Tensor[] rest_a, "
+        "Tensor[] rest_s, Tensor[] rest, Tensor?[] masks, str impl) -> Tensor"
     ),
 )
 def _grouped_jacobian_covariance(
@@ -281,14 +280,14 @@ def _grouped_jacobian_covariance(
     g: list[Tensor],
     basis_s: list[Tensor],
     basis_a: list[Tensor],
-    weight_kept: list[Tensor],
-    weight_rest_a: list[Tensor],
-    weight_rest_s: list[Tensor],
-    weight_rest: list[Tensor],
+    kept: list[Tensor],
+    rest_a: list[Tensor],
+    rest_s: list[Tensor],
+    rest: list[Tensor],
     masks: list[Tensor | None],
     impl: str,
 ) -> Tensor:
-    posteriors = (basis_s, basis_a, weight_kept, weight_rest_a, weight_rest_s, weight_rest)
+    posteriors = (basis_s, basis_a, kept, rest_a, rest_s, rest)
     out = _validate_all_and_allocate(a, g, masks, *posteriors)
     arguments = (out, a, g, *posteriors, masks)
     choose("grouped_jacobian_covariance", impl, *arguments)(*arguments)
@@ -301,12 +300,12 @@ def _(
     g: list[Tensor],
     basis_s: list[Tensor],
     basis_a: list[Tensor],
-    weight_kept: list[Tensor],
-    weight_rest_a: list[Tensor],
-    weight_rest_s: list[Tensor],
-    weight_rest: list[Tensor],
+    kept: list[Tensor],
+    rest_a: list[Tensor],
+    rest_s: list[Tensor],
+    rest: list[Tensor],
     masks: list[Tensor | None],
     impl: str,
 ) -> Tensor:
-    posteriors = (basis_s, basis_a, weight_kept, weight_rest_a, weight_rest_s, weight_rest)
+    posteriors = (basis_s, basis_a, kept, rest_a, rest_s, rest)
     return _validate_all_and_allocate(a, g, masks, *posteriors)

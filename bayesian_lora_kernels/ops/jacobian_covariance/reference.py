@@ -37,21 +37,22 @@ def jacobian_covariance(
     g: Tensor,
     basis_s: Tensor,
     basis_a: Tensor,
-    weight_kept: Tensor,
-    weight_rest_a: Tensor,
-    weight_rest_s: Tensor,
-    weight_rest: Tensor,
+    kept: Tensor,
+    rest_a: Tensor,
+    rest_s: Tensor,
+    rest: Tensor,
     mask: Tensor | None,
 ) -> None:
     """Write to ``out: [N, C, C]`` the inner products in the posterior covariance.
 
-    ``basis_s: [d_out, k_s]`` and ``basis_a: [d_in, k_a]`` have orthonormal columns. Variances:
-    ``weight_kept: [k_s, k_a]`` where both sides are kept, ``weight_rest_a: [k_s]`` on the complement of
-    ``basis_a``, ``weight_rest_s: [k_a]`` on that of ``basis_s``, ``weight_rest: []`` on both complements.
+    ``basis_s: [d_out, k_s]`` and ``basis_a: [d_in, k_a]`` have orthonormal columns. Precisions:
+    ``kept: [k_s, k_a]`` where both sides are kept, ``rest_a: [k_s]`` on the complement of ``basis_a``,
+    ``rest_s: [k_a]`` on that of ``basis_s``, ``rest: []`` on both complements.
     """
     basis_s, basis_a = basis_s.to(out.dtype), basis_a.to(out.dtype)
+    # Standard deviations; in float64, since they are few and a large precision should not lose digits on the way.
     kept, rest_a, rest_s, rest = (
-        weight.to(out.dtype).sqrt() for weight in (weight_kept, weight_rest_a, weight_rest_s, weight_rest)
+        precision.double().rsqrt().to(out.dtype) for precision in (kept, rest_a, rest_s, rest)
     )
     s_is_full = basis_s.shape[0] == basis_s.shape[1]
     a_is_full = basis_a.shape[0] == basis_a.shape[1]
@@ -80,16 +81,16 @@ def grouped_jacobian_covariance(
     g: Sequence[Tensor],
     basis_s: Sequence[Tensor],
     basis_a: Sequence[Tensor],
-    weight_kept: Sequence[Tensor],
-    weight_rest_a: Sequence[Tensor],
-    weight_rest_s: Sequence[Tensor],
-    weight_rest: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    rest_a: Sequence[Tensor],
+    rest_s: Sequence[Tensor],
+    rest: Sequence[Tensor],
     masks: Sequence[Tensor | None],
 ) -> None:
     """Write to ``out: [N, C, C]`` the sum over modules of ``jacobian_covariance``."""
     out.zero_()
     part = torch.empty_like(out)
-    columns = (a, g, basis_s, basis_a, weight_kept, weight_rest_a, weight_rest_s, weight_rest, masks)
+    columns = (a, g, basis_s, basis_a, kept, rest_a, rest_s, rest, masks)
     for entry in zip(*columns, strict=True):
         jacobian_covariance(part, *entry)
         out += part

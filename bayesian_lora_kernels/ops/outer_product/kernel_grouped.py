@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import multiprocessors, on_device
+from ..device import int64_table, multiprocessors, on_device
 from ..shipped import Shipped
 from .kernel import PRECISION, choose_splits
 from .kernel import outer_product as outer_product_alone
@@ -218,12 +218,13 @@ def grouped_outer_product(
     masks: Sequence[Tensor | None],
     scales: Sequence[float],
     accumulate: bool,
+    lower: bool = False,
 ) -> None:
-    """As ``reference.grouped_outer_product``, in Triton."""
+    """As ``reference.grouped_outer_product``, in Triton; narrow outputs are written whole, ``lower`` or not."""
     classes: dict[_Class, list[int]] = {}
     for i, (x, mask) in enumerate(zip(xs, masks, strict=True)):
         if x.shape[1] > WIDEST:
-            outer_product_alone(outs[i], x, mask, scales[i], accumulate)
+            outer_product_alone(outs[i], x, mask, scales[i], accumulate, lower)
         elif x.shape[1] > 0:
             classes.setdefault(_class_of(outs[i], x, mask), []).append(i)
     if not classes:
@@ -239,15 +240,14 @@ def grouped_outer_product(
 
 
 def _table(modules: Sequence[tuple[Tensor, Tensor, Tensor | None, float]], device: torch.device) -> Tensor:
-    """``[modules, 11]`` int64 on the device; copied from pinned memory, so that the host does not wait."""
+    """``[modules, 11]`` int64 on the device."""
     scales = torch.tensor([scale for *_, scale in modules], dtype=torch.float32).view(torch.int32).tolist()
     values = []
     for (out, x, mask, _), scale in zip(modules, scales, strict=True):
         pointers = (x.data_ptr(), 0 if mask is None else mask.data_ptr(), out.data_ptr())
         stride_mask = 0 if mask is None else mask.stride(0)
         values.append((*pointers, *x.shape, *x.stride(), stride_mask, *out.stride(), scale))
-    table = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
+    return int64_table(values, device)
 
 
 def _launch(one: _Class, table: Tensor, rows: int, accumulate: bool) -> None:

@@ -126,6 +126,7 @@ def grouped_outer_product(
     masks: Sequence[Tensor | None] | None = None,
     scales: Sequence[float] | None = None,
     outs: Sequence[Tensor] | None = None,
+    lower: bool = False,
     impl: str = "auto",
 ) -> list[Tensor]:
     """``outer_product`` of many inputs of any widths at once, in few launches where there is a kernel for it.
@@ -135,6 +136,7 @@ def grouped_outer_product(
         masks: one ``[M_i]`` bool tensor or None per input; None: all rows count.
         scales: one factor per input; None: 1.
         outs: one ``[d_i, d_i]`` tensor per input, updated in place and returned; None: all start from zero.
+        lower: with ``outs``: as ``outer_product``, for every input.
         impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
 
     Returns:
@@ -158,13 +160,16 @@ def grouped_outer_product(
     check_same_length(f"{where}: scales", count, scales)
     if outs is not None:
         check_same_length(f"{where}: outs", count, outs)
+    elif lower:
+        raise ValueError(f"{where}: lower: expected outs to accumulate into, got None")
     if count == 0:
         return []
     _validate_all(xs, masks, outs)
     with torch.no_grad():
         if outs is None:
             return _grouped_outer_product(list(xs), list(masks), [float(scale) for scale in scales], impl)
-        _grouped_outer_product_accumulate(list(outs), list(xs), list(masks), [float(scale) for scale in scales], impl)
+        numbers = [float(scale) for scale in scales]
+        _grouped_outer_product_accumulate(list(outs), list(xs), list(masks), numbers, impl, lower)
         return list(outs)
 
 
@@ -276,15 +281,28 @@ def _(xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: s
 @torch.library.custom_op(
     "bayesian_lora_kernels::grouped_outer_product_accumulate",
     mutates_args=("outs",),
-    schema="(Tensor(a!)[] outs, Tensor[] xs, Tensor?[] masks, float[] scales, str impl) -> ()",
+    schema="(Tensor(a!)[] outs, Tensor[] xs, Tensor?[] masks, float[] scales, str impl, bool lower=False) -> ()",
 )
 def _grouped_outer_product_accumulate(
-    outs: list[Tensor], xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: str
+    outs: list[Tensor],
+    xs: list[Tensor],
+    masks: list[Tensor | None],
+    scales: list[float],
+    impl: str,
+    lower: bool = False,
 ) -> None:
     _validate_all(xs, masks, outs)
-    choose("grouped_outer_product", impl, outs, xs, masks, scales, True)(outs, xs, masks, scales, True)
+    arguments = (outs, xs, masks, scales, True, lower)
+    choose("grouped_outer_product", impl, *arguments)(*arguments)
 
 
 @_grouped_outer_product_accumulate.register_fake
-def _(outs: list[Tensor], xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: str) -> None:
+def _(
+    outs: list[Tensor],
+    xs: list[Tensor],
+    masks: list[Tensor | None],
+    scales: list[float],
+    impl: str,
+    lower: bool = False,
+) -> None:
     _validate_all(xs, masks, outs)

@@ -56,10 +56,11 @@ def grouped_outer_product(
     masks: Sequence[Tensor | None],
     scales: Sequence[float],
     accumulate: bool,
+    lower: bool = False,
 ) -> None:
     """``outer_product`` for each entry."""
     for out, x, mask, scale in zip(outs, xs, masks, scales, strict=True):
-        outer_product(out, x, mask, scale, accumulate)
+        outer_product(out, x, mask, scale, accumulate, lower)
 
 
 def _store(out: Tensor, value: Tensor, scale: float, accumulate: bool) -> None:
