@@ -31,7 +31,7 @@ PAIRS = [
 ]
 # One case of each operation: the bodies on the CPU say nothing new.
 FEW = list({(pair.values[0].operation, pair.values[1]): pair for pair in reversed(PAIRS)}.values())
-HOT = ("grouped_incremental_svd", "grouped_outer_product", "grouped_jacobian_covariance")
+HOT = ("grouped_incremental_svd", "grouped_outer_product", "grouped_square_sum", "grouped_jacobian_covariance")
 
 
 @pytest.fixture(params=[CPU, CUDA])
@@ -285,8 +285,8 @@ def test_no_host_synchronisation(operation, device):
     case = next(case for case in all_cases() if case.operation == operation)
     small, provider = ours(case, "triton", device)
     inputs = small.inputs(device, seed=0)
-    if operation == "grouped_incremental_svd" and not ops.backends()["native"]["available"]:
-        pytest.skip("torch.linalg.eigh waits for its result, and the native small_eigh is not built")
+    if operation == "grouped_incremental_svd" and (absent := absent_here("small_eigh", "native", device)):
+        pytest.skip(f"torch.linalg.eigh waits for its result, and: {absent}")
     provider.call(inputs)  # compiles
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")

@@ -96,5 +96,5 @@ class IncrementalSvd(Case):
             return [incremental_svd(basis.double(), x, n_kfac=self.columns) for basis, x in pairs]
 
         missing = None if importlib.util.find_spec("bayesian_lora") else "bayesian_lora is not installed"
-        ours = package(self.operation, grouped, device, "triton", "reference")
+        ours = package(self.operation, grouped, device, "triton", "native", "reference")
         return [*ours, Provider("bayesian_lora", peer, missing, share=PEER / self.modules)] if self.extras else ours
