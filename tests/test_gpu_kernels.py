@@ -31,7 +31,7 @@ PAIRS = [
 ]
 # One case of each operation: the bodies on the CPU say nothing new.
 FEW = list({(pair.values[0].operation, pair.values[1]): pair for pair in reversed(PAIRS)}.values())
-HOT = ("grouped_incremental_svd", "grouped_outer_product", "grouped_jacobian_covariance")
+HOT = ("grouped_incremental_svd", "grouped_outer_product", "grouped_square_sum", "grouped_jacobian_covariance")
 
 
 @pytest.fixture(params=[CPU, CUDA])

@@ -99,8 +99,7 @@ class JacobianCovariance(Case):
 
         def of_reference(a: Tensor, g: Tensor, posterior: Posterior) -> Tensor:
             out = torch.empty(a.shape[0], g.shape[1], g.shape[1], dtype=torch.float32, device=a.device)
-            weights = (block.reciprocal() for block in posterior.precision_blocks)
-            traced(out, a, g, posterior.basis_s, posterior.basis_a, *weights, None)
+            traced(out, a, g, posterior.basis_s, posterior.basis_a, *posterior.precision_blocks, None)
             return out
 
         def call(i: Any, impl: str) -> Tensor:
