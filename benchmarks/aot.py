@@ -208,10 +208,10 @@ def _cell(row: Row) -> str:
 
 HEAD = """# Kernels as compiled
 
-Written by `make aot`, with Triton {version} and without a GPU. CI runs the same check (`make aot-check`) with every Triton
-version of the Makefile: it fails on stack (spills) without a reason below, on more shared memory than a block gets, on a
-missing matrix instruction where one is meant (wgmma on sm_90 and tcgen05 on sm_100 for products of 64 rows and more),
-and on one where float32 multiply-adds are meant.
+Written by `make aot`, with Triton {version} and without a GPU. `make aot-check`, which CI runs, makes the same check
+with every Triton version of the Makefile. It fails on stack (spills) without a reason below, on more shared memory than
+a block gets, on a missing matrix instruction where one is meant (wgmma on sm_90 and tcgen05 on sm_100 for products of
+64 rows and more), and on a matrix instruction where float32 multiply-adds are meant.
 
 A row is a kernel, a dtype and a tile configuration; `tests/test_kernels_shipped.py` goes through the launchers to prove
 that nothing else is ever launched. Of masked and unmasked, accumulating and not, it is the variant that needs the most
