@@ -2,7 +2,8 @@
 # make test      the tests, without the slow ones        make format    rewrites the sources
 # make bench     the benchmarks                          make clean     removes all that make made
 # make aot       compiles the GPU kernels without a GPU and writes docs/aot.md
-# make test-interpret, make aot-check: with each Triton of TRITON_VERSIONS, in environments of their own
+# make test-interpret: the kernels in Triton's interpreter; make aot-check: as make aot, writing nothing; both with each
+#   Triton of TRITON_VERSIONS, in environments of their own
 #
 # Every target sets up .venv by itself. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to every pip install.
 PYTHON    ?= python3

@@ -269,6 +269,18 @@ def test_says_why_it_is_unavailable(
         native._load.cache_clear()
 
 
+def test_a_build_that_lacks_an_operator_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.why_unavailable() is not None:
+        pytest.skip(str(native.why_unavailable()))
+    monkeypatch.setattr(native, "_OPERATORS", ("small_eigh", "of_next_year"))
+    native._load.cache_clear()
+    try:
+        assert "older than this package and lacks of_next_year" in str(native.why_unavailable())
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()
+
+
 def test_importing_the_package_does_not_load_it() -> None:
     code = "import sys, bayesian_lora_kernels.ops.native; sys.exit('bayesian_lora_kernels._native' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,6 +19,7 @@ MAX_N = 128  # largest matrix that the operators take; kMaxN in csrc/small_eigh.
 # What the operators return in place of a number of sweeps; kNotFinite in csrc/small_eigh.h. Lower: not converged.
 _NOT_FINITE = -1
 
+_OPERATORS = ("small_eigh", "small_algebra")
 _ADVICE = (
     "to build it, have a C++ compiler and PyTorch installed and run pip install --no-build-isolation on the source"
 )
@@ -37,7 +38,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
         # Loading it could end the process: PyTorch promises no binary interface between versions.
         return None, f"the native extension was built for PyTorch {built_for}, and this is {here}; {_ADVICE}"
     try:
-        return importlib.import_module("bayesian_lora_kernels._native"), None
+        module = importlib.import_module("bayesian_lora_kernels._native")
+        missing = [name for name in _OPERATORS if not hasattr(torch.ops.bayesian_lora_kernels_native, name)]
+        if missing:
+            return None, f"the native extension is older than this package and lacks {', '.join(missing)}; {_ADVICE}"
+        return module, None
     except ModuleNotFoundError:
         return None, f"the native extension was not built; {_ADVICE}"
     except ImportError as error:

@@ -36,7 +36,8 @@ class Shipped:
         num_stages: depth of the software pipeline.
         aligned: arguments that are multiples of 16 (pointers: 16 bytes), as Triton finds out at launch.
         matrix: ``"best"``: the architecture's own matrix instruction is meant (wgmma on sm_90, tcgen05 on sm_100);
-            ``"mma"``: any matrix instruction; ``"none"``: none is needed.
+            ``"mma"``: any matrix instruction; ``"fma"``: none may be there, since it would round to TF32; ``"none"``:
+            none is needed.
         stack: per architecture (or ``"all"``), why bytes on the stack are accepted.
         enable_fp_fusion: whether multiplications and additions may fuse.
         max_registers: the launch's ``maxnreg``.

@@ -9,7 +9,7 @@ from .incremental_svd import IncrementalSvd
 from .jacobian import JacobianCovariance
 from .outer_product import GroupedOuterProduct, OuterProduct
 from .small_eigh import SmallEigh
-from .square_sum import GroupedSquareSum
+from .square_sum import SquareSum
 from .vocabulary import VocabularyProbs, VocabularyStatistics, VocabularyVariance
 
 __all__ = ["Case", "Provider", "Target", "Work", "all_cases", "interpretable"]
@@ -38,7 +38,7 @@ def all_cases() -> list[Case]:
         VocabularyVariance(BF16, 1350, (of_gemm,)),
         VocabularyProbs(BF16, 2700, recomputed),
         VocabularyStatistics(BF16, 2700),
-        GroupedSquareSum(BF16, 540),
+        SquareSum(BF16),
         OuterProduct(BF16, None, of_addmm[:1], width=8192),
         GroupedOuterProduct(BF16, None, batched, rows=8192, widths=(2048,), count=16),
         GroupedOuterProduct(BF16, rows=2048, widths=(4, 8, 16, 32, 64, 128), count=32),
@@ -48,8 +48,6 @@ def all_cases() -> list[Case]:
         OuterProduct(FP16),
         OuterProduct(FP32),
         GroupedOuterProduct(FP32),
-        GroupedSquareSum(FP16, rows=512),
-        GroupedSquareSum(FP32, rows=512),
         IncrementalSvd(FP16, modules=32),
         IncrementalSvd(FP32, modules=32),
         JacobianCovariance(FP16, modules=32),

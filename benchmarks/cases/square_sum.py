@@ -1,4 +1,4 @@
-"""`grouped_square_sum`: what the traces of a model's factors grow by."""
+"""`grouped_square_sum`: the traces of all factors of a model."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from .case import Case, Provider, Work, generator, package, randn
 
 
 @dataclass(frozen=True)
-class GroupedSquareSum(Case):
-    count: int = 96
+class SquareSum(Case):
+    """Sums of squares of `count` inputs of each width."""
+
     rows: int = 2048
-    width: int = 4096
+    widths: tuple[int, ...] = (4096, 8)
+    count: int = 96
 
     operation = "grouped_square_sum"
 
     @property
     def shape(self) -> str:
-        return f"{self.count} of {self.rows}x{self.width}"
+        return f"{self.count} each of {self.rows}x{'/'.join(map(str, self.widths))}"
 
-    def dry(self) -> GroupedSquareSum:
-        return replace(self, count=3, rows=40, width=72)
+    def dry(self) -> SquareSum:
+        return replace(self, rows=24, widths=tuple(min(width, 70) for width in self.widths), count=2)
 
-    def moderate(self) -> GroupedSquareSum:
-        return replace(self, count=8, rows=1024, width=1024)
+    def moderate(self) -> SquareSum:
+        return replace(self, count=8)
 
     def work(self) -> Work:
-        elements = self.count * self.rows * self.width
-        return Work(elements * self.dtype.itemsize + 8 * self.count, 2 * elements)
+        numbers = self.count * self.rows * sum(self.widths)
+        return Work(numbers * self.dtype.itemsize, 2 * numbers)
 
     def inputs(self, device: torch.device, seed: int) -> list[Tensor]:
         state = generator(device, seed)
-        return [randn((self.rows, self.width), self.dtype, device, state) for _ in range(self.count)]
+        shapes = [(self.rows, width) for width in self.widths for _ in range(self.count)]
+        return [randn(shape, self.dtype, device, state) for shape in shapes]
 
     def truth(self, inputs: Any) -> Tensor:
         return torch.stack([x.double().square().sum() for x in inputs])
 
     def providers(self, device: torch.device) -> list[Provider]:
-        def norms(xs: Any) -> Tensor:
-            return torch.stack(torch._foreach_norm(xs, 2, dtype=torch.float32)).double().square()
-
         def call(xs: Any, impl: str) -> Tensor:
             return ops.grouped_square_sum(xs, impl=impl)
 
-        return [
-            *package(self.operation, call, device, "triton"),
-            Provider("foreach_norm", norms),
-            *package(self.operation, call, device, "reference"),
-        ]
+        def norms(xs: Any) -> Tensor:
+            return torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32) for x in xs]).double().square()
+
+        ours = package(self.operation, call, device, "triton", "reference")
+        return [ours[0], Provider("vector_norm loop", norms), ours[1]]

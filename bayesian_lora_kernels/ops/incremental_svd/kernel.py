@@ -51,7 +51,7 @@ _DROPPED = 1e-14
 @dataclass(frozen=True)
 class Configuration:
     """Rows of X per projection, columns of X per step of it and per product, rows per step of that; fused: one
-    launch.
+    launch. ``max_registers``: without it the assembler spills to fit one program more.
     """
 
     block_m: int
@@ -61,28 +61,32 @@ class Configuration:
     num_warps: int
     num_stages: int
     fused: bool = False
+    max_registers: int | None = None
 
 
-def configurations(name: str, dtype: torch.dtype, block: int, programs: int) -> tuple[Configuration, ...]:
-    """Candidates for an architecture, dtype, padded width and how many blocks of 64 rows there are; the known-good
-    first.
+def configurations(
+    name: str, dtype: torch.dtype, block: int, programs: int, contiguous: bool = True
+) -> tuple[Configuration, ...]:
+    """Candidates for an architecture, dtype, padded width, how many blocks of 64 rows there are, and layout; the
+    known-good first.
 
     Blocks of 64 rows and 128 columns read Omega and Z an eighth and a quarter as often as X. Where they would leave
     multiprocessors idle, blocks of 16 and 32 take their place. ``sm_90`` and ``sm_100`` have room for deeper pipelines.
+    Elements loaded one by one take an address each: smaller steps, or registers spill.
     """
     stages = 3 if name == "sm_80" else 4
     if programs < 132:
         return (Configuration(16, 64, 32, 32, 4, 3),)
-    if block == 128:
-        return (Configuration(64, 32, 64, 32, 8, 3),)
+    if block == 128 or not contiguous:
+        return (Configuration(64, 32, 64, 32 if contiguous else 16, 8, 3),)
     if dtype == torch.float32:
         return (Configuration(64, 32, 64, 32, 4, 3),)
     if dtype == torch.float16:  # multiplied in float32 with Z, which float16 might not hold
-        return (Configuration(64, 64, 64, 32, 4, 3),)
+        return (Configuration(64, 64, 64, 32, 4, 3, max_registers=128 if block <= 32 else None),)
     return (
         Configuration(64, 128, 128, 64, 8 if block == 64 else 4, stages),
         Configuration(128, 64, 128, 64, 8, stages),
-        Configuration(64, 64 if block == 64 else 128, 64, 64, 4, stages, fused=True),
+        Configuration(64, 64 if block == 64 else 128, 64, 64, 8 if block == 64 else 4, stages, fused=True),
     )
 
 
@@ -312,7 +316,7 @@ class _Update:
         name = architecture(self.device)
         programs = sum(triton.cdiv(height, 64) for height in heights)
         programs = programs * 132 // multiprocessors(self.device)
-        candidates = configurations(name, self.kind.dtype, self.kind.block, programs)
+        candidates = configurations(name, self.kind.dtype, self.kind.block, programs, self.kind.contiguous)
         key = ("incremental_svd", name, self.kind, count, max(heights), max(widths))
         chosen = choose_configuration(key, candidates, lambda one: self._launch(one, count, max(heights), max(widths)))
         self._launch(chosen, count, max(heights), max(widths))
@@ -326,6 +330,7 @@ class _Update:
             "BL": self.kind.block,
             "num_warps": one.num_warps,
             "num_stages": one.num_stages,
+            "maxnreg": one.max_registers,
             "enable_fp_fusion": True,
         }
         precision = "tf32x3" if self.kind.dtype == torch.float32 else "ieee"
@@ -357,26 +362,27 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def shipped(architecture: str) -> list[Shipped]:
-    """What an update launches for contiguous rows: every dtype, l up to 32, 64 and 128."""
+    """What an update launches: every dtype and padded width, many rows (in either layout) and few; masked, which needs
+    more than unmasked.
+    """
     found = []
     for block in (16, 32, 64, 128):
         found += _shipped_around(block)
         for dtype, name in _NAMES.items():
-            many = configurations(architecture, dtype, block, 1000)
-            few = configurations(architecture, dtype, block, 1)
-            for one, has_mask in [(one, False) for one in (*many, *few)] + [(many[0], True)]:
-                found += _shipped_touch(one, dtype, name, block, has_mask)
+            for programs, contiguous in ((1000, True), (1, True), (1000, False)):
+                for one in configurations(architecture, dtype, block, programs, contiguous):
+                    found += _shipped_touch(one, dtype, name, block, contiguous)
     return list({one.name: one for one in found}.values())  # configurations share kernels
 
 
-def _shipped_touch(one: Configuration, dtype: torch.dtype, name: str, block: int, has_mask: bool) -> list[Shipped]:
+def _shipped_touch(one: Configuration, dtype: torch.dtype, name: str, block: int, contiguous: bool) -> list[Shipped]:
     halves = dtype == torch.bfloat16
     x_type = {"z_ptr": "*fp32", "high_ptr": "*bf16" if halves else "*fp32", "low_ptr": "*bf16" if halves else "*fp32"}
     types = {"table_ptr": "*i64", "omega_ptr": f"*{name}", "r_ptr": "*fp32", "y_ptr": "*fp32", **x_type}
     sizes = {"modules": "i32", "projections": "i32", "products": "i32", "counters_ptr": "*i32"}
-    constants = {"DTYPE": _DTYPES[dtype], "CONTIGUOUS": True, "HAS_MASK": has_mask, "HALVES": halves, "BL": block}
+    constants = {"DTYPE": _DTYPES[dtype], "CONTIGUOUS": contiguous, "HAS_MASK": True, "HALVES": halves, "BL": block}
     project = {"PRECISION": "tf32x3" if dtype == torch.float32 else "ieee", "BM": one.block_m, "BK": one.block_k}
-    suffix = f" w{one.num_warps} s{one.num_stages}" + (" mask" if has_mask else "")
+    suffix = f" w{one.num_warps} s{one.num_stages}" + ("" if contiguous else " strided")
     if one.fused:
         kernels = [
             (
@@ -407,9 +413,8 @@ def _shipped_touch(one: Configuration, dtype: torch.dtype, name: str, block: int
             one.num_warps,
             one.num_stages,
             aligned=tuple(key for key, kind in arguments.items() if kind.startswith("*") and key != "counters_ptr"),
-            matrix="best"
-            if dtype != torch.float32 and one.block_m >= 64 and kernel is not back_project_kernel
-            else "mma",
+            matrix="best" if one.block_m >= 64 else "mma",
+            max_registers=one.max_registers,
         )
         for title, kernel, arguments, values in kernels
     ]
@@ -426,10 +431,12 @@ def _shipped_around(block: int) -> list[Shipped]:
     pointers = {"parts_ptr": "*fp64", "fresh_ptr": "*fp32", "present_ptr": "*i32", "stack_ptr": "*fp32"}
     pointers |= {"rounded_ptr": "*fp32", "p_ptr": "*fp32", "q_ptr": "*fp32", "w_ptr": "*fp64", "gram_ptr": "*fp64"}
     pointers |= {"table_ptr": "*i64"}
+    fresh = {"PARTS": _PARTS, "BN": 1024, "BL": block}
     gram = {"OVER_M": False, "BN": min(32, step), "BL": block}
     cases = [
         ("norms", around.norms_kernel, {"BN": step, "BL": block}, warps),
-        ("fresh", around.fresh_kernel, {"DTYPE": tl.bfloat16, "PARTS": _PARTS, "BN": 1024, "BL": block}, warps),
+        ("fresh bf16", around.fresh_kernel, {**fresh, "DTYPE": tl.bfloat16}, warps),
+        ("fresh fp32", around.fresh_kernel, {**fresh, "DTYPE": tl.float32}, warps),
         ("stack", around.stack_kernel, {"PARTS": _PARTS, "BN": step, "BL": block}, warps),
         ("gram", around.gram_kernel, {**gram, "P_IS_BASIS": False, "SAME": True}, warps),
         ("gram of basis", around.gram_kernel, {**gram, "P_IS_BASIS": True, "SAME": False}, warps),

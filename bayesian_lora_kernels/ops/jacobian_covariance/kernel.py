@@ -112,7 +112,6 @@ def narrow_rows_kernel(
     MAPPED: tl.constexpr,
     PLANES: tl.constexpr,
     T_: tl.constexpr,
-    D_: tl.constexpr,
     R_: tl.constexpr,
 ):
     """The narrow operand times the directions of its eigenbasis (`MAPPED`, else as it is), tokens last.
@@ -126,8 +125,7 @@ def narrow_rows_kernel(
     c, pid = pid % outputs, pid // outputs
     n, entry = pid % examples, pid // examples
     o_t = block * T_ + tl.arange(0, T_)
-    o_d = tl.arange(0, D_).to(tl.int64)
-    o_r = tl.arange(0, R_)
+    o_r = tl.arange(0, R_).to(tl.int64)
     m_t = o_t < tokens
     if MASKED:
         mask = _entry_pointer(table, entry, MASK, tl.int8, False)
@@ -135,12 +133,17 @@ def narrow_rows_kernel(
     else:
         m_x = m_t
     base = _entry_pointer(table, entry, NARROW, DTYPE, False) + n * stride_n + c * stride_c
-    p_x = base + o_t[:, None] * stride_t + o_d[None, :] * stride_d
-    x = tl.load(p_x, mask=m_x[:, None] & (o_d < width)[None, :], other=0.0).to(tl.float32)  # [T_, D_]
+    p_x = base + o_t * stride_t
     if MAPPED:
-        p_m = maps + entry * width * rows + o_d[:, None] * rows + o_r[None, :]
-        m = tl.load(p_m, mask=(o_d < width)[:, None] & (o_r < rows)[None, :], other=0.0)  # [D_, R_]
-        x = tl.dot(x, m, input_precision="ieee")
+        x = tl.zeros([T_, R_], tl.float32)
+        # Not a dot: for sm_100 Triton 3.6 makes a single TF32 product of float32 operands, "ieee" or not.
+        for d in range(tl.cast(width, tl.int64)):
+            b_x = tl.load(p_x + d * stride_d, mask=m_x, other=0.0).to(tl.float32)  # [T_]
+            b_m = tl.load(maps + (entry * width + d) * rows + o_r, mask=o_r < rows, other=0.0)  # [R_]
+            x += b_x[:, None] * b_m[None, :]
+    else:
+        p_row = p_x[:, None] + o_r[None, :] * stride_d  # [T_, R_]
+        x = tl.load(p_row, mask=m_x[:, None] & (o_r < width)[None, :], other=0.0).to(tl.float32)
     p_out = out + (((entry * examples + n) * outputs + c) * rows + o_r)[None, :] * tokens + o_t[:, None]
     m_out = m_t[:, None] & (o_r < rows)[None, :]
     if PLANES:
@@ -284,9 +287,9 @@ def wide_input_kernel(
                 high = tl.load(p_x + start, mask=m_x, other=0.0)  # [M_, T_]
                 middle = tl.load(p_x + plane + start, mask=m_x, other=0.0)
                 low = tl.load(p_x + 2 * plane + start, mask=m_x, other=0.0)
-                jacobian = tl.dot(low, b_a, jacobian)
-                jacobian = tl.dot(middle, b_a, jacobian)
-                jacobian = tl.dot(high, b_a, jacobian)
+                jacobian = tl.dot(low, b_a, jacobian, input_precision="ieee")
+                jacobian = tl.dot(middle, b_a, jacobian, input_precision="ieee")
+                jacobian = tl.dot(high, b_a, jacobian, input_precision="ieee")
             else:
                 x = tl.load(p_x + start, mask=m_x, other=0.0)
                 jacobian = tl.dot(x, b_a.to(tl.float32), jacobian, input_precision="tf32x3")

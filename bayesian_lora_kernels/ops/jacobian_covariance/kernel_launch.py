@@ -31,21 +31,23 @@ class Configuration:
         tokens: tokens of one dot, at most.
         num_warps: warps per program.
         num_stages: tiles in flight.
+        max_registers: what the assembler may use. Left to itself it spills a little to fit one program more on a
+            multiprocessor; with room it often needs no more.
     """
 
     width: int
     tokens: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 # Rows of a Jacobian (outputs times directions of the narrow side) in one program. More would read the wide side from L2
 # less often, but 32 is what a Gram matrix in tf32x3, whose operands are in registers, leaves without spills.
 _ROWS = 32
 
-# Programs are small, so that two to
-# four share a multiprocessor and hide each other's latency; the same on sm_80, sm_90 and sm_100, since nothing needs
-# more than 87 KB of shared memory or the large matrix instructions.
+# Programs are small, so that two to four share a multiprocessor and hide each other's latency; the same on sm_80, sm_90
+# and sm_100, since nothing needs more than 48 KB of shared memory.
 _INPUT_PLANES = Configuration(width=64, tokens=64, num_warps=4, num_stages=3)
 _INPUT = Configuration(width=64, tokens=32, num_warps=4, num_stages=3)
 _OUTPUT = Configuration(width=64, tokens=1, num_warps=8, num_stages=1)
@@ -55,12 +57,21 @@ def configuration(wide_input: bool, planes: bool, outputs: int, rows: int) -> tu
     """Outputs and directions side by side in one program, and its configuration."""
     c, o = side_by_side(outputs, rows, _ROWS)
     chosen = (_INPUT_PLANES if planes else _INPUT) if wide_input else _OUTPUT
-    return c, o, replace(chosen, width=32) if c > _ROWS else chosen
+    if c > _ROWS:
+        chosen = replace(chosen, width=32, tokens=min(32, chosen.tokens), max_registers=255)
+    elif c * o < _ROWS:
+        chosen = replace(chosen, num_warps=4, max_registers=192 if wide_input else 168)
+    return c, o, chosen
 
 
 def kept_configuration(outputs: int) -> tuple[int, int]:
     """Columns of z that `kept_rows_kernel` takes at once, and its warps: what registers leave."""
     return (32, 4) if outputs <= _ROWS else (16, 8)
+
+
+def narrow_tokens(rows: int) -> int:
+    """Tokens that a program of `narrow_rows_kernel` takes, at most: the product of both is what registers leave."""
+    return min(64, 4096 // rows)
 
 
 @dataclass(frozen=True)
@@ -277,14 +288,15 @@ def _launch(
         dtype=torch.bfloat16 if planes else torch.float32,
         device=device,
     )
-    t_ = min(64, _power(tokens, 16))
+    r_ = _power(rows, 16)
+    t_ = min(narrow_tokens(r_), _power(tokens, 16))
     n_stride, c_stride = narrow.stride(0), narrow.stride(1) if wide_input else 0
     kernel.narrow_rows_kernel[(triton.cdiv(tokens, t_) * narrow_outputs * examples * entries,)](
         table, table if covariance.maps is None else covariance.maps, projected, projected[0].numel(),
         narrow_outputs, tokens, narrow.shape[-1], rows,
         n_stride, c_stride, *narrow.stride()[-2:], *mask_strides, examples,
         DTYPE=_TRITON[narrow.dtype], MASKED=mask is not None, MAPPED=covariance.maps is not None,
-        PLANES=planes, T_=t_, D_=_power(narrow.shape[-1], 16), R_=_power(rows, 16),
+        PLANES=planes, T_=t_, R_=r_,
         num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -295,7 +307,12 @@ def _launch(
     blocks = entries * splits * sharing if rest else 0
     partial = workspace(blocks + (entries * rows if k_ else 0), examples, outputs, outputs)
     grid = (entries * examples * splits * sharing,)
-    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": chosen.num_warps,
+        "num_stages": chosen.num_stages,
+        "maxnreg": chosen.max_registers,
+        "enable_fp_fusion": True,
+    }
     tensors = (unit, covariance.relative, covariance.largest, z, partial)
     sizes = (examples, outputs, rows, tokens, width, tiles, per_program, splits, row_blocks, k_)
     shared = {

@@ -8,26 +8,21 @@ import triton.language as tl
 
 from ..shipped import Shipped
 from . import kernel
-from .kernel_launch import configuration, kept_configuration
+from .kernel_launch import configuration, kept_configuration, narrow_tokens
 
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-# Outputs and directions of the narrow side: few classes with LoRA ranks 8 and 16, many, and a single row.
-_SIZES = ((4, 8), (4, 16), (32, 8), (64, 8), (1, 8))
-_KEPT = (0, 16, 32, 64)
-_ONE_OUTPUT = {
-    "sm_80": "two registers, once per tile: ptxas stays at 168, which lets a third block share a multiprocessor"
-}
+# Outputs and directions of the narrow side: one row of each class that `configuration` knows, and how many are kept (a
+# loop whose length is known at run time: 16 stands for all).
+_SIZES = ((1, 8, 16), (4, 4, 0), (4, 4, 16), (4, 8, 0), (4, 8, 16), (32, 8, 16), (64, 8, 0), (64, 8, 16))
 
 
 def shipped(architecture: str) -> list[Shipped]:
-    """Every kernel for typical numbers of outputs, with every number of kept directions."""
-    found = [_tile_bases(d_, k_) for d_ in (64, 32) for k_ in _KEPT if k_]
-    found += [_narrow_rows(dtype, rows) for dtype in _TYPES for rows in (16, 32)]
-    found += [_kept_rows(c_, k_) for c_ in (16, 32, 64) for k_ in _KEPT if k_]
-    for dtype in _TYPES:
-        for outputs, rows in _SIZES:
-            for k_ in _KEPT if (outputs, rows) in _SIZES[:3:2] and dtype != "fp16" else (16,):
-                found += [_wide(dtype, outputs, rows, k_, True), _wide(dtype, outputs, rows, k_, False)]
+    """Every kernel in every configuration, masked, which needs more than unmasked."""
+    found = [_tile_bases(d_, k_) for d_ in (64, 32) for k_ in (16, 32, 64)]
+    found += [_narrow_rows(dtype, rows) for dtype in _TYPES for rows in (16, 32, 64, 128)]
+    found += [_kept_rows(c_, k_) for c_ in (16, 32, 64) for k_ in (16, 32, 64)]
+    found += [_wide(dtype, *sizes, True) for dtype in _TYPES for sizes in _SIZES]
+    found += [_wide(dtype, *sizes, False) for dtype in ("bf16", "fp32") for sizes in _SIZES]  # fp16 as bf16
     return found
 
 
@@ -56,9 +51,11 @@ def _narrow_rows(dtype: str, rows: int) -> Shipped:
         "MAPPED": True,
         "PLANES": dtype == "bf16",
     }
-    constants |= {"T_": 64, "D_": 16, "R_": rows}
+    constants |= {"T_": narrow_tokens(rows), "R_": rows}
     aligned = ("table", "maps", "out", "tokens")
-    return Shipped(f"jacobian narrow_rows {dtype} {rows}", kernel.narrow_rows_kernel, types, constants, 4, 1, aligned)
+    return Shipped(
+        f"jacobian narrow_rows {dtype} {rows}", kernel.narrow_rows_kernel, types, constants, 4, 1, aligned, "fma"
+    )
 
 
 def _wide(dtype: str, outputs: int, rows: int, k_: int, wide_input: bool) -> Shipped:
@@ -79,8 +76,8 @@ def _wide(dtype: str, outputs: int, rows: int, k_: int, wide_input: bool) -> Shi
         "columns",
     )
     types |= dict.fromkeys((*sizes, "stride_n", "stride_t", "mask_stride_n"), "i32")
-    aligned = (*types, "plane") if wide_input else tuple(types)
-    aligned = tuple(name for name in aligned if name not in sizes or name in ("tokens", "width"))
+    aligned = [name for name in types if name not in sizes or name in ("tokens", "width")]
+    aligned.append("plane" if wide_input else "stride_c")
     constants: dict[str, Any] = {"stride_d": 1, "mask_stride_t": 1, "DTYPE": _TYPES[dtype], "ALIGNED": True}
     constants |= {"MASKED": True, "REST": True, "C_": c_, "O_": o_, "D_": config.width, "K_": k_}
     if wide_input:
@@ -95,9 +92,9 @@ def _wide(dtype: str, outputs: int, rows: int, k_: int, wide_input: bool) -> Shi
         constants,
         config.num_warps,
         config.num_stages,
-        aligned,
-        matrix="mma",
-        stack=_ONE_OUTPUT if wide_input and dtype == "fp32" and outputs == 1 else {},
+        tuple(aligned),
+        matrix="best" if c_ * o_ >= 64 else "mma",
+        max_registers=config.max_registers,
     )
 
 
@@ -115,5 +112,5 @@ def _kept_rows(c_: int, k_: int) -> Shipped:
         num_warps,
         2,
         aligned,
-        matrix="mma",
+        matrix="best" if c_ >= 64 else "mma",
     )

@@ -15,6 +15,7 @@ tiles, 141.7 GFLOP, 177 us at 798 TFLOP/s; traffic 67 + 67 MB, 45 us at 3 TB/s.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -131,7 +132,9 @@ def mirror_lower_kernel(out_ptr, width, stride_o0, stride_o1, BD: tl.constexpr):
 
 @dataclass(frozen=True)
 class Configuration:
-    """Tile of rows and columns, warps, pipeline depth, tile rows per band, programs that fit a multiprocessor."""
+    """Tile of rows and columns, warps, pipeline depth, tile rows per band, programs that fit a multiprocessor, and the
+    registers that the assembler may use (left to itself it spills a little to fit more programs).
+    """
 
     block_m: int
     block_d: int
@@ -158,7 +161,7 @@ _WIDE_FLOAT32 = {name: (Configuration(32, 64, 4, 3, per_multiprocessor=3),) for 
 # One tile, bound by the reading of X: long pieces of few columns.
 _NARROW = {
     16: Configuration(512, 16, 4, 1, per_multiprocessor=4),
-    32: Configuration(128, 32, 4, 1, per_multiprocessor=4),
+    32: Configuration(128, 32, 4, 1, per_multiprocessor=4, max_registers=128),
     64: Configuration(64, 64, 4, 4, per_multiprocessor=3),
 }
 _NARROW_FLOAT32 = {
@@ -167,18 +170,38 @@ _NARROW_FLOAT32 = {
     64: Configuration(32, 64, 4, 3, per_multiprocessor=3),
 }
 
+# Elements loaded one by one take an address each: smaller tiles and steps, or registers spill.
+_STRIDED = {
+    16: Configuration(128, 16, 4, 1, per_multiprocessor=4),
+    32: Configuration(64, 32, 4, 1, per_multiprocessor=4),
+    64: Configuration(32, 64, 4, 2, per_multiprocessor=3),
+}
+_STRIDED_FLOAT32 = {
+    16: Configuration(64, 16, 4, 1, per_multiprocessor=4),
+    32: Configuration(32, 32, 4, 1, per_multiprocessor=4),
+    64: Configuration(16, 64, 4, 2, per_multiprocessor=3),
+}
+
 # Rows that a split must have at least: fewer, and adding the parts costs more than it saves.
 _ROWS_PER_SPLIT = 512
 # float32 operands as three TF32 products (error 2^-21 of the size of the terms), never one.
 PRECISION = {torch.float32: "tf32x3", torch.float16: "ieee", torch.bfloat16: "ieee"}
 
 
-def configurations(name: str, dtype: torch.dtype, width: int) -> tuple[Configuration, ...]:
-    """Candidates for an architecture, dtype and width, the known-good one first."""
-    if width <= 64:
-        narrow = _NARROW_FLOAT32 if dtype == torch.float32 else _NARROW
-        return (narrow[max(16, triton.next_power_of_2(width))],)
-    return (_WIDE_FLOAT32 if dtype == torch.float32 else _WIDE)[name]
+def configurations(name: str, dtype: torch.dtype, width: int, strided: bool = False) -> tuple[Configuration, ...]:
+    """Candidates for an architecture, dtype, width and layout (``is_strided``), the known-good one first."""
+    if width > 64 and not strided:
+        return (_WIDE_FLOAT32 if dtype == torch.float32 else _WIDE)[name]
+    if dtype == torch.float32:
+        table = _STRIDED_FLOAT32 if strided else _NARROW_FLOAT32
+    else:
+        table = _STRIDED if strided else _NARROW
+    return (table[min(64, max(16, triton.next_power_of_2(width)))],)
+
+
+def is_strided(x: Tensor) -> bool:
+    """Whether the compiler does not see at launch that rows of ``x`` are pieces of 16 aligned bytes."""
+    return x.stride(1) != 1 or x.stride(0) % 16 != 0 or x.data_ptr() % 16 != 0
 
 
 def choose_splits(tiles: int, rows: int, programs: int) -> int:
@@ -194,8 +217,9 @@ def outer_product(
         return
     name = architecture(x.device)
     with on_device(x):
-        candidates = configurations(name, x.dtype, x.shape[1])
-        key = ("outer_product", name, x.dtype, triton.next_power_of_2(x.shape[0]), x.shape[1])
+        strided = is_strided(x)
+        candidates = configurations(name, x.dtype, x.shape[1], strided)
+        key = ("outer_product", name, x.dtype, triton.next_power_of_2(x.shape[0]), x.shape[1], strided)
         chosen = choose_configuration(key, candidates, lambda one: _launch(one, torch.empty_like(out), x, mask, 1.0))
         _launch(chosen, out, x, mask, scale, accumulate, lower)
 
@@ -275,36 +299,52 @@ _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _SIZES = ("rows", "width", "rows_per_split", "stride_xm", "stride_o0")
 
 
+def _shipped_product(
+    configuration: Configuration, dtype: torch.dtype, name: str, has_mask: bool, strided: bool
+) -> Shipped:
+    tile = f"{configuration.block_m}x{configuration.block_d}x{configuration.block_d}"
+    types = {"out_ptr": "*fp32", "x_ptr": f"*{name}", "mask_ptr": "*u8", "scale": "fp32"}
+    types |= {size: "i32" for size in (*_SIZES, "stride_mask")}
+    constants: dict[str, Any] = {
+        "stride_o1": 1,
+        "HAS_MASK": has_mask,
+        "ACCUMULATE": True,
+        "MIRROR": True,
+        "SPLIT": False,
+    }
+    constants |= {"PRECISION": PRECISION[dtype], "BM": configuration.block_m, "BD": configuration.block_d}
+    aligned = ["out_ptr", "x_ptr", "mask_ptr", *_SIZES]
+    if strided:
+        types["stride_xd"] = "i32"
+        aligned = ["out_ptr", "x_ptr", "mask_ptr", "rows", "rows_per_split"]
+    else:
+        constants["stride_xd"] = 1
+    return Shipped(
+        f"outer_product {name} {tile} w{configuration.num_warps} s{configuration.num_stages}"
+        + (" mask" if has_mask else "")
+        + (" strided" if strided else ""),
+        outer_product_kernel,
+        types,
+        {**constants, "BAND": configuration.band},
+        configuration.num_warps,
+        configuration.num_stages,
+        aligned=tuple(aligned),
+        matrix="best" if configuration.block_d >= 64 else "mma",
+        enable_fp_fusion=False,
+        max_registers=configuration.max_registers,
+    )
+
+
 def shipped(architecture: str) -> list[Shipped]:
-    """What ``outer_product`` launches on an architecture, for rows of a contiguous X and a multiple of 16 columns."""
+    """What ``outer_product`` launches: every dtype, width class and layout, with masks and without."""
     found = []
     for dtype, name in _TYPES.items():
         for width in (16, 32, 64, 4096):
-            for configuration in configurations(architecture, dtype, width):
-                if dtype == torch.float32 and width == 64:  # the same as for 4096
+            for has_mask, strided in ((False, False), (True, False), (True, True)):
+                if dtype == torch.float16 and (has_mask or strided):  # compiles to what bfloat16 does
                     continue
-                for has_mask, split in ((False, False), (True, True)):
-                    if dtype == torch.float16 and has_mask:
-                        continue
-                    tile = f"{configuration.block_m}x{configuration.block_d}x{configuration.block_d}"
-                    found.append(
-                        Shipped(
-                            f"outer_product {name} {tile} w{configuration.num_warps} s{configuration.num_stages}"
-                            + (" mask split" if split else " accumulate"),
-                            outer_product_kernel,
-                            {"out_ptr": "*fp32", "x_ptr": f"*{name}", "mask_ptr": "*u8", "scale": "fp32"}
-                            | {size: "i32" for size in (*_SIZES, "stride_mask")},
-                            {"stride_xd": 1, "stride_o1": 1, "HAS_MASK": has_mask, "ACCUMULATE": not split}
-                            | {"MIRROR": True, "SPLIT": split, "PRECISION": PRECISION[dtype]}
-                            | {"BM": configuration.block_m, "BD": configuration.block_d, "BAND": configuration.band},
-                            configuration.num_warps,
-                            configuration.num_stages,
-                            aligned=("out_ptr", "x_ptr", "mask_ptr", *_SIZES),
-                            matrix="best" if width == 4096 and dtype != torch.float32 else "mma",
-                            enable_fp_fusion=False,
-                            max_registers=configuration.max_registers,
-                        )
-                    )
+                for configuration in configurations(architecture, dtype, width, strided):
+                    found.append(_shipped_product(configuration, dtype, name, has_mask, strided))
     for block, warps in ((16, 4), (32, 4), (64, 4), (128, 8)):
         found.append(
             Shipped(
@@ -331,4 +371,4 @@ def shipped(architecture: str) -> list[Shipped]:
             enable_fp_fusion=False,
         )
     )
-    return found
+    return list({one.name: one for one in found}.values())  # float32 has one tile for 64 columns and more

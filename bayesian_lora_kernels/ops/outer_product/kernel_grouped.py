@@ -151,18 +151,21 @@ def grouped_sum_splits_kernel(
 
 @dataclass(frozen=True)
 class Configuration:
-    """Rows per step, warps, pipeline depth, and how many programs should be there per multiprocessor."""
+    """Rows per step, warps, pipeline depth, how many programs should be there per multiprocessor, and the registers
+    that the assembler may use: left to itself it spills to fit programs that are not there.
+    """
 
     block_m: int
     num_warps: int
     num_stages: int
     per_multiprocessor: int = 2
+    max_registers: int | None = None
 
 
 # Bound by the reading of X: what counts is bytes in flight, about 16 KB per multiprocessor on an H100. At width 8 a
 # step of 512 rows is 8 KB, two programs and the step loaded ahead make 32 KB.
 _HALF = {
-    16: Configuration(512, 4, 1),
+    16: Configuration(512, 4, 1, max_registers=128),
     32: Configuration(64, 4, 1, 4),
     64: Configuration(64, 4, 4),
     128: Configuration(64, 8, 3),
@@ -199,6 +202,10 @@ class _Class:
     contiguous: bool
     has_mask: bool
 
+    def is_alone(self) -> bool:
+        """Whether it is too wide, or would spill registers: float32 in tiles of 128, an address for each element."""
+        return self.block > (WIDEST if self.contiguous or self.dtype != torch.float32 else 64)
+
 
 def _in_vectors(matrix: Tensor) -> bool:
     """Whether its rows are pieces of 16 aligned bytes."""
@@ -223,10 +230,13 @@ def grouped_outer_product(
     """As ``reference.grouped_outer_product``, in Triton; narrow outputs are written whole, ``lower`` or not."""
     classes: dict[_Class, list[int]] = {}
     for i, (x, mask) in enumerate(zip(xs, masks, strict=True)):
-        if x.shape[1] > WIDEST:
+        if x.shape[1] == 0:
+            continue
+        one = _class_of(outs[i], x, mask)
+        if one.is_alone():
             outer_product_alone(outs[i], x, mask, scales[i], accumulate, lower)
-        elif x.shape[1] > 0:
-            classes.setdefault(_class_of(outs[i], x, mask), []).append(i)
+        else:
+            classes.setdefault(one, []).append(i)
     if not classes:
         return
     order = [i for members in classes.values() for i in members]
@@ -270,6 +280,7 @@ def _launch(one: _Class, table: Tensor, rows: int, accumulate: bool) -> None:
         BD=one.block,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
+        maxnreg=chosen.max_registers,
         enable_fp_fusion=False,
     )
     if splits > 1:
@@ -287,29 +298,31 @@ def _launch(one: _Class, table: Tensor, rows: int, accumulate: bool) -> None:
 
 
 def shipped(architecture: str) -> list[Shipped]:
-    """What ``grouped_outer_product`` launches: every dtype and width, in the layout that a model has."""
+    """What ``grouped_outer_product`` launches: every dtype, width class and layout, with masks and without."""
     found = []
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         for block in (16, 32, 64, 128):
-            for has_mask, split, contiguous in ((False, False, True), (True, True, True), (True, False, False)):
-                chosen = configuration(dtype, block, contiguous)
-                if has_mask and dtype == torch.float16:
+            for has_mask, contiguous in ((False, True), (True, True), (True, False)):
+                if dtype == torch.float16 and has_mask:  # compiles to what bfloat16 does
                     continue
+                if _Class(dtype, block, contiguous, has_mask).is_alone():
+                    continue
+                chosen = configuration(dtype, block, contiguous)
                 found.append(
                     Shipped(
                         f"grouped_outer_product {name} {chosen.block_m}x{block}x{block}"
                         + (" mask" if has_mask else "")
-                        + (" split" if split else "")
                         + ("" if contiguous else " strided"),
                         grouped_outer_product_kernel,
                         {"table_ptr": "*i64", "parts_ptr": "*fp32"},
-                        {"DTYPE": _DTYPES[dtype], "CONTIGUOUS": contiguous, "HAS_MASK": has_mask, "SPLIT": split}
-                        | {"ACCUMULATE": not split, "PRECISION": PRECISION[dtype], "BM": chosen.block_m, "BD": block},
+                        {"DTYPE": _DTYPES[dtype], "CONTIGUOUS": contiguous, "HAS_MASK": has_mask, "SPLIT": False}
+                        | {"ACCUMULATE": True, "PRECISION": PRECISION[dtype], "BM": chosen.block_m, "BD": block},
                         chosen.num_warps,
                         chosen.num_stages,
                         aligned=("table_ptr", "parts_ptr"),
-                        matrix="mma",
+                        matrix="best" if block >= 64 else "mma",
                         enable_fp_fusion=False,
+                        max_registers=chosen.max_registers,
                     )
                 )
     for block in (16, 32, 64, 128):
