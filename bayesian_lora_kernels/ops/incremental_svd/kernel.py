@@ -358,8 +358,8 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def shipped(architecture: str) -> list[Shipped]:
-    """What an update launches: every dtype and padded width, many rows (in either layout) and few; masked, which needs
-    more than unmasked.
+    """What an update launches: every dtype and padded width, many rows (in either layout) and few; masked, which is
+    more code than unmasked.
     """
     found = []
     for block in (16, 32, 64, 128):
