@@ -213,9 +213,10 @@ with every Triton version of the Makefile. It fails on stack (spills) without a 
 a block gets, on a missing matrix instruction where one is meant (wgmma on sm_90 and tcgen05 on sm_100 for products of
 64 rows and more), and on a matrix instruction where float32 multiply-adds are meant.
 
-A row is a kernel, a dtype and a tile configuration; `tests/test_kernels_shipped.py` goes through the launchers to prove
-that nothing else is ever launched. Of masked and unmasked, accumulating and not, it is the variant that needs the most
-(both where masks are rare). fp16 has no row where it compiles to what bf16 does.
+A row is a kernel, a dtype and a tile configuration; `tests/test_kernels_shipped.py` runs the launchers over a grid of
+sizes and finds no other. Of masked and unmasked, accumulating and not, it is the variant with the most code (outer
+products: with masks and without); the others are not compiled. Some fp16 kernels that differ from bf16 only in the
+type of the matrix instruction have no row.
 
 A cell: registers per thread / bytes of stack / bytes of shared memory / instructions in the PTX (static counts).
 

@@ -1,7 +1,7 @@
 """What the Triton launchers launch, over their whole range of sizes, against what `shipped()` lists for `make aot`.
 
 Launches are recorded instead of run. A launch is known by its kernel, the dtype of the data, its tile sizes, warps,
-stages and registers. Flags (masked, accumulating, ...) are left out: the lists hold the variant that needs the most.
+stages and registers. Flags (masked, accumulating, ...) are left out: the lists hold the variant with the most code.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def configurations(
     if dtype == torch.float32:
         return (Configuration(64, 32, 64, 32, 4, 3),)
     if dtype == torch.float16:  # multiplied in float32 with Z, which float16 might not hold
-        return (Configuration(64, 64, 64, 32, 4, 3, max_registers=128 if block <= 32 else None),)
+        return (Configuration(64, 64, 64, 32, 4, 3, max_registers=128 if block <= 32 else 255),)
     return (
         Configuration(64, 128, 128, 64, 8 if block == 64 else 4, stages),
         Configuration(128, 64, 128, 64, 8, stages),
@@ -362,8 +362,8 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def shipped(architecture: str) -> list[Shipped]:
-    """What an update launches: every dtype and padded width, many rows (in either layout) and few; masked, which needs
-    more than unmasked.
+    """What an update launches: every dtype and padded width, many rows (in either layout) and few; masked, which is
+    more code than unmasked.
     """
     found = []
     for block in (16, 32, 64, 128):

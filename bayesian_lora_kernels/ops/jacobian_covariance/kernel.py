@@ -136,7 +136,7 @@ def narrow_rows_kernel(
     p_x = base + o_t * stride_t
     if MAPPED:
         x = tl.zeros([T_, R_], tl.float32)
-        # Not a dot: for sm_100 Triton 3.6 makes a single TF32 product of float32 operands, "ieee" or not.
+        # Not a dot: for sm_100, Triton 3.6 makes one TF32 product of an "ieee" dot whose operand was widened or masked.
         for d in range(tl.cast(width, tl.int64)):
             b_x = tl.load(p_x + d * stride_d, mask=m_x, other=0.0).to(tl.float32)  # [T_]
             b_m = tl.load(maps + (entry * width + d) * rows + o_r, mask=o_r < rows, other=0.0)  # [R_]

@@ -17,7 +17,7 @@ _SIZES = ((1, 8, 16), (4, 4, 0), (4, 4, 16), (4, 8, 0), (4, 8, 16), (32, 8, 16),
 
 
 def shipped(architecture: str) -> list[Shipped]:
-    """Every kernel in every configuration, masked, which needs more than unmasked."""
+    """Every kernel in every configuration, masked, which is more code than unmasked."""
     found = [_tile_bases(d_, k_) for d_ in (64, 32) for k_ in (16, 32, 64)]
     found += [_narrow_rows(dtype, rows) for dtype in _TYPES for rows in (16, 32, 64, 128)]
     found += [_kept_rows(c_, k_) for c_ in (16, 32, 64) for k_ in (16, 32, 64)]
