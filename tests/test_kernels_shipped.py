@@ -83,6 +83,7 @@ def world(request, monkeypatch):
         "incremental_svd.kernel",
         "incremental_svd.columns",
         "jacobian_covariance.kernel",
+        "square_sum.kernel",
     ):
         module = importlib.import_module(f"{OPS}.{name}")
         for attribute in [one for one in vars(module) if one.endswith("_kernel")]:
@@ -126,6 +127,15 @@ def test_outer_products(world):
     names = {"outer_product_kernel", "sum_splits_kernel", "mirror_lower_kernel"}
     names |= {"grouped_outer_product_kernel", "grouped_sum_splits_kernel"}
     assert launches == kernels_of(expected, *names)
+
+
+def test_square_sums(world):
+    from bayesian_lora_kernels.ops.square_sum import kernel
+
+    expected, launches = world
+    for dtype, width, transposed in itertools.product(DTYPES, (1, 8, 32, 33, 4096), (False, True)):
+        kernel.grouped_square_sum(torch.empty(1, dtype=torch.float64), [rows_of(64, width, dtype, transposed)], [None])
+    assert launches == kernels_of(expected, "square_sum_kernel")
 
 
 def test_incremental_svd(world, monkeypatch):
