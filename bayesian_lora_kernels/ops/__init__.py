@@ -7,8 +7,16 @@ from .incremental_svd import grouped_incremental_svd, incremental_svd
 from .jacobian_covariance import grouped_jacobian_covariance, jacobian_covariance, jacobian_gram
 from .outer_product import grouped_outer_product, mirror_lower, outer_product
 from .small_eigh import small_eigh
+from .vocabulary import (
+    VocabularyStatistics,
+    vocabulary_logsumexp,
+    vocabulary_probs,
+    vocabulary_statistics,
+    vocabulary_variance,
+)
 
 __all__ = [
+    "VocabularyStatistics",
     "backends",
     "grouped_incremental_svd",
     "grouped_jacobian_covariance",
@@ -20,4 +28,8 @@ __all__ = [
     "outer_product",
     "set_default_impl",
     "small_eigh",
+    "vocabulary_logsumexp",
+    "vocabulary_probs",
+    "vocabulary_statistics",
+    "vocabulary_variance",
 ]
