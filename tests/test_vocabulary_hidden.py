@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+import transformers
 from dense import by_module, ggn, relative, rows_of, trainable
-from models import gpt2, llama, seq2seq
+from models import VOCABULARY, causal_case, gpt2, llama, lora, seq2seq
 from snapshot import untouched, unusual
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -135,6 +136,26 @@ def test_a_model_without_forward_mode():
     assert relative(drawn.hidden, pushed) < 1e-9
     assert posterior.method == "double-backward"
     assert "setup_context" in laplace._pushforward.reasons["forward"]
+
+
+def test_an_architecture_without_forward_mode():
+    """Bloom's own activation has a backward pass, written by hand, and nothing else."""
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2, initializer_range=0.3, pad_token_id=0
+    )
+    targets = ("query_key_value", "dense_4h_to_h")
+    model = lora(transformers.BloomForCausalLM(config), targets, task_type="CAUSAL_LM").double()
+    case = causal_case(model, (5, 3), None, VOCABULARY)
+    laplace = fitted(case, fisher="mc")
+    expected = weight_samples(laplace, 4)
+    _, jacobian = hidden_jacobians(case)
+    posterior = laplace.predict(case.batch(), "vocabulary")
+    assert posterior.method == "none yet"
+    drawn = posterior._sampler.draw(posterior._batch, 4, False, None)
+    pushed = sum(torch.einsum("ncij,sij->snc", jacobian[m], expected[m]) for m in jacobian)
+    assert relative(drawn.hidden, pushed) < 1e-5
+    assert posterior.method == "double-backward"
 
 
 def fused(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

@@ -113,9 +113,9 @@ def draw(tokens: Sequence[ScoredToken], path: Path) -> None:
         _write(axes, 0, lines + 0.5, f"... the first {lines} lines of the text", "left", MUTED)
     below = rows - 0.5
     width = 16
-    label = f"{LEGEND}:  0 "
-    _write(axes, 0, below, label, "left", MUTED, FONT - 1)
-    start = len(label) + 1
+    start = len(LEGEND) + 2
+    _write(axes, 0, below, LEGEND, "left", MUTED, FONT - 1)
+    _write(axes, start - 1, below, "0", "right", MUTED, FONT - 1)
     for i in range(8 * width):
         box = Rectangle((start + i / 8, below - 0.35), 1 / 8, 0.7, facecolor=_hex(i / (8 * width)), edgecolor="none")
         axes.add_patch(box)

@@ -72,7 +72,7 @@ class Pushforward:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError) as error:
-                self.reasons[method] = " ".join(str(error).split())[:300] or type(error).__name__
+                self.reasons[method] = " ".join(str(error).split())[:160] or type(error).__name__
                 continue
             self.method = method
             if method != METHODS[0]:
@@ -82,10 +82,10 @@ class Pushforward:
         raise RuntimeError(f"no derivative of the hidden state with respect to the weights: {self._left_out()}")
 
     def describe(self) -> str:
-        """The method, and the error of central differences."""
+        """The method, and the error of central differences; "none yet" before the first call."""
         if self.method == "differences":
             return f"central differences (relative error about {self.error:.1e})"
-        return str(self.method)
+        return self.method or "none yet"
 
     def _left_out(self) -> str:
         return "; ".join(f"{method}: {reason}" for method, reason in self.reasons.items())
