@@ -20,6 +20,8 @@ import transformers
 from torch import Tensor
 
 from bayesian_lora_kernels import LaplaceLoRA, VocabularyPosterior
+from bayesian_lora_kernels.model.capture import measuring
+from bayesian_lora_kernels.model.hidden import differentiable_attention
 from bayesian_lora_kernels.predictive.hidden_samples import Deviations
 from bayesian_lora_kernels.predictive.sampled_logits import SampledLogits
 
@@ -38,7 +40,7 @@ def best(call: Callable[[], Any], repeats: int = 5) -> float:
     return min(seconds)
 
 
-def large(vocabulary: int, examples: int, width: int, tokens: int = 16) -> VocabularyPosterior:
+def large(vocabulary: int, width: int) -> LaplaceLoRA:
     """A random Llama's posterior; the curvature is of a few choices, which does not matter here."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -48,20 +50,22 @@ def large(vocabulary: int, examples: int, width: int, tokens: int = 16) -> Vocab
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=512,
     )
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
-    ids = torch.randint(0, vocabulary, (examples, tokens))
+    ids = torch.randint(0, vocabulary, (4, 16))
     laplace = LaplaceLoRA(model, class_token_ids=[1, 2, 3])
-    laplace.fit([{"input_ids": ids, "labels": torch.randint(0, 3, (examples,))}], progress=False)
+    laplace.fit([{"input_ids": ids, "labels": torch.randint(0, 3, (4,))}], progress=False)
     laplace.predict({"input_ids": ids[:2, :4]}, outputs="vocabulary").probs(4)  # loads what loads late
-    return laplace.predict({"input_ids": ids}, outputs="vocabulary")
+    laplace.score({"input_ids": ids[:2, :4]}, 4)
+    return laplace
 
 
 def costs(vocabulary: int, examples: int, samples: int, width: int) -> dict[str, float]:
     """Peak memory as multiples of the `[N, V]` result, and seconds beside plain PyTorch with `[N, S, V]`."""
-    posterior = large(vocabulary, examples, width)
+    laplace = large(vocabulary, width)
+    posterior = laplace.predict({"input_ids": torch.randint(0, vocabulary, (examples, 16))}, outputs="vocabulary")
     unit = examples * vocabulary * 4
     result: dict[str, float] = {"result MiB": unit / MIB, "head MiB": vocabulary * width * 4 / MIB}
     result["[N, S, V] MiB"] = samples * unit / MIB
@@ -73,6 +77,11 @@ def costs(vocabulary: int, examples: int, samples: int, width: int) -> dict[str,
     if measurable():
         for name, call in calls.items():
             result[f"{name}: peak / result"] = peak_bytes(call) / unit
+        for tokens in (128, 512):
+            text = {"input_ids": torch.randint(0, vocabulary, (1, tokens))}
+            peak = peak_bytes(lambda text=text: laplace.score(text, samples))  # type: ignore[misc]
+            result[f"score of {tokens} tokens: peak MiB"] = peak / MIB
+            result[f"{tokens} V numbers, MiB"] = tokens * vocabulary * 4 / MIB
     posterior.variance(samples)
     kept = posterior._kept
     assert kept is not None
@@ -99,7 +108,7 @@ def costs(vocabulary: int, examples: int, samples: int, width: int) -> dict[str,
     return result
 
 
-def estimators(folder: Path, truth_samples: int = 8192, repeats: int = 24) -> dict[str, float]:
+def estimators(folder: Path, truth_samples: int = 4096, repeats: int = 24) -> dict[str, float]:
     """Errors of estimators that cost the same number of derivatives, against many samples."""
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
     model = peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
@@ -162,7 +171,7 @@ def estimators(folder: Path, truth_samples: int = 8192, repeats: int = 24) -> di
         fewer = part.hidden[:48]
         regressed = regressed_variance(fewer, wide, top, covariance)
         estimates.setdefault("16 exact tokens regressed on, 48 samples", []).append(regressed)
-        estimates.setdefault("16 directions deflated exactly, 32 samples", []).append(
+        estimates.setdefault("16 directions deflated exactly, 16 + 16 samples", []).append(
             deflated_variance(part.hidden[:32], wide, covariance, 16)
         )
     for part in batches(32):
@@ -195,14 +204,12 @@ def regressed_variance(delta: Tensor, weight: Tensor, top: Tensor, covariance: T
 
 
 def deflated_variance(delta: Tensor, weight: Tensor, covariance: Tensor, m: int) -> Tensor:
-    """The m leading directions of the sample's covariance exactly (m backward passes, m derivatives), the rest not."""
+    """Exact in the span of the first m samples (m backward passes and m derivatives), the others for the rest of it."""
     delta = delta.double().transpose(0, 1)
-    basis = torch.linalg.svd(delta, full_matrices=False).Vh[:, :m].mT  # [N, d, m]
+    basis = torch.linalg.qr(delta[:, :m].mT)[0]  # [N, d, m]
     outside = torch.eye(basis.shape[1], dtype=basis.dtype) - basis @ basis.mT
-    rest = delta @ outside
-    exact = covariance - outside @ covariance @ outside
-    # Their basis is the samples' own: what is left of those is too small by the share of directions they could lose.
-    total = exact + rest.mT @ rest / max(delta.shape[1] - m, 1)
+    rest = delta[:, m:] @ outside
+    total = covariance - outside @ covariance @ outside + rest.mT @ rest / rest.shape[1]
     return torch.einsum("vd,nde,ve->nv", weight, total, weight)
 
 
@@ -218,9 +225,6 @@ def sobol_samples(laplace: LaplaceLoRA, posterior: VocabularyPosterior, n: int, 
         name: p.apply(torch.rsqrt, part.reshape(n, *p.shape))
         for (name, p), part in zip(layers.items(), noise, strict=True)
     }
-    from bayesian_lora_kernels.model.capture import measuring
-    from bayesian_lora_kernels.model.hidden import differentiable_attention
-
     sampler = posterior._sampler
     with measuring(sampler.model), differentiable_attention(sampler.model), torch.no_grad():
         return sampler._push(posterior._batch, weights, *sampler._shape(posterior._batch), False)

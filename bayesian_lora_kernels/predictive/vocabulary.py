@@ -106,8 +106,8 @@ class VocabularyPosterior:
 
         Args:
             targets: `[N]` token ids, or None.
-            n_samples: as for `probs`. The mutual information of few samples is biased downwards, by about its own
-                n_samples-th part.
+            n_samples: as for `probs`. Mirror images do little for the mutual information, a second-order quantity: its
+                relative error falls as the root of the number of samples that are drawn.
             generator: as for `probs`.
 
         Raises:
