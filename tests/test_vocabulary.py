@@ -266,6 +266,12 @@ def test_models_without_a_vocabulary():
         laplace.predict(case.batch(), outputs="vocabulary")
     with pytest.raises(ValueError, match="score: expected a causal LM"):
         laplace.score(case.batch())
+    scored = llama()
+    batch = {name: x for name, x in scored.batch().items() if name != "labels"}
+    regression = blk.LaplaceLoRA(scored.model, likelihood="regression", **scored.arguments)
+    regression.fit([batch], progress=False)
+    with pytest.raises(ValueError, match="expected likelihood='classification' for a vocabulary, got 'regression'"):
+        regression.predict(batch, outputs="vocabulary")
     with pytest.raises(TypeError, match="got str 'vocab'"):
         laplace.predict(case.batch(), outputs="vocab")
 
