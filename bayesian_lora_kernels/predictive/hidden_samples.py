@@ -196,7 +196,9 @@ class HiddenSampler:
         if device.type == "cpu":
             rows = min(rows, max(CPU_ROWS // tokens, 1))
         examples = max(1, min(size, rows // BLOCK))
-        return examples, max(1, rows // examples)
+        # Weights of a sample are there several times while they are drawn: noise, deviations, in the model's dtype.
+        weights = 4 * 4 * sum(self.posterior.n_parameters.values())
+        return examples, max(1, min(rows // examples, max(budget // max(weights, 1), BLOCK)))
 
     def _at(self, batch: Any, hidden: Tensor, every: bool) -> Tensor:
         return hidden if every else self.states.last(batch, hidden)
