@@ -5,6 +5,8 @@ from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.ops.dispatch import backends, set_default_impl
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
+from bayesian_lora_kernels.predictive.scoring import TokenScores
+from bayesian_lora_kernels.predictive.vocabulary import VocabularyPosterior
 
 __version__ = "0.1.0"
 
@@ -13,6 +15,8 @@ __all__ = [
     "KroneckerPosterior",
     "LaplaceLoRA",
     "LogitPosterior",
+    "TokenScores",
+    "VocabularyPosterior",
     "backends",
     "ops",
     "set_default_impl",

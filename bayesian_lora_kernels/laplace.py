@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,12 @@ from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evid
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior, as_precision
 from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
+from bayesian_lora_kernels.predictive.hidden_samples import HiddenSampler
 from bayesian_lora_kernels.predictive.logits import LogitPredictor, Outputs
+from bayesian_lora_kernels.predictive.pushforward import Pushforward
+from bayesian_lora_kernels.predictive.scoring import TokenScores, score_tokens
 from bayesian_lora_kernels.predictive.tuning import minimise_nll
+from bayesian_lora_kernels.predictive.vocabulary import SAMPLES, VocabularyPosterior, vocabulary_posterior
 
 CURVATURES = ("kfac", "ekfac", "exact")
 PriorPrecision = float | Tensor | Mapping[str, float | Tensor]
@@ -110,6 +114,7 @@ class LaplaceLoRA:
             factors=FactorSettings(tokens=tokens, rank=rank, rank_threshold=rank_threshold, tail=tail),
         )
         self._fit: Fit | None = None
+        self._pushforward = Pushforward()
         self._prior = self._per_layer(prior_precision)
 
     def fit(self, loader: Iterable[Any], progress: bool = True) -> LaplaceLoRA:
@@ -180,26 +185,58 @@ class LaplaceLoRA:
         self._prior = self._per_layer(best)
         return self
 
-    def predict(self, batch: Any, outputs: Outputs = None) -> LogitPosterior:
+    @overload
+    def predict(self, batch: Any, outputs: Literal["vocabulary"]) -> VocabularyPosterior: ...
+
+    @overload
+    def predict(self, batch: Any, outputs: Outputs = None) -> LogitPosterior: ...
+
+    def predict(
+        self, batch: Any, outputs: Outputs | Literal["vocabulary"] = None
+    ) -> LogitPosterior | VocabularyPosterior:
         """The Gaussian posterior over logits of a batch.
 
         Args:
             batch: as for `fit`; labels are ignored.
             outputs: None, all the logits that forward returns; a LongTensor `[C]`, or `[N, C]` for each example; an int
-                k, the k most probable of each example.
+                k, the k most probable of each example; `"vocabulary"`, all logits of a causal LM's next token, with or
+                without `class_token_ids`.
 
         Returns:
-            Mean `[N, C]` and covariance `[N, C, C]`, float32 (float64 for a float64 model).
+            Mean `[N, C]` and covariance `[N, C, C]`, float32 (float64 for a float64 model); a `VocabularyPosterior`,
+            which forms neither, for the vocabulary.
 
         Raises:
             RuntimeError: before `fit`.
             ValueError, TypeError: for `outputs` out of range, and logits that are not finite or not `[N, C]`.
         """
         fit = self._fitted("predict")
+        if isinstance(outputs, str) and outputs == "vocabulary":
+            return vocabulary_posterior(self._sampler(fit, "predict"), batch, self._settings.memory_budget)
         inputs, _ = inputs_and_labels(batch)
         bare = inputs if isinstance(inputs, Mapping) or self._forward.function is None else batch
         mean, covariances, indices = self._predictor(fit).predict(bare, outputs, [self._detached_prior()])
         return LogitPosterior(mean, covariances[0], indices, self.likelihood == "classification")
+
+    def score(self, batch: Any, n_samples: int = SAMPLES, generator: torch.Generator | None = None) -> TokenScores:
+        """How a causal LM rates each token of a text, and how sure it can be of that.
+
+        Args:
+            batch: a mapping with `input_ids [N, T]`, and `attention_mask` for padded texts.
+            n_samples: posterior samples; half of them are drawn, the others are their mirror images.
+            generator: of the samples; None: torch's global one.
+
+        Returns:
+            Named `[N, T]` tensors, at each token about itself given those before it: `log_prob_map`, `log_prob` (of the
+            posterior predictive), `entropy`, `mutual_information`, in nats, and `mask`, False where there is no such
+            prediction (padding, the first token), and zero stands in the others.
+
+        Raises:
+            RuntimeError: before `fit`.
+            ValueError, TypeError: for a model that is no causal LM, or a head that cannot be served.
+        """
+        _check_positive("n_samples", n_samples)
+        return score_tokens(self._sampler(self._fitted("score"), "score"), batch, n_samples, generator)
 
     def sample_weights(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Samples of the trainable weights, `{parameter name: [n, *shape]}`, around their MAP values.
@@ -348,6 +385,23 @@ class LaplaceLoRA:
 
     def _predictor(self, fit: Fit) -> LogitPredictor:
         return LogitPredictor(self.model, self._layers, self._forward, fit.posterior, self._settings.memory_budget)
+
+    def _sampler(self, fit: Fit, what: str) -> HiddenSampler:
+        if self.likelihood != "classification":
+            raise ValueError(f"{what}: expected likelihood='classification' for a vocabulary, got {self.likelihood!r}")
+        if self._forward.head is None:
+            raise ValueError(
+                f"{what}: expected a causal LM with an output head over a vocabulary and the default forward"
+            )
+        return HiddenSampler(
+            self.model,
+            self._layers,
+            self._forward,
+            fit.posterior,
+            self._detached_prior(),
+            self._settings.memory_budget,
+            self._pushforward,
+        )
 
     def _per_layer(self, prior_precision: PriorPrecision) -> dict[str, Tensor]:
         names = [layer.name for layer in self._layers]

@@ -27,6 +27,8 @@ def arguments():
     weights = (torch.rand(2, 3), torch.rand(2), torch.rand(3), torch.rand(()))
     mask_nt = torch.rand(2, 5) < 0.7
     posterior = (torch.randn(4, 2), torch.randn(7, 3), *weights)
+    head, hidden, bias = torch.randn(11, 7), torch.randn(2, 5, 7), torch.randn(11)
+    targets, lse = torch.tensor([3, 10]), torch.full((2, 5), 9.0, dtype=torch.float64)
     return {
         "outer_product": (x, mask, 2.0, "auto"),
         "mirror_lower": (torch.randn(12, 12), "auto"),
@@ -40,6 +42,10 @@ def arguments():
         "jacobian_covariance": (a, g, *posterior, mask_nt, "auto"),
         "grouped_jacobian_covariance": ([a, a], [g, g], *([part] * 2 for part in posterior), [mask_nt, None], "auto"),
         "small_eigh": (torch.eye(5).repeat(3, 1, 1), "auto"),
+        "vocabulary_logsumexp": (head, hidden, bias, 5.0, "auto"),
+        "vocabulary_probs": (head, hidden, None, None, lse, 0, "auto"),
+        "vocabulary_statistics": (head, hidden.bfloat16(), bias, None, targets, None, None, "auto"),
+        "vocabulary_variance": (head, hidden.mT, "auto"),
     }
 
 
@@ -60,7 +66,11 @@ def test_compiles_without_a_graph_break(backend):
         posterior = Posterior(basis_s, basis_a, blocks)
         gram = ops.jacobian_gram(a, g) + ops.jacobian_covariance(a, g, posterior)
         gram = gram + ops.grouped_jacobian_covariance([a, 2 * a], [g, g], [posterior] * 2)
-        return first, second, *grouped, squares, basis, *bases, gram, *ops.small_eigh(out[None])
+        lse = ops.vocabulary_logsumexp(a[0], a, softcap=9.0)
+        probs = ops.vocabulary_probs(a[0], a, logsumexp=lse, softcap=9.0) + ops.vocabulary_variance(a[0], a.mT)
+        statistics = ops.vocabulary_statistics(a[0], a, targets=mask[:2].long())
+        eigen = ops.small_eigh(out[None])
+        return first, second, *grouped, squares, basis, *bases, gram, *eigen, probs, *statistics
 
     def inputs():
         torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""The commands that work on a PEFT adapter folder and a file of JSON lines: `blk fit`, `evaluate` and `predict`."""
+"""The commands that work on a PEFT adapter folder and a file: `blk fit`, `evaluate`, `predict` and `score`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ METHODS = tuple(method for method in PROBABILITY_METHODS if method != "map")
 
 
 def add_commands(subparsers: _SubParsersAction[ArgumentParser]) -> None:
-    """Register `fit`, `evaluate` and `predict`; each sets `run`, a function of the parsed arguments to an exit code."""
+    """Register the commands; each sets `run`, a function of the parsed arguments to an exit code."""
     fit = subparsers.add_parser(
         "fit",
         help="fit a Laplace posterior to an adapter",
@@ -68,9 +68,42 @@ def add_commands(subparsers: _SubParsersAction[ArgumentParser]) -> None:
     _json(predict, "also write the results to this file, as JSON lines: one object for each example")
     predict.set_defaults(run=_runner("predict", "prediction"))
 
+    score = subparsers.add_parser(
+        "score",
+        help="how sure the model is of each token of a text",
+        description="For every token of a text its log-probability given those before it, of the adapter alone (MAP) "
+        "and with the posterior that blk fit wrote (Laplace), the entropy of what could stand there, and the part of "
+        "it that more data would remove: the mutual information between token and weights, in nats.",
+    )
+    _adapter(score)
+    score.add_argument("text", type=Path, metavar="TEXT-FILE", help="UTF-8 text")
+    _model(score)
+    score.add_argument(
+        "--window",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="tokens that the model reads at once; of a longer text, windows overlap by half; default: 512",
+    )
+    score.add_argument(
+        "--samples",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="posterior samples, half of them mirrored; default: 64",
+    )
+    score.add_argument("--seed", type=_seed, default=0, help="of the samples; default: 0")
+    _posterior(score)
+    score.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write the text with each token coloured by mutual information"
+    )
+    score.add_argument("--plot", type=Path, metavar="FILE", help="the same as a picture, PNG, PDF or SVG")
+    _json(score, "also write the results to this file, as JSON")
+    score.set_defaults(run=_runner("score", "scoring"))
+
 
 def _shared(parser: ArgumentParser, data: str) -> None:
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="PEFT adapter folder")
+    _adapter(parser)
     parser.add_argument("data", type=Path, metavar="DATA.jsonl", help=data)
     parser.add_argument(
         "--choices",
@@ -80,17 +113,25 @@ def _shared(parser: ArgumentParser, data: str) -> None:
         help="what the model chooses between, written as it follows the prompt (' A' if a space comes first); each "
         "stands for the token that it begins with",
     )
-    parser.add_argument(
-        "--base",
-        metavar="MODEL",
-        help="base model, a folder or a name on the hub; default: what the adapter says, if that is on this machine",
-    )
+    _model(parser)
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
     parser.add_argument(
         "--max-length",
         type=_positive,
         metavar="N",
         help="tokens in a prompt, of which a longer one keeps the last; default: what the model is made for",
+    )
+
+
+def _adapter(parser: ArgumentParser) -> None:
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="PEFT adapter folder")
+
+
+def _model(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="base model, a folder or a name on the hub; default: what the adapter says, if that is on this machine",
     )
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base model; default: as it was saved")
@@ -102,6 +143,10 @@ def _predictive(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=_positive, default=1024, metavar="N", help="for mc; default: 1024")
     parser.add_argument("--seed", type=_seed, default=0, help="for mc; default: 0")
+    _posterior(parser)
+
+
+def _posterior(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--posterior", type=Path, metavar="FOLDER", help="what blk fit got as --out; default: the adapter's folder"
     )

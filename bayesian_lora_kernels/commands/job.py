@@ -111,7 +111,7 @@ def load_job(args: Namespace, *, labelled: bool, posterior: Path | None = None) 
     config = getattr(model, "config", None)
     limit = args.max_length or context_length(tokenizer, config)
     prompts, truncated = tokenise_prompts(tokenizer, examples, limit)
-    _check_vocabulary(model, prompts)
+    check_vocabulary(model, prompts)
     if truncated:
         output.warn(
             f"{truncated} of {len(prompts)} prompts are longer than {limit} tokens and lost their beginning "
@@ -155,8 +155,12 @@ def _check_same_choices(folder: Path, tokenizer: Any, token_ids: Sequence[int]) 
         )
 
 
-def _check_vocabulary(model: Any, prompts: Sequence[Sequence[int]]) -> None:
-    """On a GPU an embedding that is too small stops the process with an assertion that says nothing."""
+def check_vocabulary(model: Any, prompts: Sequence[Sequence[int]]) -> None:
+    """On a GPU an embedding that is too small stops the process with an assertion that says nothing.
+
+    Raises:
+        InputError: if a token lies outside the model's embedding.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(max(ids) for ids in prompts)
     if largest >= rows:

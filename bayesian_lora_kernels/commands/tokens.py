@@ -41,6 +41,46 @@ def tokenise_prompts(tokenizer: Any, examples: Sequence[Example], max_length: in
     return Prompts(ids, truncated)
 
 
+class Text(NamedTuple):
+    """A text as tokens.
+
+    Attributes:
+        prefix: special tokens that the tokenizer puts before a text.
+        ids: the text's own tokens.
+        pieces: what each of them stands for; together they are the text, as far as the tokenizer keeps it. A token
+            that is part of a character has an empty piece after the first one of it.
+    """
+
+    prefix: list[int]
+    ids: list[int]
+    pieces: list[str]
+
+
+def tokenise_text(tokenizer: Any, text: str) -> Text:
+    """Tokens of a text and the parts of it that they stand for.
+
+    Raises:
+        InputError: if it has no tokens.
+    """
+    fast = bool(tokenizer.is_fast)
+    encoded = tokenizer(
+        text, add_special_tokens=False, truncation=False, padding=False, verbose=False, return_offsets_mapping=fast
+    )
+    ids = list(encoded["input_ids"])
+    if not ids:
+        raise InputError("the text has no tokens")
+    prefix = _prefix(tokenizer, text, ids)
+    if not fast:
+        return Text(prefix, ids, [tokenizer.decode([token]) for token in ids])
+    ends = [end for _, end in encoded["offset_mapping"]]
+    pieces, done = [], 0
+    for i, end in enumerate(ends):
+        end = max(done, len(text) if i == len(ends) - 1 else end)
+        pieces.append(text[done:end])
+        done = end
+    return Text(prefix, ids, pieces)
+
+
 def choice_tokens(tokenizer: Any, choices: Sequence[str]) -> list[int]:
     """The token that each choice begins with.
 

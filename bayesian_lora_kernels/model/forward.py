@@ -8,14 +8,14 @@ of which only the rows of some classes are needed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, token_masks
+from bayesian_lora_kernels.model.head import HeadModule, find_head
 
 IGNORED_LABEL = -100
 
@@ -56,7 +56,7 @@ class Forward:
         self.function = function
         get_base: Any = getattr(model, "get_base_model", None)  # of a PeftModel
         self.base: nn.Module = model if get_base is None else get_base()
-        self.head = None if function else _find_head(model, self.base)
+        self.head = None if function else find_head(model, self.base)
         self.class_token_ids: Tensor | None = None
         if class_token_ids is not None:
             self.class_token_ids = _check_class_ids(class_token_ids, self.head, function)
@@ -117,7 +117,7 @@ class Forward:
 
     def _plain(self, inputs: Any, labels: Tensor | None) -> ForwardResult:
         if isinstance(inputs, Mapping):
-            output = self.model(**self._model_inputs(inputs))
+            output = self.model(**self.model_inputs(inputs))
         elif isinstance(inputs, (tuple, list)):
             output = self.model(*inputs)
         else:
@@ -135,24 +135,19 @@ class Forward:
 
         def choose(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden = args[0]
-            mask = next((m for m in reversed(masks) if m.shape == hidden.shape[:2]), None)
-            if masks and mask is None:
-                raise ValueError(
-                    f"forward: the output head sees {list(hidden.shape[:2])} positions, which no attention mask of the "
-                    "batch describes; pass forward=..."
-                )
+            mask = head_mask(masks, hidden)
             if every:
                 assert targets is not None
-                positions, valid, labels_at = _labelled_positions(targets, shift=0 if self._seq2seq else 1)
+                positions, valid, labels_at = _labelled_positions(targets, shift=0 if self.seq2seq else 1)
                 chosen.update(mask=valid, labels=labels_at)
             else:
-                positions = _last_valid(mask, hidden)[:, None]
+                positions = last_valid(mask, hidden)[:, None]
             index = positions.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[2])
             return (hidden.gather(1, index), *args[1:])
 
         handle = self.head.module.register_forward_pre_hook(choose)
         try:
-            kwargs = self._model_inputs(inputs)
+            kwargs = self.model_inputs(inputs)
             if self.class_token_ids is not None and self.head.sliceable:
                 rows = self.head.sliced_parameters(self.class_token_ids)
                 output = torch.func.functional_call(self.model, rows, (), kwargs, tie_weights=False)
@@ -168,10 +163,12 @@ class Forward:
         return ForwardResult(logits[:, 0], None, labels)
 
     @property
-    def _seq2seq(self) -> bool:
+    def seq2seq(self) -> bool:
+        """Whether the model has an encoder beside its decoder."""
         return bool(getattr(getattr(self.base, "config", None), "is_encoder_decoder", False))
 
-    def _model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the model: the batch's tensors, no cache, position ids that skip padding on the left."""
         kwargs: dict[str, Any] = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
         if "use_cache" in self.accepted:
             kwargs["use_cache"] = False
@@ -184,60 +181,7 @@ class Forward:
         return kwargs
 
 
-@dataclass
-class _Head:
-    """A causal LM's output head; `linears` are its maps onto the vocabulary, by name in the model."""
-
-    name: str
-    module: nn.Module
-    vocabulary: int
-    linears: dict[str, nn.Linear]
-
-    @property
-    def sliceable(self) -> bool:
-        """Whether every map keeps one row per token, which packed quantised weights do not."""
-        return all(
-            linear.weight.ndim == 2 and linear.weight.shape[0] == self.vocabulary and linear.weight.is_floating_point()
-            for linear in self.linears.values()
-        )
-
-    def sliced_parameters(self, rows: Tensor) -> dict[str, Tensor]:
-        """`{parameter name: its rows}`."""
-        sliced = {}
-        for name, linear in self.linears.items():
-            index = rows.to(linear.weight.device)
-            sliced[f"{name}.weight"] = linear.weight[index]
-            if linear.bias is not None:
-                sliced[f"{name}.bias"] = linear.bias[index]
-        return sliced
-
-
-def _find_head(model: nn.Module, base: nn.Module) -> _Head | None:
-    """The output head of a model that generates tokens, else None."""
-    can_generate = getattr(base, "can_generate", None)
-    if not (callable(can_generate) and can_generate()):
-        return None
-    module = base.get_output_embeddings()  # type: ignore[operator]
-    if module is None:
-        return None
-    name = next((n for n, m in model.named_modules() if m is module), None)
-    inner = module
-    while not isinstance(inner, nn.Linear):
-        wrapped = getattr(inner, "base_layer", None) or getattr(inner, "original_module", None)
-        if wrapped is None:
-            return None
-        inner = wrapped
-    if name is None:
-        return None
-    linears = {
-        f"{name}.{sub}" if sub else name: m
-        for sub, m in module.named_modules()
-        if isinstance(m, nn.Linear) and m.out_features == inner.out_features and "lora_A" not in sub.split(".")
-    }
-    return _Head(name, module, inner.out_features, linears)
-
-
-def _check_class_ids(class_token_ids: Any, head: _Head | None, function: ForwardFunction | None) -> Tensor:
+def _check_class_ids(class_token_ids: Any, head: HeadModule | None, function: ForwardFunction | None) -> Tensor:
     ids = torch.as_tensor(class_token_ids)
     if function is not None:
         raise ValueError("class_token_ids: expected none together with forward=..., which chooses the logits itself")
@@ -272,7 +216,23 @@ def _with_mask(logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> Fo
     return ForwardResult(logits, mask, labels)
 
 
-def _last_valid(mask: Tensor | None, hidden: Tensor) -> Tensor:
+def head_mask(masks: Sequence[Tensor], hidden: Tensor) -> Tensor | None:
+    """Of a batch's token masks the one that describes what the output head sees, `[N, T]`; None if there are none.
+
+    Raises:
+        ValueError: if there are masks, but none of this shape.
+    """
+    mask = next((m for m in reversed(masks) if m.shape == hidden.shape[:2]), None)
+    if masks and mask is None:
+        raise ValueError(
+            f"forward: the output head sees {list(hidden.shape[:2])} positions, which no attention mask of the "
+            "batch describes; pass forward=..."
+        )
+    return mask
+
+
+def last_valid(mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """Index of the last valid token of each example, `[N]`, for `hidden [N, T, ...]`."""
     n, t = hidden.shape[:2]
     if mask is None:
         return torch.full((n,), t - 1, device=hidden.device)
@@ -294,4 +254,12 @@ def model_device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-__all__ = ["IGNORED_LABEL", "Forward", "ForwardFunction", "ForwardResult", "model_device"]
+__all__ = [
+    "IGNORED_LABEL",
+    "Forward",
+    "ForwardFunction",
+    "ForwardResult",
+    "head_mask",
+    "last_valid",
+    "model_device",
+]

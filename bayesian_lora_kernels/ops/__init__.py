@@ -8,8 +8,16 @@ from .jacobian_covariance import grouped_jacobian_covariance, jacobian_covarianc
 from .outer_product import grouped_outer_product, mirror_lower, outer_product
 from .small_eigh import small_eigh
 from .square_sum import grouped_square_sum
+from .vocabulary import (
+    VocabularyStatistics,
+    vocabulary_logsumexp,
+    vocabulary_probs,
+    vocabulary_statistics,
+    vocabulary_variance,
+)
 
 __all__ = [
+    "VocabularyStatistics",
     "backends",
     "grouped_incremental_svd",
     "grouped_jacobian_covariance",
@@ -22,4 +30,8 @@ __all__ = [
     "outer_product",
     "set_default_impl",
     "small_eigh",
+    "vocabulary_logsumexp",
+    "vocabulary_probs",
+    "vocabulary_statistics",
+    "vocabulary_variance",
 ]

@@ -1,0 +1,99 @@
+"""The model up to its output head, as a function of its parameters that can be differentiated in any mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bayesian_lora_kernels.model.batches import inputs_and_labels, token_masks
+from bayesian_lora_kernels.model.forward import Forward, head_mask, last_valid
+
+PLAIN_ATTENTION = ("eager", "sdpa")
+
+
+class _Reached(Exception):
+    """The output head has been reached: the forward pass ends here, with what it was handed."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+
+class HiddenStates:
+    """The hidden states that a causal LM hands to its output head; the head itself never runs.
+
+    Args:
+        forward: of the model, which must have an output head.
+
+    Raises:
+        ValueError: if it has none.
+    """
+
+    def __init__(self, forward: Forward):
+        if forward.head is None:
+            raise ValueError("expected a causal LM with an output head over a vocabulary and the default forward")
+        self.forward = forward
+        self.head = forward.head
+
+    def __call__(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """`[N, T, d]` of a batch on the model's device, with `parameters` in place of the model's own of those names.
+
+        Raises:
+            ValueError: if the model never calls its head, or hands it something else than `[N, T, d]`.
+        """
+        inputs, _ = inputs_and_labels(batch)
+
+        def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _Reached(args[0])
+
+        handle = self.head.module.register_forward_pre_hook(stop, prepend=True)
+        try:
+            kwargs = self.forward.model_inputs(inputs)
+            torch.func.functional_call(self.forward.model, dict(parameters or {}), (), kwargs, tie_weights=False)
+        except _Reached as reached:
+            hidden = reached.hidden
+        else:
+            raise ValueError(f"the model does not call its output head {self.head.name}")
+        finally:
+            handle.remove()
+        if hidden.ndim != 3:
+            raise ValueError(f"{self.head.name}: expected an input of shape [N, T, d], got {list(hidden.shape)}")
+        return hidden
+
+    def mask(self, batch: Any, hidden: Tensor) -> Tensor | None:
+        """`[N, T]`, which positions of the hidden states are real; None: all of them."""
+        return head_mask(token_masks(batch), hidden)
+
+    def last(self, batch: Any, hidden: Tensor) -> Tensor:
+        """`[N, d]`, the hidden state at the last valid token of each example."""
+        index = last_valid(self.mask(batch, hidden), hidden).to(hidden.device)
+        return hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
+
+
+@contextmanager
+def differentiable_attention(model: nn.Module) -> Iterator[None]:
+    """Attention as plain operations, which have derivatives of every kind; afterwards everything is as it was.
+
+    Inside, PyTorch's fused attention runs as its math kernel. A transformers model with attention of another make
+    (flash, flex, its own) runs with PyTorch's instead.
+    """
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    for config in list(configs.values()):
+        for value in vars(config).values():
+            if hasattr(value, "_attn_implementation"):
+                configs[id(value)] = value
+    kinds = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}
+    changed = [key for key, kind in kinds.items() if isinstance(kind, str) and kind not in PLAIN_ATTENTION]
+    try:
+        for key in changed:
+            configs[key]._attn_implementation = "sdpa"
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for key in changed:  # outer configurations first: setting one sets those inside it too
+            configs[key]._attn_implementation = kinds[key]

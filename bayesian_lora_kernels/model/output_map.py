@@ -1,0 +1,234 @@
+"""From the hidden state before the output head to logits: the map as numbers, checked against the model itself.
+
+`logits = scale * (W h + b + sum over adapters of s B A h)`, of which a model may then take `cap * tanh(logits / cap)`.
+Scale and cap are whatever the model's own code does after its head. Configurations name them differently and use them
+differently (one divides by what another multiplies with), so that candidates come from the configuration, and the
+model's own logits decide between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, slice_batch
+from bayesian_lora_kernels.model.forward import Forward, ForwardResult
+
+# Rows of a head in another dtype that are converted at once.
+CONVERTED_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class HeadAdapter:
+    """LoRA on the head: `scaling * B A h`.
+
+    Attributes:
+        a_name: name of the module A in the model; its weight is `[r, d]`.
+        b_name: of the module B, weight `[V, r]`.
+        a: the weight of A.
+        b: the weight of B.
+        scaling: what PEFT multiplies with.
+    """
+
+    a_name: str
+    b_name: str
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class OutputMap:
+    """What the head computes, at the MAP weights.
+
+    Attributes:
+        weight: `[V, d]`, the head's own tensor, not a copy.
+        bias: `[V]` or None.
+        adapters: LoRA on the head.
+        scale: factor of the logits.
+        softcap: the cap that the model applies to the scaled logits, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: tuple[HeadAdapter, ...]
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., V]` before the cap, from `hidden [..., d]`, in the dtype of `hidden`."""
+        dtype, rows = hidden.dtype, self.weight.shape[0]
+        logits = hidden.new_empty(*hidden.shape[:-1], rows)
+        inner = [hidden @ (self.scale * adapter.scaling * adapter.a.to(dtype)).mT for adapter in self.adapters]
+        hidden = hidden * self.scale
+        step = rows if self.weight.dtype == dtype else CONVERTED_ROWS
+        for start in range(0, rows, step):
+            some = slice(start, start + step)
+            part = hidden @ self.weight[some].to(dtype).mT
+            if self.bias is not None:
+                part += self.scale * self.bias[some].to(dtype)
+            for adapter, moved in zip(self.adapters, inner, strict=True):
+                part += moved @ adapter.b[some].to(dtype).mT
+            logits[..., some] = part
+        return logits
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits as the model returns them, from those before the cap."""
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def read_output_map(forward: Forward, trained: Collection[str], batch: Any) -> OutputMap:
+    """The output map of a causal LM, checked on the first example of a batch. Call without gradients, in eval mode.
+
+    Args:
+        forward: of the model.
+        trained: names of the layers that carry the posterior.
+        batch: on the model's device.
+
+    Raises:
+        ValueError: for a model without an output head over a vocabulary, a head that is trained as a whole
+            (`modules_to_save`), quantised or of an unknown kind, and for logits that are more than the head's, scaled
+            and soft-capped.
+    """
+    if forward.head is None:
+        raise ValueError(
+            "outputs='vocabulary': expected a causal LM with an output head over a vocabulary and the default forward"
+        )
+    weight, bias, adapters = _read_head(forward.head.module, forward.head.name)
+    adapted = {name for adapter in adapters for name in (adapter.a_name, adapter.b_name)}
+    whole = next((name for name in trained if forward.in_head(name) and name not in adapted), None)
+    if whole is not None:
+        raise ValueError(
+            f"outputs='vocabulary': {whole} is trained as a whole (modules_to_save, or without LoRA), so that every "
+            "posterior sample would be another head; put LoRA on the head, or leave it out of the posterior with "
+            "modules=..."
+        )
+    if forward.head_rows and any(forward.in_head(name) for name in trained):
+        raise ValueError(
+            "outputs='vocabulary': the head is adapted, and with class_token_ids its posterior covers the rows of the "
+            "classes only; fit without class_token_ids"
+        )
+    size = batch_size(batch) or 1
+    hidden, raw, final = _probe(forward, slice_batch(batch, 0, 1, size))
+    wide = torch.float64 if raw.dtype == torch.float64 else torch.float32
+    plain = OutputMap(weight, bias, adapters, 1.0, None)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(raw.dtype, 3e-2)
+    if not _close(plain.logits(hidden.to(wide)), raw.to(wide), tolerance):
+        raise ValueError(
+            f"outputs='vocabulary': {forward.head.name} ({type(forward.head.module).__name__}) is not a linear map "
+            "with plain LoRA, which is all that is known of output heads"
+        )
+    scales, caps = _candidates(getattr(forward.base, "config", None))
+    for cap in (None, *caps.values()):
+        for scale in (1.0, *(f for value in scales.values() for f in (value, 1 / value))):
+            guess = OutputMap(weight, bias, adapters, scale, cap)
+            if _close(guess.capped(raw.to(wide) * scale), final.to(wide), tolerance):
+                return guess
+    tried = ", ".join(f"{name}={value:g}" for name, value in {**scales, **caps}.items()) or "nothing of the kind there"
+    raise ValueError(
+        "outputs='vocabulary': the model changes its logits after the head, by neither a scale nor a soft cap of its "
+        f"configuration ({tried})"
+    )
+
+
+def _read_head(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, tuple[HeadAdapter, ...]]:
+    adapters: list[HeadAdapter] = []
+    inner: Any = module
+    while not isinstance(inner, nn.Linear):
+        base = getattr(inner, "base_layer", None)
+        if base is not None and hasattr(inner, "lora_A"):
+            if not (inner.merged or inner.disable_adapters):
+                for adapter in inner.active_adapters:
+                    if adapter in inner.lora_A:
+                        adapters.append(
+                            HeadAdapter(
+                                f"{name}.lora_A.{adapter}",
+                                f"{name}.lora_B.{adapter}",
+                                inner.lora_A[adapter].weight.detach(),
+                                inner.lora_B[adapter].weight.detach(),
+                                float(inner.scaling[adapter]),
+                            )
+                        )
+            inner = base
+            continue
+        saved, active = getattr(inner, "modules_to_save", None), getattr(inner, "active_adapter", None)
+        if saved is not None and isinstance(active, str) and active in saved:
+            name, inner = f"{name}.modules_to_save.{active}", saved[active]
+            continue
+        raise ValueError(
+            f"outputs='vocabulary': {name} is a {type(inner).__name__}, expected an nn.Linear, with LoRA or without"
+        )
+    weight = inner.weight.detach()
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.shape[0] != inner.out_features:
+        raise ValueError(
+            f"outputs='vocabulary': {name} keeps its weight as {weight.dtype} {list(weight.shape)}; expected an output "
+            "head that is not quantised"
+        )
+    return weight, None if inner.bias is None else inner.bias.detach(), tuple(adapters)
+
+
+def _probe(forward: Forward, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The head's input `[d]` and output `[V]`, and the model's logits `[V]`, at the last valid token of one example."""
+    assert forward.head is not None
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = forward.head.module.register_forward_hook(lambda _m, args, output: seen.append((args[0], output)))
+    try:
+        final = Forward(forward.model, None)(inputs_and_labels(batch)[0], all_labels=False).logits[0]
+    finally:
+        handle.remove()
+    if not seen:
+        raise ValueError(f"outputs='vocabulary': the model does not call its output head {forward.head.name}")
+    hidden, raw = seen[0]
+    return hidden.detach()[0, -1], raw.detach()[0, -1].clone(), final.detach()
+
+
+def _candidates(config: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """Numbers of a configuration that may be a scale of the logits, and that may be a cap."""
+    get_text = getattr(config, "get_text_config", None)
+    texts = [config] + ([get_text(decoder=True)] if callable(get_text) else [])
+    scales: dict[str, float] = {}
+    caps: dict[str, float] = {}
+    for text in texts:
+        fields: Mapping[str, Any] = vars(text) if text is not None else {}
+        for name, value in fields.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < abs(value) < math.inf:
+                continue
+            if "softcap" in name.replace("_", "") and "attn" not in name:
+                caps[name] = float(value)
+            elif ("logit" in name or "head" in name) and ("scal" in name or "multipl" in name):
+                scales[name] = float(value)
+    return scales, caps
+
+
+def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    level = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return bool((found - expected).abs().max() <= tolerance * level)
+
+
+class UncappedForward(Forward):
+    """Logits of the last valid token as they are before the model's soft cap.
+
+    Args:
+        model: a causal LM.
+        scale: factor between the head's output and those logits.
+    """
+
+    def __init__(self, model: nn.Module, scale: float):
+        super().__init__(model, None)
+        self.scale = scale
+
+    def __call__(self, batch: Any, *, all_labels: bool) -> ForwardResult:
+        """See `Forward`."""
+        assert self.head is not None
+        seen: list[Tensor] = []
+        handle = self.head.module.register_forward_hook(lambda _m, _args, output: seen.append(output))
+        try:
+            result = super().__call__(batch, all_labels=all_labels)
+        finally:
+            handle.remove()
+        return result._replace(logits=seen[0][:, 0] * self.scale)

@@ -1,0 +1,326 @@
+"""Public ``vocabulary_logsumexp``, ``vocabulary_probs`` and ``vocabulary_statistics``: checks, allocation, dispatch."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import accumulation_dtype, check_device, check_tensor, describe
+from ..dispatch import Implementation, check_impl, choose, register
+
+_FOLDER = "bayesian_lora_kernels.ops.vocabulary"
+
+
+class VocabularyStatistics(NamedTuple):
+    """Uncertainty of one next token per example, in nats: ``entropy [N]``, ``mutual_information [N]`` and
+    ``target_log_prob [N]`` (None without targets).
+    """
+
+    entropy: Tensor
+    mutual_information: Tensor
+    target_log_prob: Tensor | None
+
+
+for _name in ("vocabulary_logsumexp", "vocabulary_probs", "vocabulary_statistics"):
+    register(_name, "reference", Implementation(f"{_FOLDER}.reference", _name))
+
+
+def vocabulary_logsumexp(
+    weight: Tensor,
+    hidden: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Log-sum-exps of the logits of every sample, ``log sum_v exp(z_nsv)``: what joins the parts of a vocabulary.
+
+    A head that is cut over its rows gives one such tensor per part. ``torch.logaddexp`` (or ``torch.logsumexp`` of
+    them stacked) is that of the whole vocabulary; handed to ``vocabulary_probs`` and ``vocabulary_statistics`` as
+    ``logsumexp`` together with one part, it makes their results those of that part.
+
+    Args:
+        weight: ``[V, d]``, the output layer or a part of its rows, float16, bfloat16, float32 or float64, any strides.
+        hidden: ``[N, S, d]``, S samples of the hidden state of each example, likewise; another dtype is allowed.
+        bias: ``[V]``, added to the logits before the soft cap. A token of bias minus infinity is excluded, with a soft
+            cap too.
+        softcap: logits become ``softcap * tanh(z / softcap)``; None: they stay.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        ``[N, S]``, always float64, since one float32 unit of a log-sum-exp of 1e4 is 1e-3 of every probability; minus
+        infinity where no token is left. The logits are in float64 if ``weight`` or ``hidden`` is, else float32; they
+        never take more than a bounded share of memory. No gradient is recorded.
+
+    Raises:
+        TypeError: not a tensor, not a float dtype, a softcap that is no number.
+        ValueError: a wrong shape or device, no sample, a softcap that is not positive and finite, an unknown ``impl``.
+        RuntimeError: an explicit ``impl`` cannot run; the message says why.
+
+    Source: the online form, Milakov and Gimelshein 2018, algorithm 3.
+    """
+    check_impl("vocabulary_logsumexp", impl)
+    _validate("vocabulary_logsumexp", weight, hidden, bias, softcap)
+    with torch.no_grad():
+        return _vocabulary_logsumexp(weight, hidden, bias, softcap, impl)
+
+
+def vocabulary_probs(
+    weight: Tensor,
+    hidden: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logsumexp: Tensor | None = None,
+    scratch_bytes: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Mean over samples of the softmax over the vocabulary: predictive probabilities of the next token.
+
+    Args:
+        weight: ``[V, d]``, the output layer, or with ``logsumexp`` a part of its rows.
+        hidden: ``[N, S, d]``, S samples of the hidden state of each example.
+        bias: ``[V]`` or None, as for ``vocabulary_logsumexp``; so are the dtypes and strides of all three.
+        softcap: as for ``vocabulary_logsumexp``.
+        logsumexp: ``[N, S]`` float64 or float32, of the whole vocabulary, where ``weight`` is a part of it; None:
+            ``weight`` is the whole.
+        scratch_bytes: how much memory may hold exponentials on their way; with more, fewer logits are computed twice.
+            None: the reference takes a quarter of the weight, within 14 and 64 MiB, or up to 1.8 times the result; the
+            kernels take 256 MiB. 0: as little as goes (about 1 MiB), and every logit is computed twice.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        ``[N, V]``, float64 if ``weight`` or ``hidden`` is, else float32 (sums are in that dtype): the sum over the
+        tokens is 1 (over those of all parts). NaN where every token is excluded. Never a tensor of ``N S V`` elements.
+        No gradient is recorded.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``vocabulary_logsumexp``; ``logsumexp`` of another shape, dtype or
+            device, ``scratch_bytes`` negative or no integer.
+
+    Source: METHOD section 6 (posterior predictive by samples of the linearised network).
+    """
+    where = "vocabulary_probs"
+    check_impl(where, impl)
+    _validate(where, weight, hidden, bias, softcap, None, logsumexp, scratch_bytes)
+    with torch.no_grad():
+        return _vocabulary_probs(weight, hidden, bias, softcap, logsumexp, scratch_bytes, impl)
+
+
+def vocabulary_statistics(
+    weight: Tensor,
+    hidden: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    targets: Tensor | None = None,
+    logsumexp: Tensor | None = None,
+    scratch_bytes: int | None = None,
+    impl: str = "auto",
+) -> VocabularyStatistics:
+    """Predictive entropy, mutual information and target log-probability over the vocabulary, without ``[N, V]``.
+
+    Args:
+        weight: ``[V, d]``, the output layer, or with ``logsumexp`` a part of its rows.
+        hidden: ``[N, S, d]``, S samples of the hidden state of each example.
+        bias: ``[V]`` or None, as for ``vocabulary_logsumexp``; so are the dtypes and strides of all three.
+        softcap: as for ``vocabulary_logsumexp``.
+        targets: ``[N]`` int64 or int32, one token per example, in ``[0, V)`` (looking is a synchronisation on a GPU).
+        logsumexp: as for ``vocabulary_probs``. Entropy and mutual information are then the part's terms, to be added
+            up over the parts. Targets count from the part's first token; one that lies outside gives minus infinity,
+            so that the largest over the parts is the target's.
+        scratch_bytes: as for ``vocabulary_probs``. None: 64 MiB, the kernels 256 MiB. Where the exponentials of one
+            example, ``S V`` numbers, do not fit, every logit is computed twice.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        A named tuple, each ``[N]``, in nats, float64 if ``weight`` or ``hidden`` is, else float32:
+
+        - ``entropy``: of the mean probabilities;
+        - ``mutual_information`` between token and weights: ``entropy`` less the mean entropy of the samples, never
+          computed as that difference: it is a sum of terms none of which is negative, so that a small one is as
+          accurate as the logits are; rounding is cut off at 0;
+        - ``target_log_prob``: log of the mean probability of the target, right where that underflows, at most 0; None
+          without ``targets``.
+
+        No gradient is recorded.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``vocabulary_probs``; ``targets`` of another shape, dtype or device, or
+            out of range (unless ``logsumexp`` is given).
+
+    Source: Houlsby et al. 2011 (BALD), equation 2, in the form of a mean Kullback-Leibler divergence.
+    """
+    where = "vocabulary_statistics"
+    check_impl(where, impl)
+    _validate(where, weight, hidden, bias, softcap, targets, logsumexp, scratch_bytes)
+    with torch.no_grad():
+        entropy, information, log_prob = _vocabulary_statistics(
+            weight, hidden, bias, softcap, targets, logsumexp, scratch_bytes, impl
+        )
+    return VocabularyStatistics(entropy, information, None if targets is None else log_prob)
+
+
+def _validate(
+    where: str,
+    weight: Tensor,
+    hidden: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    targets: Tensor | None = None,
+    logsumexp: Tensor | None = None,
+    scratch_bytes: int | None = None,
+) -> None:
+    check_tensor(f"{where}: weight", weight, ("V", "d"))
+    check_tensor(f"{where}: hidden", hidden, ("N", "S", weight.shape[1]))
+    check_device(f"{where}: hidden", hidden, weight.device)
+    examples, samples = hidden.shape[:2]
+    if samples == 0:
+        raise ValueError(f"{where}: hidden: expected at least one sample, got {describe(hidden)}")
+    if bias is not None:
+        check_tensor(f"{where}: bias", bias, (weight.shape[0],))
+        check_device(f"{where}: bias", bias, weight.device)
+    if softcap is not None:
+        if isinstance(softcap, bool) or not isinstance(softcap, int | float):
+            raise TypeError(f"{where}: softcap: expected a number or None, got {describe(softcap)}")
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"{where}: softcap: expected a positive finite number, got {softcap}")
+    if targets is not None:
+        check_tensor(f"{where}: targets", targets, (examples,), (torch.int64, torch.int32))
+        check_device(f"{where}: targets", targets, weight.device)
+    if logsumexp is not None:
+        check_tensor(f"{where}: logsumexp", logsumexp, (examples, samples), (torch.float64, torch.float32))
+        check_device(f"{where}: logsumexp", logsumexp, weight.device)
+    if scratch_bytes is not None:
+        if isinstance(scratch_bytes, bool) or not isinstance(scratch_bytes, int):
+            raise TypeError(f"{where}: scratch_bytes: expected an integer or None, got {describe(scratch_bytes)}")
+        if scratch_bytes < 0:
+            raise ValueError(f"{where}: scratch_bytes: expected at least 0, got {scratch_bytes}")
+
+
+def _check_range(targets: Tensor, vocabulary: int) -> None:
+    outside = targets[(targets < 0) | (targets >= vocabulary)]
+    if outside.numel():
+        raise ValueError(
+            f"vocabulary_statistics: targets: expected tokens in [0, {vocabulary}), got {int(outside[0])} "
+            f"({outside.numel()} of {targets.numel()} out of range)"
+        )
+
+
+def _allocate_logsumexp(weight: Tensor, hidden: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape[:2], dtype=torch.float64)
+
+
+def _allocate_probs(weight: Tensor, hidden: Tensor) -> Tensor:
+    return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=accumulation_dtype(weight, hidden))
+
+
+def _allocate_statistics(weight: Tensor, hidden: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, examples = accumulation_dtype(weight, hidden), hidden.shape[0]
+    counts = (examples, examples, 0 if targets is None else examples)
+    entropy, information, log_prob = (hidden.new_empty(count, dtype=dtype) for count in counts)
+    return entropy, information, log_prob
+
+
+@torch.library.custom_op(
+    "bayesian_lora_kernels::vocabulary_logsumexp",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor hidden, Tensor? bias, float? softcap, str impl) -> Tensor",
+)
+def _vocabulary_logsumexp(
+    weight: Tensor, hidden: Tensor, bias: Tensor | None, softcap: float | None, impl: str
+) -> Tensor:
+    _validate("vocabulary_logsumexp", weight, hidden, bias, softcap)
+    out = _allocate_logsumexp(weight, hidden)
+    arguments = (out, weight, hidden, bias, softcap)
+    choose("vocabulary_logsumexp", impl, *arguments)(*arguments)
+    return out
+
+
+@_vocabulary_logsumexp.register_fake
+def _(weight: Tensor, hidden: Tensor, bias: Tensor | None, softcap: float | None, impl: str) -> Tensor:
+    _validate("vocabulary_logsumexp", weight, hidden, bias, softcap)
+    return _allocate_logsumexp(weight, hidden)
+
+
+@torch.library.custom_op(
+    "bayesian_lora_kernels::vocabulary_probs",
+    mutates_args=(),
+    schema=(
+        "(Tensor weight, Tensor hidden, Tensor? bias, float? softcap, Tensor? logsumexp, int? scratch_bytes, str impl)"
+        " -> Tensor"
+    ),
+)
+def _vocabulary_probs(
+    weight: Tensor,
+    hidden: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logsumexp: Tensor | None,
+    scratch_bytes: int | None,
+    impl: str,
+) -> Tensor:
+    _validate("vocabulary_probs", weight, hidden, bias, softcap, None, logsumexp, scratch_bytes)
+    out = _allocate_probs(weight, hidden)
+    arguments = (out, weight, hidden, bias, softcap, logsumexp, scratch_bytes)
+    choose("vocabulary_probs", impl, *arguments)(*arguments)
+    return out
+
+
+@_vocabulary_probs.register_fake
+def _(
+    weight: Tensor,
+    hidden: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logsumexp: Tensor | None,
+    scratch_bytes: int | None,
+    impl: str,
+) -> Tensor:
+    _validate("vocabulary_probs", weight, hidden, bias, softcap, None, logsumexp, scratch_bytes)
+    return _allocate_probs(weight, hidden)
+
+
+@torch.library.custom_op(
+    "bayesian_lora_kernels::vocabulary_statistics",
+    mutates_args=(),
+    schema=(
+        "(Tensor weight, Tensor hidden, Tensor? bias, float? softcap, Tensor? targets, Tensor? logsumexp, "
+        "int? scratch_bytes, str impl) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _vocabulary_statistics(
+    weight: Tensor,
+    hidden: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    targets: Tensor | None,
+    logsumexp: Tensor | None,
+    scratch_bytes: int | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _validate("vocabulary_statistics", weight, hidden, bias, softcap, targets, logsumexp, scratch_bytes)
+    if targets is not None and logsumexp is None:
+        _check_range(targets, weight.shape[0])
+    out = _allocate_statistics(weight, hidden, targets)
+    arguments = (*out, weight, hidden, bias, softcap, targets, logsumexp, scratch_bytes)
+    choose("vocabulary_statistics", impl, *arguments)(*arguments)
+    return out
+
+
+@_vocabulary_statistics.register_fake
+def _(
+    weight: Tensor,
+    hidden: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    targets: Tensor | None,
+    logsumexp: Tensor | None,
+    scratch_bytes: int | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _validate("vocabulary_statistics", weight, hidden, bias, softcap, targets, logsumexp, scratch_bytes)
+    return _allocate_statistics(weight, hidden, targets)

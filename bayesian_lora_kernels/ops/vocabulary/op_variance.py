@@ -1,0 +1,66 @@
+"""Public ``vocabulary_variance``: checks, allocation, dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import accumulation_dtype, check_device, check_tensor
+from ..dispatch import Implementation, check_impl, choose, register
+
+_FOLDER = "bayesian_lora_kernels.ops.vocabulary"
+
+register("vocabulary_variance", "reference", Implementation(f"{_FOLDER}.reference", "vocabulary_variance"))
+
+
+def vocabulary_variance(weight: Tensor, factor: Tensor, *, impl: str = "auto") -> Tensor:
+    """Variances of all logits from a factor of the hidden state's covariance: the diagonal of ``W R R^T W^T``.
+
+    Args:
+        weight: ``[V, d]``, the output layer W, float16, bfloat16, float32 or float64, any strides.
+        factor: ``[N, d, m]``, R of each example (the covariance is ``R R^T``), likewise; another dtype is allowed.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        ``[N, V]``, float64 if ``weight`` or ``factor`` is, else float32 (sums are in that dtype): sums of squares,
+        never negative. A part of the rows of W gives the same part of the result. Scratch is bounded by a few MiB,
+        whatever V is. No gradient is recorded.
+
+    Raises:
+        TypeError: not a tensor, not a float dtype.
+        ValueError: a wrong shape or device, an unknown ``impl``.
+        RuntimeError: an explicit ``impl`` cannot run; the message says why.
+
+    Source: METHOD section 6 (d).
+    """
+    check_impl("vocabulary_variance", impl)
+    _validate(weight, factor)
+    with torch.no_grad():
+        return _vocabulary_variance(weight, factor, impl)
+
+
+def _validate(weight: Tensor, factor: Tensor) -> None:
+    check_tensor("vocabulary_variance: weight", weight, ("V", "d"))
+    check_tensor("vocabulary_variance: factor", factor, ("N", weight.shape[1], "m"))
+    check_device("vocabulary_variance: factor", factor, weight.device)
+
+
+def _validate_and_allocate(weight: Tensor, factor: Tensor) -> Tensor:
+    _validate(weight, factor)
+    return factor.new_empty((factor.shape[0], weight.shape[0]), dtype=accumulation_dtype(weight, factor))
+
+
+@torch.library.custom_op(
+    "bayesian_lora_kernels::vocabulary_variance",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor factor, str impl) -> Tensor",
+)
+def _vocabulary_variance(weight: Tensor, factor: Tensor, impl: str) -> Tensor:
+    out = _validate_and_allocate(weight, factor)
+    choose("vocabulary_variance", impl, out, weight, factor)(out, weight, factor)
+    return out
+
+
+@_vocabulary_variance.register_fake
+def _(weight: Tensor, factor: Tensor, impl: str) -> Tensor:
+    return _validate_and_allocate(weight, factor)

@@ -1,0 +1,157 @@
+"""Operations on a whole vocabulary in plain PyTorch: the definition, and what CPU users run.
+
+Which scratch they take, unless ``scratch_bytes`` says it: a quarter of the weight's size, within 14 and 64 MiB, and for
+``vocabulary_probs`` up to 1.8 times its result; the statistics, which need all samples of an example at once, 64 MiB.
+The more rows of the vocabulary a strip holds, the faster the matrix product. A piece of 1 MiB (2 in float64) is taken
+in any case.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .pieces import PIECE, Head, Piece, Pieces, piece_rows, whole_examples
+
+_LEAST_BYTES, _MOST_BYTES = 14 << 20, 64 << 20
+# With fewer rows in a strip, reading the weight for each strip costs more than a second pass.
+_FEWEST_ROWS = 4
+# Elements of one product of `vocabulary_variance`, and columns of it to which examples are put together.
+_PRODUCT = 1 << 18
+_COLUMNS = 256
+
+
+def vocabulary_logsumexp(
+    out: Tensor, weight: Tensor, hidden: Tensor, bias: Tensor | None, softcap: float | None
+) -> None:
+    """Write to ``out: [N, S]`` (float64) the log-sum-exps of the logits."""
+    pieces = Pieces(Head(weight, bias, softcap), hidden, _dtype(weight, hidden), None, None)
+    pieces.first_pass(_probs_rows(pieces.samples), PIECE)
+    out.copy_(pieces.logsumexp.view(out.shape))
+
+
+def vocabulary_probs(
+    out: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logsumexp: Tensor | None,
+    scratch_bytes: int | None,
+) -> None:
+    """Write to ``out: [N, V]`` the mean over samples of the probabilities."""
+    pieces = Pieces(Head(weight, bias, softcap), hidden, out.dtype, None, logsumexp)
+    if scratch_bytes is None:
+        wanted = max(out.nbytes * 9 // 5, weight.nbytes // 4)
+        scratch_bytes = max(_LEAST_BYTES, min(wanted, _MOST_BYTES))
+    samples = pieces.samples
+    rows = min(pieces.rows, scratch_bytes // out.element_size() // max(1, pieces.vocabulary))
+    out.zero_()
+    if logsumexp is None and rows >= min(_FEWEST_ROWS, pieces.rows):
+        whole = whole_examples(samples, rows)
+        parts = pieces.strips(whole if 4 * rows // 5 <= whole <= rows else rows)
+    else:
+        size = _probs_rows(samples), PIECE
+        if logsumexp is None:
+            pieces.first_pass(*size)
+        parts = pieces.second_pass(*size)
+    for piece in parts:
+        _add_means(out, piece, samples)
+
+
+def vocabulary_statistics(
+    entropy: Tensor,
+    mutual_information: Tensor,
+    target_log_prob: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    targets: Tensor | None,
+    logsumexp: Tensor | None,
+    scratch_bytes: int | None,
+) -> None:
+    """Write the entropy of the mean probabilities, the mutual information, the log of the target's mean probability."""
+    pieces = Pieces(Head(weight, bias, softcap), hidden, entropy.dtype, targets, logsumexp)
+    elements = (_MOST_BYTES if scratch_bytes is None else scratch_bytes) // entropy.element_size()
+    samples = pieces.samples
+    if logsumexp is None and elements >= samples * pieces.vocabulary:
+        parts = pieces.strips(whole_examples(samples, elements // max(1, pieces.vocabulary)))
+    else:
+        size = piece_rows(samples), max(PIECE, elements)
+        if logsumexp is None:
+            pieces.first_pass(*size)
+        parts = pieces.second_pass(*size)
+    totals = entropy.new_zeros((2, entropy.shape[0]), dtype=torch.float64)
+    for piece in parts:
+        first, last = piece.row // samples, (piece.row + piece.values.shape[0]) // samples
+        totals[:, first:last] += _entropy_and_information(piece, samples)
+    entropy.copy_(totals[0].clamp_min_(0))
+    mutual_information.copy_(totals[1].clamp_min_(0))
+    if targets is not None:
+        log_probs = (pieces.target_logits.double() - pieces.logsumexp).view(-1, samples)
+        target_log_prob.copy_((torch.logsumexp(log_probs, dim=1) - math.log(samples)).clamp_max_(0))
+
+
+def vocabulary_variance(out: Tensor, weight: Tensor, factor: Tensor) -> None:
+    """Write to ``out: [N, V]`` the squared norms of ``weight_v factor_n``."""
+    examples, width, columns = factor.shape
+    together = max(1, min(examples, _COLUMNS // max(1, columns)))
+    tokens = max(1, _PRODUCT // max(1, together * columns, width))
+    scratch = out.new_empty(together * columns * tokens)
+    for first in range(0, examples, together):
+        count = min(first + together, examples) - first
+        rows = factor[first : first + count].to(out.dtype).mT.reshape(count * columns, width)
+        for token in range(0, weight.shape[0], tokens):
+            some = weight[token : token + tokens].to(out.dtype)
+            product = scratch[: rows.shape[0] * some.shape[0]].view(rows.shape[0], some.shape[0])
+            torch.mm(rows, some.T, out=product)
+            squares = product.square_().view(count, columns, some.shape[0])
+            torch.sum(squares, dim=1, out=out[first : first + count, token : token + some.shape[0]])
+
+
+def _dtype(weight: Tensor, hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(weight.dtype, hidden.dtype), torch.float32)
+
+
+def _probs_rows(samples: int) -> int:
+    """Rows of a piece where an example may be cut: whole examples but for very many samples."""
+    return min(piece_rows(samples), 1 << 12)
+
+
+def _add_means(out: Tensor, piece: Piece, samples: int) -> None:
+    """Add the mean over the samples in a piece; an example may have the rest of its samples in other pieces."""
+    rows, width = piece.values.shape
+    tokens = slice(piece.token, piece.token + width)
+    share = piece.scale / samples
+    first, last = piece.row, piece.row + rows
+    if first % samples == 0 and last % samples == 0:
+        examples = rows // samples
+        means = torch.bmm(share.view(examples, 1, samples), piece.values.view(examples, samples, width))
+        out[first // samples : last // samples, tokens] += means[:, 0]
+        return
+    for example in range(first // samples, (last - 1) // samples + 1):
+        some = slice(max(example * samples - first, 0), (example + 1) * samples - first)
+        out[example, tokens].addmv_(piece.values[some].T, share[some])
+
+
+def _entropy_and_information(piece: Piece, samples: int) -> Tensor:
+    """What the tokens of a piece add to the entropy of the mean probabilities q and to the information, ``[2, n]``.
+
+    The information is the mean over samples of ``q (r log r - (r - 1))``, ``r = p / q``: no term is negative, and those
+    of samples that agree are zero, so it is exact to rounding where a difference of two entropies is lost. (The terms
+    ``r - 1`` have mean zero; with them the terms are of second order in ``r - 1``, and so is what rounding does.)
+    """
+    rows, width = piece.values.shape
+    probs = piece.values.mul_(piece.scale[:, None]).view(rows // samples, samples, width)
+    means = probs.mean(1)
+    entropy = torch.special.entr(means).sum(1, dtype=torch.float64)
+    # A token whose probability underflows in every sample adds nothing; the smallest number keeps 0 / 0 away.
+    least = torch.finfo(probs.dtype).tiny
+    ratio = probs.div_(means.clamp_min(least)[:, None]).clamp_min_(least)
+    terms = ratio.log().mul_(ratio)
+    terms.sub_(ratio.sub_(1))
+    information = (terms.mean(1) * means).sum(1, dtype=torch.float64)
+    return torch.stack([entropy, information])

@@ -1,0 +1,210 @@
+"""Posterior samples of the hidden state before the output head, in the linearised network.
+
+One sample of the weights, pushed through the Jacobian, is one exact sample of `h - h_MAP`, jointly for every example
+and position. Source: Immer, Korzepa, Bauer 2021 (the linearised predictive), here by Jacobian-vector products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, slice_batch, to_device
+from bayesian_lora_kernels.model.capture import accumulate_dtype, measuring
+from bayesian_lora_kernels.model.forward import Forward, model_device
+from bayesian_lora_kernels.model.hidden import HiddenStates, differentiable_attention
+from bayesian_lora_kernels.model.layers import LinearLayer
+from bayesian_lora_kernels.model.memory import default_budget
+from bayesian_lora_kernels.model.output_map import OutputMap, read_output_map
+from bayesian_lora_kernels.posterior.exact import ExactPosterior
+from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
+from bayesian_lora_kernels.predictive.pushforward import Pushforward
+
+# Weights are drawn in blocks of this size whatever the memory, so that the same generator gives the same samples.
+BLOCK = 8
+# Rows (tokens times samples) beyond which a CPU is no faster for more at once.
+CPU_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Deviations:
+    """Samples of what differs from the MAP, to first order.
+
+    Attributes:
+        hidden: `[S, N, d]`, or `[S, N, T, d]`, of the hidden state.
+        head: `{layer: [S, d_out, d_in]}`, of the weights of an adapted head.
+    """
+
+    hidden: Tensor
+    head: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def first(self, n: int) -> Deviations:
+        """The first n samples."""
+        return Deviations(self.hidden[:n], {name: d[:n] for name, d in self.head.items()})
+
+    @staticmethod
+    def join(parts: Sequence[Deviations]) -> Deviations:
+        """One after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        hidden = torch.cat([part.hidden for part in parts])
+        return Deviations(hidden, {name: torch.cat([part.head[name] for part in parts]) for name in parts[0].head})
+
+
+class HiddenSampler:
+    """Hidden states of a fitted model, and their posterior samples.
+
+    Args:
+        model: stays as it is.
+        layers: that carry the posterior.
+        forward: from a batch to logits; must have an output head.
+        posterior: of the layers' weights.
+        prior: precision of each layer.
+        memory_budget: bytes; None: half of what is free. Examples and samples run in pieces within it.
+        pushforward: how derivatives are taken; is shared so that they are tried once.
+
+    Raises:
+        ValueError: for a model without an output head.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[LinearLayer],
+        forward: Forward,
+        posterior: LayerwisePosterior | ExactPosterior,
+        prior: Mapping[str, Tensor],
+        memory_budget: int | None,
+        pushforward: Pushforward,
+    ):
+        self.model, self.layers, self.forward = model, layers, forward
+        self.posterior, self.prior, self.memory_budget = posterior, prior, memory_budget
+        self.pushforward = pushforward
+        self.states = HiddenStates(forward)
+        self._inner = [layer for layer in layers if not forward.in_head(layer.name)]
+
+    def prepare(self, batch: Any) -> Any:
+        """The batch on the model's device, without labels.
+
+        Raises:
+            TypeError: if it is no mapping.
+            ValueError: if it is empty.
+        """
+        inputs, _ = inputs_and_labels(batch)
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"batch: expected a mapping (input_ids, attention_mask, ...), got {type(inputs).__name__}")
+        if not batch_size(inputs):
+            raise ValueError("batch: expected at least one example")
+        with torch.inference_mode(False):
+            return to_device(inputs, model_device(self.model))
+
+    def output_map(self, batch: Any) -> OutputMap:
+        """What the head does with the hidden state; see `read_output_map` for errors."""
+        with measuring(self.model), torch.no_grad():
+            self.model.eval()
+            return read_output_map(self.forward, [layer.name for layer in self.layers], batch)
+
+    def mean(self, batch: Any, every: bool) -> tuple[Tensor, Tensor | None]:
+        """Hidden states at the MAP weights, `[N, d]` of the last valid token or `[N, T, d]` of every token; the mask.
+
+        Raises:
+            ValueError: if they are not finite.
+        """
+        with measuring(self.model), torch.no_grad():
+            self.model.eval()
+            parts = [self._at(piece, self.states(piece), every) for piece in self._pieces(batch, self._shape(batch)[0])]
+        hidden = torch.cat(parts)
+        hidden = hidden.to(accumulate_dtype(hidden))
+        mask = self.states.mask(batch, hidden) if every else None
+        if not torch.isfinite(hidden if mask is None else hidden[mask.to(hidden.device)]).all():
+            raise ValueError("the hidden states before the output head are not finite (NaN or infinity)")
+        return hidden, mask
+
+    def draw(self, batch: Any, n: int, every: bool, generator: torch.Generator | None) -> Deviations:
+        """Posterior samples, n of them, at the last valid token of each example, or at every token.
+
+        Raises:
+            RuntimeError: if the model has no derivative of any kind.
+        """
+        examples, samples = self._shape(batch)
+        blocks = max(1, samples // BLOCK)
+        parts: list[Deviations] = []
+        with measuring(self.model), differentiable_attention(self.model), torch.no_grad():
+            self.model.eval()  # checkpointing, which `measuring` leaves on, has nothing to do with these derivatives
+            while (missing := n - sum(map(len, parts))) > 0:
+                drawn = [
+                    self.posterior.sample(BLOCK, self.prior, generator)
+                    for _ in range(min(blocks, -(-missing // BLOCK)))
+                ]
+                weights = {name: torch.cat([part[name] for part in drawn])[:missing] for name in drawn[0]}
+                parts.append(self._push(batch, weights, examples, samples, every))
+        return Deviations.join(parts)
+
+    def _push(self, batch: Any, weights: Mapping[str, Tensor], examples: int, samples: int, every: bool) -> Deviations:
+        """Hidden states for samples of the weights; examples and samples at a time as said."""
+        parameters = {name: p for layer in self._inner for name, p in layer.parameters().items()}
+        deviations = {name: d for layer in self._inner for name, d in layer.split(weights[layer.name]).items()}
+        deviations = {name: d.to(parameters[name].device) for name, d in deviations.items()}
+        total = len(next(iter(weights.values())))
+        columns = []
+        for piece in self._pieces(batch, examples):
+
+            def function(values: Mapping[str, Tensor], piece: Any = piece) -> Tensor:
+                return self._at(piece, self.states(piece, values), every)
+
+            if parameters:
+                rows = [
+                    self.pushforward(function, parameters, {k: d[i : i + samples] for k, d in deviations.items()})
+                    for i in range(0, total, samples)
+                ]
+                columns.append(torch.cat(rows))
+            else:  # nothing but the head is adapted
+                still = function({})
+                columns.append(still.new_zeros(total, *still.shape))
+        hidden = torch.cat(columns, dim=1)
+        head = {layer.name: weights[layer.name] for layer in self.layers if self.forward.in_head(layer.name)}
+        return Deviations(hidden.to(accumulate_dtype(hidden)), head)
+
+    def _shape(self, batch: Any) -> tuple[int, int]:
+        """How many examples, and how many samples of them, run at once.
+
+        Forward mode keeps no graph: what counts is the widest moment of one layer, for every sample.
+        """
+        size = batch_size(batch) or 1
+        tokens = max((t.shape[1] for t in batch.values() if isinstance(t, Tensor) and t.ndim > 1), default=1)
+        width = max(
+            (
+                module.in_features + module.out_features
+                for name, module in self.model.named_modules()
+                if isinstance(module, nn.Linear) and not self.forward.in_head(name)
+            ),
+            default=1,
+        )
+        heads = getattr(getattr(self.forward.base, "config", None), "num_attention_heads", None) or 1
+        item = max(p.element_size() for p in self.model.parameters())
+        one = item * tokens * (6 * width + 3 * int(heads) * tokens)
+        device = model_device(self.model)
+        budget = self.memory_budget or default_budget(device)
+        rows = budget // max(one, 1)
+        if device.type == "cpu":
+            rows = min(rows, max(CPU_ROWS // tokens, 1))
+        examples = max(1, min(size, rows // BLOCK))
+        # Weights of a sample are there several times while they are drawn: noise, deviations, in the model's dtype.
+        weights = 4 * 4 * sum(self.posterior.n_parameters.values())
+        return examples, max(1, min(rows // examples, max(budget // max(weights, 1), BLOCK)))
+
+    def _at(self, batch: Any, hidden: Tensor, every: bool) -> Tensor:
+        return hidden if every else self.states.last(batch, hidden)
+
+    def _pieces(self, batch: Any, step: int) -> list[Any]:
+        size = batch_size(batch) or 1
+        if step >= size:
+            return [batch]
+        return [slice_batch(batch, start, start + step, size) for start in range(0, size, step)]
