@@ -37,6 +37,7 @@ test-all: $(READY)
 	@$(PYTEST) -q
 
 TRITONS := $(TRITON_VERSIONS:%=$(VENV)-triton-%/.ready)
+.SECONDARY: $(TRITONS)
 
 # One version's tests use one core: make -j2 runs two versions at once.
 test-interpret: $(TRITON_VERSIONS:%=test-interpret-%)
