@@ -1,4 +1,4 @@
-"""`patch` puts our functions into an installed package and wherever they were imported from it; `unpatch` undoes that."""
+"""`patch` lets an installed package's functions be ours, everywhere; `unpatch` undoes that."""
 
 from __future__ import annotations
 
