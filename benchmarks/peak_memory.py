@@ -48,7 +48,7 @@ def peak_in_fresh_process(package: str, workload: Workload, folder: Path) -> flo
     return float(done.stdout.splitlines()[-1])
 
 
-def _measure(call: Callable[[], object]) -> int:
+def measure_peak(call: Callable[[], object]) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     _CLEAR.write_text("5")
@@ -75,11 +75,11 @@ def main() -> None:
     if arguments.package == "bayesian_lora":
         factors = torch.load(arguments.folder / "published.pt")
         published_prediction(model, small, factors, workload)
-        print(_measure(lambda: published_prediction(model, batch, factors, workload)))
+        print(measure_peak(lambda: published_prediction(model, batch, factors, workload)))
     else:
         laplace = LaplaceLoRA.from_pretrained(model, arguments.folder)
         laplace.predict(small)
-        print(_measure(lambda: laplace.predict(batch)))
+        print(measure_peak(lambda: laplace.predict(batch)))
 
 
 if __name__ == "__main__":
