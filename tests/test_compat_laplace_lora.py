@@ -79,6 +79,7 @@ def test_the_published_scripts_call_sequence(build, scale, prior):
     batches = list(loader)  # a DataLoader draws a random number
     with untouched(model):
         la.fit(batches)
+    model.eval()
     assert la.n_data == 5
     before = la.log_marginal_likelihood().detach()
     precision = la.optimize_prior_precision(method="marglik", n_steps=50, lr=1e-1)
