@@ -1,8 +1,8 @@
 """Trace of the summed curvature, by every package: `python -m benchmarks.trace_table [--json FILE]`.
 
 A random 2-layer Llama of width 32, LoRA of rank 4 on q and v, 12 texts of 10 tokens, 3 target logits; without padding,
-and with 10 columns of it on the left. The truth is the trace of the exact Gauss-Newton matrix, from autograd. A peer that is
-not there is left out; laplace-lora is a checkout in the folder that `--sources` (or BLK_PEER_SOURCES) names.
+and with 10 columns of it on the left. The truth is the trace of the exact Gauss-Newton matrix, from autograd. A peer
+that is not there is left out; laplace-lora is a checkout in the folder that `--sources` (or BLK_PEER_SOURCES) names.
 """
 
 from __future__ import annotations
