@@ -181,17 +181,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             workload = replace(Workload(), examples=n)
             measured = compare(job, workload, options.rounds, options.threads, options.sources)
             comparisons.setdefault(job, []).append(measured)
+            if options.json:  # as far as it has come
+                _write(options, comparisons, left_out)
     print(table(comparisons, left_out))
     if options.json:
-        content = {
-            "environment": environment() | {"threads": options.threads},
-            "workload": asdict(Workload()),
-            "comparisons": comparisons,
-            "left_out": left_out,
-        }
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _write(options, comparisons, left_out)
     if options.check and (failures := missed(comparisons)):
         raise SystemExit("missed: " + "; ".join(failures))
+
+
+def _write(options: argparse.Namespace, comparisons: dict[str, list[dict[str, Any]]], left_out: dict[str, str]) -> None:
+    content = {
+        "environment": environment() | {"threads": options.threads},
+        "workload": asdict(Workload()),
+        "comparisons": comparisons,
+        "left_out": left_out,
+    }
+    options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
