@@ -14,6 +14,7 @@ TRITON_VERSIONS ?= 3.6.0 3.9.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PEERS  := $(VENV)/.peers
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet -c constraints.txt $(PIP_FLAGS)
 PYTEST := $(BIN)/python -m pytest
 
@@ -30,10 +31,10 @@ demo: $(READY)
 	@$(BIN)/blk demo
 
 # Kernels run in Triton's interpreter, in a process of their own: make test-interpret.
-test: $(READY)
+test: $(PEERS)
 	@$(PYTEST) -q -m "not slow"
 
-test-all: $(READY)
+test-all: $(PEERS)
 	@$(PYTEST) -q
 
 TRITONS := $(TRITON_VERSIONS:%=$(VENV)-triton-%/.ready)
@@ -53,6 +54,12 @@ aot-check-%: $(VENV)-triton-%/.ready
 
 aot: $(lastword $(TRITONS))
 	@$(<D)/bin/python -m benchmarks.aot --write docs/aot.md
+
+# The packages that compat stands in for, to be tested side by side; their dependencies would bring another PyTorch.
+$(PEERS): $(READY) tests/peers/requirements.txt
+	@echo "setup: the packages that the tests compare with"
+	@$(PIP) --no-deps -r tests/peers/requirements.txt
+	@touch $@
 
 # On top of .venv, with a Triton (and for 3.6 a NumPy) of its own.
 $(VENV)-triton-%/.ready: $(READY)

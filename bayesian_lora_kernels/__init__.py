@@ -1,5 +1,7 @@
 """Laplace posteriors over LoRA weights: fast, correct, and usable as the engine of other packages."""
 
+from __future__ import annotations
+
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.ops.dispatch import backends, set_default_impl
@@ -19,5 +21,21 @@ __all__ = [
     "VocabularyPosterior",
     "backends",
     "ops",
+    "patch",
     "set_default_impl",
+    "unpatch",
 ]
+
+
+def patch(package: str) -> list[str]:
+    """Let an installed package's functions be ours, everywhere: see `compat.patching.patch`."""
+    from bayesian_lora_kernels.compat import patching
+
+    return patching.patch(package)
+
+
+def unpatch(package: str) -> list[str]:
+    """Undo `patch`: see `compat.patching.unpatch`."""
+    from bayesian_lora_kernels.compat import patching
+
+    return patching.unpatch(package)

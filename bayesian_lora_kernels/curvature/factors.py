@@ -185,6 +185,12 @@ def square_sums(rows: Mapping[Hashable, tuple[Tensor, Tensor | None]]) -> dict[H
     return sums
 
 
+def check_finite(what: str, names: Sequence[str], where: str = "") -> None:
+    """Raises ValueError that names the first of the layers whose input or gradient is not finite, if there is one."""
+    if names:
+        raise ValueError(f"{names[0]}: its {what} is not finite (NaN or infinity){where}")
+
+
 class KroneckerSums:
     """The factors of all layers while the data passes by.
 
@@ -278,4 +284,4 @@ def token_rows(x: Tensor, mask: Tensor | None, tokens: str, *, mean: bool) -> tu
     return total / count, counts_at_all
 
 
-__all__ = ["TOKENS", "FactorSettings", "KroneckerSums", "square_sums", "token_rows"]
+__all__ = ["TOKENS", "FactorSettings", "KroneckerSums", "check_finite", "square_sums", "token_rows"]

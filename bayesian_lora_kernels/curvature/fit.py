@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.curvature.eigenvalues import EigenvalueSum
-from bayesian_lora_kernels.curvature.factors import FactorSettings, KroneckerSums, square_sums
+from bayesian_lora_kernels.curvature.factors import FactorSettings, KroneckerSums, check_finite, square_sums
 from bayesian_lora_kernels.curvature.likelihood import Likelihood
 from bayesian_lora_kernels.model.batches import batch_size, slice_batch, to_device
 from bayesian_lora_kernels.model.capture import Capture, capture, measuring
@@ -109,9 +109,9 @@ class CurvatureFit:
     def _kronecker(self) -> Fit:
         sums, totals = KroneckerSums(self.settings.factors, self.settings.seed), _Totals()
         for index, recorded in self._captures("curvature", totals):
-            _check_finite("input", sums.add_inputs(recorded.inputs), index)
+            check_finite("input", sums.add_inputs(recorded.inputs), f" in batch {index}")
             for gradients in self._backward(recorded):
-                _check_finite("output gradient", sums.add_gradients(gradients, recorded.inputs), index)
+                check_finite("output gradient", sums.add_gradients(gradients, recorded.inputs), f" in batch {index}")
         factors = sums.factors()
         self._check_called(factors)
         bases = {name: self._bases(factors[name]) for name in factors}
@@ -156,7 +156,9 @@ class CurvatureFit:
             for gradients in self._backward(recorded, weight_gradients=names):
                 rows = {name: gradients[name].flatten(start_dim=1) for name in names}
                 squares = square_sums({name: (row, None) for name, row in rows.items()})
-                _check_finite("gradient", [name for name in names if not math.isfinite(squares[name])], index)
+                check_finite(
+                    "gradient", [name for name in names if not math.isfinite(squares[name])], f" in batch {index}"
+                )
                 store.append(rows)
         shapes = {layer.name: layer.shape for layer in self.layers}
         posterior = ExactPosterior(store, shapes, model_device(self.model))
@@ -239,8 +241,3 @@ def _likelihood_of(totals: _Totals) -> float | None:
     if not totals.labelled or totals.log_likelihood is None:
         return None
     return float(totals.log_likelihood)
-
-
-def _check_finite(what: str, names: Sequence[str], batch: int) -> None:
-    if names:
-        raise ValueError(f"{names[0]}: its {what} is not finite (NaN or infinity) in batch {batch}")

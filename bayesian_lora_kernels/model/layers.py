@@ -138,14 +138,14 @@ def find_layers(
             module=named_modules[name],
             weight=by_module[name].get("weight"),
             bias=by_module[name].get("bias"),
-            input_source=_input_source(name, named_modules),
+            input_source=input_source(name, named_modules),
             rows=(rows or {}).get(name),
         )
         for name in selected
     ]
 
 
-def _input_source(name: str, named_modules: dict[str, nn.Module]) -> nn.Module:
+def input_source(name: str, named_modules: dict[str, nn.Module]) -> nn.Module:
     """The LoRA layer around `<layer>.lora_A.<adapter>`, else the module itself."""
     layer, _, adapter = name.rpartition(".lora_A.")
     if layer and "." not in adapter:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.memory import examples_within, frugal_examples
 from bayesian_lora_kernels.posterior.exact import ExactPosterior
 from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
+from bayesian_lora_kernels.predictive.jacobians import logit_gradients, narrow_layers
 
 MAX_LOGITS = 4096
 
@@ -103,26 +104,13 @@ class LogitPredictor:
             raise ValueError("predict: the logits are not finite (NaN or infinity)")
         indices, per_example = choose_logits(logits.detach(), outputs)
         if isinstance(self.posterior, ExactPosterior):
-            jacobians = self._jacobians(recorded, per_example, recorded.inputs)
+            jacobians = logit_gradients(recorded, per_example, recorded.inputs)
             covariances = [self.posterior.covariance(jacobians, prior) for prior in priors]
         else:
             covariances = self._layerwise(recorded, per_example, self.posterior, priors)
         dtype = accumulate_dtype(logits)
         mean = logits.detach().gather(1, per_example).to(dtype)
         return mean, [covariance.to(logits.device, dtype) for covariance in covariances], indices
-
-    def _jacobians(self, recorded: Capture, indices: Tensor, compressed: Collection[str]) -> dict[str, Tensor]:
-        """Per layer the gradients of each chosen logit, `[N, C, ...]`: one backward pass each."""
-        outputs = indices.shape[1]
-        collected: dict[str, Tensor] = {}
-        for c in range(outputs):
-            cotangent = torch.zeros_like(recorded.logits).scatter_(1, indices[:, c : c + 1], 1)
-            gradients = recorded.backward(cotangent, weight_gradients=compressed, retain_graph=c + 1 < outputs)
-            for name, gradient in gradients.items():
-                if name not in collected:
-                    collected[name] = gradient.new_empty(len(gradient), outputs, *gradient.shape[1:])
-                collected[name][:, c] = gradient
-        return collected
 
     def _layerwise(
         self,
@@ -136,8 +124,8 @@ class LogitPredictor:
         A layer with fewer inputs than tokens hands over its weight gradient: to the contraction it is a layer whose
         tokens are the unit vectors, and its wide output gradients never pile up.
         """
-        compressed = {name for name, (a, _, _) in recorded.inputs.items() if a.shape[2] < a.shape[1]}
-        g = self._jacobians(recorded, indices, compressed)  # [N, C, T, d_out] or [N, C, d_out, d_in]
+        compressed = narrow_layers(recorded)
+        g = logit_gradients(recorded, indices, compressed)  # [N, C, T, d_out] or [N, C, d_out, d_in]
         a = {name: one.a for name, one in recorded.inputs.items()}
         masks = {name: one.mask for name, one in recorded.inputs.items()}
         units: dict[tuple[Any, ...], Tensor] = {}
