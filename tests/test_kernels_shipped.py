@@ -23,6 +23,7 @@ NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 AS_BF16 = {"wide_output_kernel", "outer_product_kernel", "grouped_outer_product_kernel", "fresh_kernel"}
 # Loops over kept directions have a length that is known at run time only.
 AS_KEPT_16 = {"wide_input_kernel", "wide_output_kernel"}
+VOCABULARY = {"exponentials_kernel", "means_kernel", "squares_kernel"}
 
 
 class Recorder:
@@ -44,8 +45,11 @@ class Recorder:
 
 
 def is_constant(name, value):
-    """Whether it is a `tl.constexpr` that is no flag: by our house rule an upper-case name."""
-    return name.isupper() and not isinstance(value, bool) and name not in ("BAND", "LAG")
+    """Whether it is a `tl.constexpr` that is no flag: by our house rule an upper-case name.
+
+    Without those that lists hold one value of: the columns that an example of the vocabulary operations takes.
+    """
+    return name.isupper() and not isinstance(value, bool) and name not in ("BAND", "LAG", "PADDED")
 
 
 def key(kernel, types, constants, options):
@@ -58,6 +62,9 @@ def key(kernel, types, constants, options):
     if name in AS_KEPT_16 and constants["K_"] != "0":
         constants["K_"] = "16"
     data = data.lstrip("*")
+    if name in VOCABULARY:
+        data = types["weight_ptr"] + types["columns_ptr"]
+        data = "*bf16*bf16" if data == "*fp16*fp16" else data
     if name in AS_BF16 and data == "fp16":
         data = "bf16"
     return name, data, tuple(sorted(constants.items())), options
@@ -84,6 +91,9 @@ def world(request, monkeypatch):
         "incremental_svd.columns",
         "jacobian_covariance.kernel",
         "square_sum.kernel",
+        "vocabulary.kernel",
+        "vocabulary.kernel_scratch",
+        "vocabulary.kernel_launch",
     ):
         module = importlib.import_module(f"{OPS}.{name}")
         for attribute in [one for one in vars(module) if one.endswith("_kernel")]:
@@ -175,4 +185,25 @@ def test_jacobians(world, monkeypatch):
             kernel_launch.jacobian_covariance(out, a, g, *bases, *weights, None)
     names = {one[0] for one in launches}
     assert {"wide_input_kernel", "wide_output_kernel", "kept_rows_kernel", "narrow_rows_kernel"} <= names
+    assert launches == kernels_of(expected, *names)
+
+
+def test_vocabulary(world, monkeypatch):
+    from bayesian_lora_kernels.ops.vocabulary import kernel_launch
+
+    expected, launches = world
+    monkeypatch.setattr(kernel_launch, "_as_planes", lambda weight: weight.dtype == torch.bfloat16)
+    for of_weight, of_hidden, examples, samples in itertools.product(DTYPES, DTYPES, (1, 40), (1, 5, 33, 64, 70, 300)):
+        weight, hidden = torch.empty(200, 16, dtype=of_weight), torch.empty(examples, samples, 16, dtype=of_hidden)
+        entropy, information, log_prob = torch.empty(3, examples)
+        targets, lse = torch.zeros(examples, dtype=torch.int64), torch.empty(examples, samples, dtype=torch.float64)
+        out = torch.empty(examples, 200)
+        kernel_launch.vocabulary_logsumexp(lse, weight, hidden, None, None)
+        kernel_launch.vocabulary_variance(out, weight, hidden.mT)
+        for scratch_bytes, known in itertools.product((None, 0), (None, lse)):
+            kernel_launch.vocabulary_probs(out, weight, hidden, None, None, known, scratch_bytes)
+            kernel_launch.vocabulary_statistics(
+                entropy, information, log_prob, weight, hidden, None, None, targets, known, scratch_bytes
+            )
+    names = VOCABULARY | {"merge_kernel", "stored_means_kernel", "stored_statistics_kernel"}
     assert launches == kernels_of(expected, *names)

@@ -20,6 +20,7 @@ KERNEL_MODULES: tuple[str, ...] = (
     "bayesian_lora_kernels.ops.incremental_svd.kernel",
     "bayesian_lora_kernels.ops.jacobian_covariance.kernel_shipped",
     "bayesian_lora_kernels.ops.square_sum.kernel",
+    "bayesian_lora_kernels.ops.vocabulary.kernel_shipped",
 )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import accumulation_dtype, check_device, check_tensor, describe
+from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 
 _FOLDER = "bayesian_lora_kernels.ops.vocabulary"
@@ -24,8 +25,25 @@ class VocabularyStatistics(NamedTuple):
     target_log_prob: Tensor | None
 
 
-for _name in ("vocabulary_logsumexp", "vocabulary_probs", "vocabulary_statistics"):
+def _refuses(out: Tensor, weight: Tensor, hidden: Tensor, *others: Any) -> str | None:
+    return triton_refuses(weight, hidden)
+
+
+def _statistics_refuses(entropy: Tensor, information: Tensor, log_prob: Tensor, *others: Any) -> str | None:
+    return triton_refuses(*others[:2])
+
+
+def _on_gpu(out: Tensor, *others: Any) -> bool:
+    return out.is_cuda
+
+
+for _name, _why in (
+    ("vocabulary_logsumexp", _refuses),
+    ("vocabulary_probs", _refuses),
+    ("vocabulary_statistics", _statistics_refuses),
+):
     register(_name, "reference", Implementation(f"{_FOLDER}.reference", _name))
+    register(_name, "triton", Implementation(f"{_FOLDER}.kernel_launch", _name, _why, _on_gpu))
 
 
 def vocabulary_logsumexp(
@@ -88,8 +106,9 @@ def vocabulary_probs(
         logsumexp: ``[N, S]`` float64 or float32, of the whole vocabulary, where ``weight`` is a part of it; None:
             ``weight`` is the whole.
         scratch_bytes: how much memory may hold exponentials on their way; with more, fewer logits are computed twice.
-            None: the reference takes a quarter of the weight, within 14 and 64 MiB, or up to 1.8 times the result; the
-            kernels take 256 MiB. 0: as little as goes (about 1 MiB), and every logit is computed twice.
+            None: the reference takes 1.8 times the result, or half the weight where that has eight times the result's
+            size, within 14 and 64 MiB; the kernels take up to 256 MiB. 0: as little as goes (about 1 MiB; the kernels
+            32 MiB at most, where one example fits into them), and every logit is computed twice.
         impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
 
     Returns:

@@ -6,11 +6,23 @@ import torch
 from torch import Tensor
 
 from ..checks import accumulation_dtype, check_device, check_tensor
+from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 
 _FOLDER = "bayesian_lora_kernels.ops.vocabulary"
 
-register("vocabulary_variance", "reference", Implementation(f"{_FOLDER}.reference", "vocabulary_variance"))
+
+def _refuses(out: Tensor, weight: Tensor, factor: Tensor) -> str | None:
+    return triton_refuses(weight, factor)
+
+
+def _on_gpu(out: Tensor, *others: Tensor) -> bool:
+    return out.is_cuda
+
+
+_NAME = "vocabulary_variance"
+register(_NAME, "reference", Implementation(f"{_FOLDER}.reference", _NAME))
+register(_NAME, "triton", Implementation(f"{_FOLDER}.kernel_launch", _NAME, _refuses, _on_gpu))
 
 
 def vocabulary_variance(weight: Tensor, factor: Tensor, *, impl: str = "auto") -> Tensor:

@@ -1,9 +1,9 @@
 """Operations on a whole vocabulary in plain PyTorch: the definition, and what CPU users run.
 
-Which scratch they take, unless ``scratch_bytes`` says it: a quarter of the weight's size, within 14 and 64 MiB, and for
-``vocabulary_probs`` up to 1.8 times its result; the statistics, which need all samples of an example at once, 64 MiB.
-The more rows of the vocabulary a strip holds, the faster the matrix product. A piece of 1 MiB (2 in float64) is taken
-in any case.
+Which scratch they take, unless ``scratch_bytes`` says it, within 14 and 64 MiB: ``vocabulary_probs`` 1.8 times its
+result, or half the weight where the weight is at least eight results large (the more rows a strip has, the faster its
+matrix product); the statistics, which need all samples of an example at once, 64 MiB. A piece of 1 MiB (2 in float64)
+is taken in any case.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def vocabulary_probs(
     """Write to ``out: [N, V]`` the mean over samples of the probabilities."""
     pieces = Pieces(Head(weight, bias, softcap), hidden, out.dtype, None, logsumexp)
     if scratch_bytes is None:
-        wanted = max(out.nbytes * 9 // 5, weight.nbytes // 4)
+        wanted = max(out.nbytes * 9 // 5, weight.nbytes // 2 if weight.nbytes >= 8 * out.nbytes else 0)
         scratch_bytes = max(_LEAST_BYTES, min(wanted, _MOST_BYTES))
     samples = pieces.samples
     rows = min(pieces.rows, scratch_bytes // out.element_size() // max(1, pieces.vocabulary))
