@@ -298,7 +298,7 @@ def test_records_no_gradient():
 
 MEMORY = """
     import torch
-    from benchmarks.peak_memory import _measure
+    from benchmarks.peak_memory import peak_bytes
     from bayesian_lora_kernels import ops
 
     V, N, S = 128256, 16, 64
@@ -317,7 +317,7 @@ MEMORY = """
         ops.vocabulary_probs(head[:4000], torch.randn(4, 16, head.shape[1]))
         ops.vocabulary_statistics(head[:4000], torch.randn(4, 16, head.shape[1]))
     for name, call in calls.items():
-        print(f"{name}: {_measure(call)}")
+        print(f"{name}: {peak_bytes(call)}")
 """
 
 
