@@ -216,6 +216,17 @@ def test_small_mutual_information_is_accurate(spread, scratch_bytes):
     assert (agreeing.mutual_information >= 0).all()
 
 
+@pytest.mark.parametrize("spread", [0.01, 0.03, 0.1])
+def test_mutual_information_of_a_skewed_sample(spread):
+    """Ratios to the mean on one side and the other of where the series of its terms ends, and odd powers that count."""
+    weight = torch.randn(150, 8) / 8**0.5
+    skewed = torch.tensor([2.0, -1.0, -1.0])[:, None] * torch.randn(1, 8)
+    weight, hidden = there(weight, torch.randn(4, 1, 8) + spread * skewed)
+    _, truth = statistics_of(weight, hidden)
+    found = ops.vocabulary_statistics(weight, hidden, impl="triton").mutual_information
+    torch.testing.assert_close(found.double(), truth, rtol=1e-6 / spread, atol=0)
+
+
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("cut", [0, 1, 131])
