@@ -16,7 +16,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PEERS  := $(VENV)/.peers
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet -c constraints.txt $(PIP_FLAGS)
+# Tests run in WORKERS processes of one thread each.
+WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
+SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 
 # ninja is in the environment; the compiler finds it there
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -32,10 +35,10 @@ demo: $(READY)
 
 # Kernels run in Triton's interpreter, in a process of their own: make test-interpret.
 test: $(PEERS)
-	@$(PYTEST) -q -m "not slow"
+	@$(SPREAD) -q -m "not slow"
 
 test-all: $(PEERS)
-	@$(PYTEST) -q
+	@$(SPREAD) -q
 
 TRITONS := $(TRITON_VERSIONS:%=$(VENV)-triton-%/.ready)
 .SECONDARY: $(TRITONS)
