@@ -18,6 +18,7 @@ from dense import (
 from models import Case, bert, gpt2, llama, mlp, t5
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.ops.outer_product import reference as outer_product
 from bayesian_lora_kernels.posterior.kronecker import Blocks
 
 
@@ -60,9 +61,11 @@ FACTOR_CASES = {
 }
 
 
+@pytest.mark.parametrize("block", [4, 768], ids=["blocks below the diagonal, mirrored", "whole"])
 @pytest.mark.parametrize("tokens", ["expand", "reduce", "last"])
 @pytest.mark.parametrize("name", FACTOR_CASES)
-def test_factors_follow_their_definition(name, tokens):
+def test_factors_follow_their_definition(name, tokens, block, monkeypatch):
+    monkeypatch.setattr(outer_product, "_BLOCK", block)
     build, padding = FACTOR_CASES[name]
     case = build()
     laplace = fitted(case, [case.batch([0, 1], **padding), case.batch([2, 3], **padding)], tokens=tokens)

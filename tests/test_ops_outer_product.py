@@ -95,6 +95,21 @@ def test_blocks_of_a_wide_factor(monkeypatch, accumulate):
     assert_within_budget(out, x, scale=2.0)
 
 
+def test_grouped_accumulates_below_the_diagonal_and_is_mirrored_once(monkeypatch):
+    monkeypatch.setattr(reference, "_BLOCK", 8)
+    xs = [torch.randn(50, 37), torch.randn(20, 3)]
+    outs = [torch.zeros(37, 37), torch.zeros(3, 3)]
+    for _ in range(2):
+        ops.grouped_outer_product(xs, outs=outs, lower=True)
+    assert not outs[0].triu(20).any()  # what is above was left alone
+    for x, out in zip(xs, outs, strict=True):
+        ops.mirror_lower(out)
+        assert torch.equal(out, out.T)
+        assert_within_budget(out, x, scale=2.0)
+    with pytest.raises(ValueError, match="grouped_outer_product: lower: expected outs to accumulate into, got None"):
+        ops.grouped_outer_product(xs, lower=True)
+
+
 def test_grouped_equals_float64_for_ragged_widths():
     shapes = [(30, 8), (0, 3), (1, 17), (64, 4), (30, 1)]
     xs = [torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, (*DTYPES, torch.float32), strict=True)]

@@ -138,14 +138,31 @@ def test_a_model_without_forward_mode():
     assert "setup_context" in laplace._pushforward.reasons["forward"]
 
 
-def test_an_architecture_without_forward_mode():
-    """Bloom's own activation has a backward pass, written by hand, and nothing else."""
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 24, "initializer_range": 0.3, "pad_token_id": 0}
+GROUPED = {**SIZES, "num_key_value_heads": 1, "head_dim": 8}
+ARCHITECTURES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "cohere"), GROUPED),
+    **dict.fromkeys(("phi", "phi3", "gpt_neox", "falcon", "gpt2"), SIZES),
+    "gptj": {**SIZES, "rotary_dim": 4},
+    "opt": {**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16},
+    "mixtral": {**GROUPED, "num_local_experts": 2},
+    "bloom": SIZES,
+}
+# Grouped matrix products, and an activation with a backward pass that is written by hand.
+WITHOUT_FORWARD_MODE = ("mixtral", "bloom")
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_architectures(kind):
     torch.manual_seed(0)
-    config = transformers.BloomConfig(
-        vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2, initializer_range=0.3, pad_token_id=0
-    )
-    targets = ("query_key_value", "dense_4h_to_h")
-    model = lora(transformers.BloomForCausalLM(config), targets, task_type="CAUSAL_LM").double()
+    config = transformers.AutoConfig.for_model(kind, **ARCHITECTURES[kind])
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    # The router's own layer is not called as a layer.
+    targets = ("q_proj", "v_proj") if kind == "mixtral" else "all-linear"
+    model = lora(base, targets, task_type="CAUSAL_LM")
+    # Grouped matrix products take no float64; the others compute in float32 where their norms and rotations do.
+    model = model if kind == "mixtral" else model.double()
     case = causal_case(model, (5, 3), None, VOCABULARY)
     laplace = fitted(case, fisher="mc")
     expected = weight_samples(laplace, 4)
@@ -154,8 +171,8 @@ def test_an_architecture_without_forward_mode():
     assert posterior.method == "none yet"
     drawn = posterior._sampler.draw(posterior._batch, 4, False, None)
     pushed = sum(torch.einsum("ncij,sij->snc", jacobian[m], expected[m]) for m in jacobian)
-    assert relative(drawn.hidden, pushed) < 1e-5
-    assert posterior.method == "double-backward"
+    assert relative(drawn.hidden, pushed) < (1e-4 if kind == "mixtral" else 1e-5)
+    assert posterior.method == ("double-backward" if kind in WITHOUT_FORWARD_MODE else "forward")
 
 
 def fused(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

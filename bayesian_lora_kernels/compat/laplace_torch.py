@@ -6,6 +6,7 @@ padding out. What differs in numbers from laplace-torch's own backends, and why,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
@@ -62,7 +63,7 @@ class _HalfKron(Kron):
         return type(whole)(vectors, values, damping=damping)
 
 
-class _Blk(CurvatureInterface):
+class _Blk(CurvatureInterface, ABC):
     """What both backends share: passes over one batch of a model whose trainable parameters are all in `nn.Linear`."""
 
     @cached_property
@@ -230,8 +231,9 @@ class _Blk(CurvatureInterface):
         dtype = recorded.logits.dtype
         return self.factor * loss, _HalfKron(kfacs, dtype) if dtype in HALF_PRECISION else Kron(kfacs)
 
+    @abstractmethod
     def _cotangents(self, logits: Tensor, y: Tensor, gradient: Tensor, samples: int) -> Iterable[tuple[Tensor, bool]]:
-        raise NotImplementedError
+        """Output cotangents whose second moment is the Fisher of one batch, and whether each is the last."""
 
 
 class BlkGGN(_Blk, GGNInterface):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, Sequence
 
-import torch
 from torch import Tensor
 
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.model.capture import Capture, LayerInput
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.posterior.kronecker import KroneckerPosterior
-from bayesian_lora_kernels.predictive.jacobians import logit_gradients, narrow_layers, weight_jacobian
+from bayesian_lora_kernels.predictive.jacobians import contraction, logit_gradients, narrow_layers, weight_jacobian
 
 
 class LazyJacobian(MutableMapping[str, Tensor]):
@@ -77,8 +76,6 @@ class LazyJacobian(MutableMapping[str, Tensor]):
         layer = self._layers[owner]
         if layer.shape != posterior.shape or not set(layer.parameters()) <= self._owner.keys():
             return None
-        (a, mask, _), g = self._inputs[owner], self._gradients[owner]
-        if owner in self._weight_gradients:  # to the contraction a layer whose tokens are the unit vectors
-            a = torch.eye(a.shape[2], dtype=g.dtype, device=g.device).expand(len(g), -1, -1)
-            g, mask = g.mT, None
+        narrow = owner in self._weight_gradients
+        a, g, mask = contraction(self._inputs[owner], self._gradients[owner], narrow, {})
         return ops.jacobian_covariance(a, g, posterior, mask=mask)

@@ -47,6 +47,13 @@ def int64_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return table.to(device, non_blocking=True)
 
 
+def in_vectors(matrix: Tensor) -> bool:
+    """Whether the rows of ``matrix: [M, d]`` are pieces of 16 aligned bytes, which a kernel then loads at once."""
+    vector = 16 // matrix.element_size()
+    strides = matrix.stride(1) == 1 and matrix.stride(0) % vector == 0
+    return strides and matrix.shape[1] % vector == 0 and matrix.data_ptr() % 16 == 0
+
+
 def triton_refuses(*tensors: Tensor) -> str | None:
     """Why the Triton kernels cannot take these tensors (device, float64), or None."""
     for tensor in tensors:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 
+import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.model.capture import Capture, LayerInput, accumulate_dtype
@@ -48,3 +49,25 @@ def weight_jacobian(seen: LayerInput, gradients: Tensor) -> Tensor:
     dtype = accumulate_dtype(seen.a, gradients)
     a = seen.a if seen.mask is None else seen.a.masked_fill(~seen.mask[:, :, None], 0)
     return gradients.to(dtype).mT @ a.to(dtype)[:, None]
+
+
+def contraction(
+    seen: LayerInput, gradients: Tensor, narrow: bool, units: dict[Hashable, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `ops.jacobian_covariance` takes of a layer: `a`, `g` and `mask`.
+
+    To it, a narrow layer with its weight gradient is a layer whose tokens are the unit vectors.
+
+    Args:
+        seen: the layer's input.
+        gradients: of `logit_gradients`.
+        narrow: whether they are weight gradients.
+        units: the unit vectors made so far, which layers share.
+    """
+    if not narrow:
+        return seen.a, gradients, seen.mask
+    n, width = len(gradients), gradients.shape[-1]
+    key = n, width, gradients.dtype, gradients.device
+    if key not in units:
+        units[key] = torch.eye(width, dtype=gradients.dtype, device=gradients.device).expand(n, -1, -1)
+    return units[key], gradients.mT, None

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.memory import examples_within, frugal_examples
 from bayesian_lora_kernels.posterior.exact import ExactPosterior
 from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
-from bayesian_lora_kernels.predictive.jacobians import logit_gradients, narrow_layers
+from bayesian_lora_kernels.predictive.jacobians import contraction, logit_gradients, narrow_layers
 
 MAX_LOGITS = 4096
 
@@ -121,37 +121,31 @@ class LogitPredictor:
     ) -> list[Tensor]:
         """Sum over layers of the covariance contractions, one grouped operation per device and prior.
 
-        A layer with fewer inputs than tokens hands over its weight gradient: to the contraction it is a layer whose
-        tokens are the unit vectors, and its wide output gradients never pile up.
+        A layer with fewer inputs than tokens hands over its weight gradient: its wide output gradients never pile up.
         """
-        compressed = narrow_layers(recorded)
-        g = logit_gradients(recorded, indices, compressed)  # [N, C, T, d_out] or [N, C, d_out, d_in]
-        a = {name: one.a for name, one in recorded.inputs.items()}
-        masks = {name: one.mask for name, one in recorded.inputs.items()}
-        units: dict[tuple[Any, ...], Tensor] = {}
-        for name in compressed:
-            g[name] = g[name].mT
-            n, _, width, _ = g[name].shape
-            key = (n, width, g[name].dtype, g[name].device)
-            if key not in units:
-                units[key] = torch.eye(width, dtype=key[2], device=key[3]).expand(n, -1, -1)
-            a[name], masks[name] = units[key], None
+        narrow = narrow_layers(recorded)
+        gradients = logit_gradients(recorded, indices, narrow)
+        units: dict[Hashable, Tensor] = {}
+        parts = {
+            name: contraction(recorded.inputs[name], gradient, name in narrow, units)
+            for name, gradient in gradients.items()
+        }
         devices: dict[torch.device, list[str]] = {}
-        for name, x in a.items():
-            devices.setdefault(x.device, []).append(name)
+        for name, (a, _, _) in parts.items():
+            devices.setdefault(a.device, []).append(name)
         covariances = []
         for prior in priors:
             layers = posterior.with_prior(prior)
-            parts = [
+            sums = [
                 ops.grouped_jacobian_covariance(
-                    [a[name] for name in names],
-                    [g[name] for name in names],
+                    [parts[name][0] for name in names],
+                    [parts[name][1] for name in names],
                     [layers[name] for name in names],
-                    masks=[masks[name] for name in names],
+                    masks=[parts[name][2] for name in names],
                 )
                 for names in devices.values()
             ]
-            covariances.append(torch.stack([part.to(parts[0].device) for part in parts]).sum(dim=0))
+            covariances.append(torch.stack([one.to(sums[0].device) for one in sums]).sum(dim=0))
         return covariances
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import native
-from ..device import architecture, int64_table, multiprocessors, on_device
+from ..device import architecture, in_vectors, int64_table, multiprocessors, on_device
 from ..masking import zero_masked
 from ..shipped import Shipped
 from ..tuning import choose_configuration
@@ -109,11 +109,8 @@ class _Stream:
     fresh: int
 
     def kind(self) -> _Class:
-        vector = 16 // self.x.element_size()
-        contiguous = self.x.stride(1) == 1 and self.x.stride(0) % vector == 0 and self.x.data_ptr() % 16 == 0
-        contiguous = contiguous and self.x.shape[1] % vector == 0
         widest = max(16, self.out.shape[1], self.basis.shape[1])
-        return _Class(self.x.dtype, triton.next_power_of_2(widest), contiguous, self.mask is not None)
+        return _Class(self.x.dtype, triton.next_power_of_2(widest), in_vectors(self.x), self.mask is not None)
 
     def fields(self, first_m: int, first_d: int) -> tuple[int, ...]:
         columns = min(self.out.shape)

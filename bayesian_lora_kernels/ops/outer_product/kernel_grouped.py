@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import int64_table, multiprocessors, on_device
+from ..device import in_vectors, int64_table, multiprocessors, on_device
 from ..shipped import Shipped
 from .kernel import PRECISION, choose_splits
 from .kernel import outer_product as outer_product_alone
@@ -207,15 +207,8 @@ class _Class:
         return self.block > (WIDEST if self.contiguous or self.dtype != torch.float32 else 64)
 
 
-def _in_vectors(matrix: Tensor) -> bool:
-    """Whether its rows are pieces of 16 aligned bytes."""
-    vector = 16 // matrix.element_size()
-    strides = matrix.stride(1) == 1 and matrix.stride(0) % vector == 0
-    return strides and matrix.shape[1] % vector == 0 and matrix.data_ptr() % 16 == 0
-
-
 def _class_of(out: Tensor, x: Tensor, mask: Tensor | None) -> _Class:
-    contiguous = _in_vectors(x) and _in_vectors(out)
+    contiguous = in_vectors(x) and in_vectors(out)
     return _Class(x.dtype, max(16, triton.next_power_of_2(x.shape[1])), contiguous, mask is not None)
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import int64_table, multiprocessors, on_device
+from ..device import in_vectors, int64_table, multiprocessors, on_device
 from ..shipped import Shipped
 
 _FIELDS = tl.constexpr(7)  # x, mask, rows, width, and the strides of x and of the mask
@@ -69,17 +69,11 @@ def square_sum_kernel(
     tl.store(parts_ptr + module.to(tl.int64) * tl.num_programs(1) + part, tl.sum(total, axis=0))
 
 
-def _is_in_vectors(x: Tensor) -> bool:
-    """Whether its rows are pieces of 16 aligned bytes."""
-    vector = 16 // x.element_size()
-    return x.stride(1) == 1 and x.stride(0) % vector == 0 and x.shape[1] % vector == 0 and x.data_ptr() % 16 == 0
-
-
 def grouped_square_sum(out: Tensor, xs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
     """As ``reference.grouped_square_sum``, in Triton."""
     classes: dict[tuple[torch.dtype, bool, bool, int], list[int]] = {}
     for i, (x, mask) in enumerate(zip(xs, masks, strict=True)):
-        kind = x.dtype, _is_in_vectors(x), mask is not None, _WIDTHS[x.shape[1] > 2 * _WIDTHS[0]]
+        kind = x.dtype, in_vectors(x), mask is not None, _WIDTHS[x.shape[1] > 2 * _WIDTHS[0]]
         classes.setdefault(kind, []).append(i)
     order = [i for members in classes.values() for i in members]
     with on_device(out):
