@@ -14,6 +14,7 @@ from bayesian_lora_kernels.curvature.factors import TOKENS, FactorSettings
 from bayesian_lora_kernels.curvature.fit import CurvatureFit, Fit, FitSettings
 from bayesian_lora_kernels.curvature.likelihood import FISHERS, LIKELIHOODS
 from bayesian_lora_kernels.model.batches import inputs_and_labels
+from bayesian_lora_kernels.model.findings import CHECKS
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction
 from bayesian_lora_kernels.model.layers import find_layers
 from bayesian_lora_kernels.posterior import archive, storage
@@ -27,6 +28,7 @@ from bayesian_lora_kernels.predictive.pushforward import Pushforward
 from bayesian_lora_kernels.predictive.scoring import TokenScores, score_tokens
 from bayesian_lora_kernels.predictive.tuning import minimise_nll
 from bayesian_lora_kernels.predictive.vocabulary import SAMPLES, VocabularyPosterior, vocabulary_posterior
+from bayesian_lora_kernels.surroundings import without_autocast
 
 CURVATURES = ("kfac", "ekfac", "exact")
 PriorPrecision = float | Tensor | Mapping[str, float | Tensor]
@@ -61,6 +63,8 @@ class LaplaceLoRA:
         modules: regular expression or list of names; default: every trainable `nn.Linear`.
         row_dtype: in which `exact` stores its rows; None: that of the gradients (float32, or float64).
         seed: of everything random in `fit`.
+        check: when what is taken for granted of the model is checked (docs/method.md): `first`, on the first batch of
+            every kind, the second, and then ever more seldom; `always`; `off`.
 
     Raises:
         ValueError, TypeError: for a model without trainable `nn.Linear` parameters, with trainable parameters
@@ -85,6 +89,7 @@ class LaplaceLoRA:
         modules: str | Sequence[str] | None = None,
         row_dtype: torch.dtype | None = None,
         seed: int = 0,
+        check: str = "first",
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -94,16 +99,17 @@ class LaplaceLoRA:
         _check_choice("curvature", curvature, CURVATURES)
         _check_choice("fisher", fisher, FISHERS)
         _check_choice("tokens", tokens, TOKENS)
+        _check_choice("check", check, CHECKS)
         _check_positive("rank", rank, optional=True)
         _check_positive("rank_threshold", rank_threshold)
         _check_positive("fisher_samples", fisher_samples)
         _check_positive("memory_budget", memory_budget, optional=True)
         if row_dtype is not None and not (isinstance(row_dtype, torch.dtype) and row_dtype.is_floating_point):
             raise TypeError(f"row_dtype: expected a floating-point torch.dtype, got {row_dtype!r}")
-        self.model = model
+        self._forward = Forward(model, forward, class_token_ids, check=check)
+        self.model = self._forward.model
         self.likelihood = likelihood
-        self._forward = Forward(model, forward, class_token_ids)
-        self._layers = find_layers(model, modules, self._forward.head_rows)
+        self._layers = find_layers(self.model, modules, self._forward.head_rows)
         self._settings = FitSettings(
             curvature=curvature,
             fisher=fisher,
@@ -117,6 +123,7 @@ class LaplaceLoRA:
         self._pushforward = Pushforward()
         self._prior = self._per_layer(prior_precision)
 
+    @without_autocast
     def fit(self, loader: Iterable[Any], progress: bool = True) -> LaplaceLoRA:
         """Measure the curvature at the current weights.
 
@@ -138,6 +145,7 @@ class LaplaceLoRA:
         ).run()
         return self
 
+    @without_autocast
     def log_marginal_likelihood(self, prior_precision: PriorPrecision | None = None) -> Tensor:
         """Laplace's estimate of `log p(labels | inputs, prior)`, 0-d float64, differentiable in `prior_precision`.
 
@@ -153,6 +161,7 @@ class LaplaceLoRA:
         prior = self._prior if prior_precision is None else self._per_layer(prior_precision)
         return log_evidence(fit.log_likelihood, fit.posterior, self._square_norms(), prior)
 
+    @without_autocast
     def optimize_prior_precision(
         self, method: str = "marglik", per_module: bool = False, val_loader: Iterable[Any] | None = None
     ) -> LaplaceLoRA:
@@ -191,6 +200,7 @@ class LaplaceLoRA:
     @overload
     def predict(self, batch: Any, outputs: Outputs = None) -> LogitPosterior: ...
 
+    @without_autocast
     def predict(
         self, batch: Any, outputs: Outputs | Literal["vocabulary"] = None
     ) -> LogitPosterior | VocabularyPosterior:
@@ -218,6 +228,7 @@ class LaplaceLoRA:
         mean, covariances, indices = self._predictor(fit).predict(bare, outputs, [self._detached_prior()])
         return LogitPosterior(mean, covariances[0], indices, self.likelihood == "classification")
 
+    @without_autocast
     def score(self, batch: Any, n_samples: int = SAMPLES, generator: torch.Generator | None = None) -> TokenScores:
         """How a causal LM rates each token of a text, and how sure it can be of that.
 
@@ -238,6 +249,7 @@ class LaplaceLoRA:
         _check_positive("n_samples", n_samples)
         return score_tokens(self._sampler(self._fitted("score"), "score"), batch, n_samples, generator)
 
+    @without_autocast
     def sample_weights(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Samples of the trainable weights, `{parameter name: [n, *shape]}`, around their MAP values.
 
@@ -267,6 +279,7 @@ class LaplaceLoRA:
                 samples[name] = value + deviation.to(value.dtype)
         return samples
 
+    @without_autocast
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the posterior into a folder, `laplace.json` and a safetensors file, whole or not at all.
 

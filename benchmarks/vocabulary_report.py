@@ -20,8 +20,8 @@ import transformers
 from torch import Tensor
 
 from bayesian_lora_kernels import LaplaceLoRA, VocabularyPosterior
-from bayesian_lora_kernels.model.capture import measuring
 from bayesian_lora_kernels.model.hidden import differentiable_attention
+from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.predictive.hidden_samples import Deviations
 from bayesian_lora_kernels.predictive.sampled_logits import SampledLogits
 

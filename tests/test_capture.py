@@ -13,9 +13,10 @@ from models import Case, bert, gpt2, llama, lora, mlp, randomise, seq2seq, t5
 from torch import Tensor, nn
 
 import bayesian_lora_kernels as blk
-from bayesian_lora_kernels.model.capture import capture, measuring
 from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.layers import find_layers
+from bayesian_lora_kernels.model.measuring import measuring
+from bayesian_lora_kernels.model.pieces import capture
 
 
 def two_adapters(active: list[str]) -> Case:

@@ -18,10 +18,12 @@ from bayesian_lora_kernels.compat.lazy_jacobian import LazyJacobian
 from bayesian_lora_kernels.compat.untouched import BoxedForward, boxed
 from bayesian_lora_kernels.curvature.factors import FactorSettings, KroneckerSums, check_finite
 from bayesian_lora_kernels.curvature.likelihood import Classification
-from bayesian_lora_kernels.model.batches import to_device, token_masks
-from bayesian_lora_kernels.model.capture import accumulate_dtype, capture, measuring
+from bayesian_lora_kernels.model.batches import MASK_KEYS, to_device
+from bayesian_lora_kernels.model.capture import accumulate_dtype
 from bayesian_lora_kernels.model.forward import Forward, model_device
-from bayesian_lora_kernels.model.layers import LinearLayer, find_layers, input_source
+from bayesian_lora_kernels.model.layers import LinearLayer, find_layers, linear_layer
+from bayesian_lora_kernels.model.measuring import measuring
+from bayesian_lora_kernels.model.pieces import capture
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior
 from bayesian_lora_kernels.predictive.logits import choose_logits
 
@@ -171,13 +173,7 @@ def calculate_kronecker_factors(
 def _matching_layers(model: nn.Module, keywords: Sequence[str], exclude_bias: bool) -> list[LinearLayer]:
     modules = dict(model.named_modules())
     layers = [
-        LinearLayer(
-            name=name,
-            module=module,
-            weight=f"{name}.weight",
-            bias=None if module.bias is None or exclude_bias else f"{name}.bias",
-            input_source=input_source(name, modules),
-        )
+        linear_layer(name, modules, {"weight"} if module.bias is None or exclude_bias else {"weight", "bias"})
         for name, module in modules.items()
         if isinstance(module, nn.Linear) and any(keyword in name for keyword in keywords)
     ]
@@ -353,7 +349,8 @@ def _last_position(output: Any, inputs: Mapping[str, Any]) -> Tensor:
     if logits.ndim != 3:
         return logits
     n, t = logits.shape[:2]
-    mask = next((m for m in token_masks(inputs) if m.shape == (n, t)), logits.new_ones((n, t), dtype=torch.bool))
+    masks = (inputs[key].bool() for key in MASK_KEYS if isinstance(inputs.get(key), Tensor))
+    mask = next((m for m in masks if m.shape == (n, t)), logits.new_ones((n, t), dtype=torch.bool))
     last = (mask.long() * torch.arange(t, device=mask.device)).argmax(dim=1).to(logits.device)
     return logits[torch.arange(n, device=logits.device), last]
 

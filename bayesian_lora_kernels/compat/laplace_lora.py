@@ -242,13 +242,18 @@ _UNUSED = {"loss", "link_approx", "n_samples", "verbose", "log_prior_prec_min", 
 
 
 class _PublishedScale(LaplaceLoRA):
-    """A divided by the number of examples, whatever the number of tokens."""
+    """A divided by the number of examples, whatever the number of tokens, and padding among them."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._forward.masked = False
 
     def fit(self, loader: Iterable[Any], progress: bool = True) -> LaplaceLoRA:
         rows = dict.fromkeys((layer.name for layer in self._layers), 0)
 
         def count(name: str, args: tuple[Tensor, ...]) -> None:
-            rows[name] += args[0][..., 0].numel()
+            if torch.is_grad_enabled():  # else it is a check of the model
+                rows[name] += args[0][..., 0].numel()
 
         handles = [
             layer.module.register_forward_pre_hook(lambda _, args, name=layer.name: count(name, args))

@@ -18,9 +18,11 @@ from bayesian_lora_kernels.compat.untouched import BoxedForward, boxed
 from bayesian_lora_kernels.curvature.factors import FactorSettings, KroneckerSums, check_finite
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.model.batches import MASK_KEYS
-from bayesian_lora_kernels.model.capture import Capture, capture, measuring
+from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.forward import IGNORED_LABEL
-from bayesian_lora_kernels.model.layers import LinearLayer, input_source
+from bayesian_lora_kernels.model.layers import LinearLayer, linear_layer
+from bayesian_lora_kernels.model.measuring import measuring
+from bayesian_lora_kernels.model.pieces import capture
 
 try:
     from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
@@ -79,23 +81,17 @@ class _Blk(CurvatureInterface, ABC):
                     f"only; freeze {name}, or use backend=CurvlinopsGGN"
                 )
             trained.setdefault(owner, set()).add(leaf)
-        return [
-            LinearLayer(
-                name=owner,
-                module=modules[owner],
-                weight=f"{owner}.weight" if "weight" in leaves else None,
-                bias=f"{owner}.bias" if "bias" in leaves else None,
-                input_source=input_source(owner, modules),
-            )
-            for owner, leaves in trained.items()
-        ]
+        return [linear_layer(owner, modules, leaves) for owner, leaves in trained.items()]
+
+    @cached_property
+    def _forward(self) -> BoxedForward:
+        return BoxedForward(self.model, lambda model, inputs: model(inputs), masked=True)
 
     def _capture(self, x: Any) -> Capture:
         batch = boxed(x)
         if isinstance(x, Mapping):
-            batch |= {key: x[key] for key in (*MASK_KEYS, "decoder_input_ids") if key in x}
-        forward = BoxedForward(self.model, lambda model, inputs: model(inputs), masked=False)
-        return capture(self._layers, forward, batch)
+            batch |= {key: x[key] for key in MASK_KEYS if key in x}
+        return capture(self._layers, self._forward, batch)
 
     def _flat(self, gradients: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """`{layer: [N, d_out, d_in]}` as `[N, P]`, in the order of the parameters."""

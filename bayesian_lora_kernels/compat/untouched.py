@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from bayesian_lora_kernels.model.forward import Forward
 
@@ -28,24 +28,8 @@ class BoxedForward(Forward):
     Args:
         model: the model.
         forward_call: the user's, from its own batches to logits.
-        masked: whether padding is left out: the attention mask is then read off the call of the model, because the
-            batch may be anything.
+        masked: whether padding is left out, as the calls of the model say it.
     """
 
     def __init__(self, model: nn.Module, forward_call: Callable[[nn.Module, Any], Any], masked: bool):
-        super().__init__(model, self._call)
-        self._forward_call = forward_call
-        self._masked = masked
-
-    def _call(self, model: nn.Module, batch: dict[str, Any]) -> Any:
-        def note_mask(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            mask = kwargs.get("attention_mask")
-            if isinstance(mask, Tensor) and mask.ndim == 2:
-                batch["attention_mask"] = mask
-
-        handle = model.register_forward_pre_hook(note_mask, with_kwargs=True) if self._masked else None
-        try:
-            return self._forward_call(model, batch[_KEY].value)
-        finally:
-            if handle is not None:
-                handle.remove()
+        super().__init__(model, lambda model, batch: forward_call(model, batch[_KEY].value), masked=masked)

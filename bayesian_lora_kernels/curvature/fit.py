@@ -14,11 +14,13 @@ from tqdm.auto import tqdm
 from bayesian_lora_kernels.curvature.eigenvalues import EigenvalueSum
 from bayesian_lora_kernels.curvature.factors import FactorSettings, KroneckerSums, check_finite, square_sums
 from bayesian_lora_kernels.curvature.likelihood import Likelihood
-from bayesian_lora_kernels.model.batches import batch_size, slice_batch, to_device
-from bayesian_lora_kernels.model.capture import Capture, capture, measuring
+from bayesian_lora_kernels.model.batches import batch_size, to_device
+from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer
+from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.memory import default_budget, examples_within
+from bayesian_lora_kernels.model.pieces import captures
 from bayesian_lora_kernels.posterior.exact import ExactPosterior
 from bayesian_lora_kernels.posterior.kronecker import (
     Eigenbasis,
@@ -178,13 +180,7 @@ class CurvatureFit:
                     step = examples_within(
                         self.settings.memory_budget, batch, self.layers, weight_gradients=weight_gradients
                     )
-                for start in range(0, size or 1, step or 1):
-                    piece = (
-                        batch
-                        if step is None or step >= (size or 1)
-                        else slice_batch(batch, start, start + step, size or 1)
-                    )
-                    recorded = capture(self.layers, self.forward, piece, all_labels=True)
+                for _, recorded in captures(self.layers, self.forward, batch, step or 1, all_labels=True):
                     self._count(recorded, totals)
                     yield index, recorded
             except (ValueError, TypeError) as error:

@@ -1,23 +1,31 @@
 """Inputs and output gradients of the linear layers: the only place that reaches into a running model.
 
 One forward pass records every layer's input and puts an identity node behind its output. A backward pass then runs from
-the logits to those nodes and nowhere else: no weight gradient is formed and no `.grad` is touched.
+the logits to those nodes and nowhere else: no weight gradient is formed and no `.grad` is touched. What this takes for
+granted of a model is checked in `checks.py`.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bayesian_lora_kernels.model.batches import token_masks
 from bayesian_lora_kernels.model.forward import Forward, ForwardResult
 from bayesian_lora_kernels.model.layers import LinearLayer
+from bayesian_lora_kernels.model.layouts import Layout
+from bayesian_lora_kernels.model.masks import Scopes, TokenMask
+from bayesian_lora_kernels.model.measuring import hooked, undo_when_measured
+
+Receive = Callable[[str, int, Tensor], None]
+
+
+class NotByExample(Exception):
+    """A layer's input or gradients cannot be told apart by example; with one example at a time they need not be."""
 
 
 class LayerInput(NamedTuple):
@@ -34,16 +42,26 @@ class LayerInput(NamedTuple):
     key: tuple[Any, ...]
 
 
-class _Call(NamedTuple):
-    a: Tensor  # the module's input, as it came
-    version: int  # of its storage then
+class Call(NamedTuple):
+    """One call of a layer.
+
+    Attributes:
+        a: the module's input, as it came: `[..., in_features]`.
+        version: of its storage then.
+        key: of that tensor.
+        masks: that may describe its tokens, the likeliest first.
+    """
+
+    a: Tensor
+    version: int
     key: tuple[Any, ...]
+    masks: tuple[TokenMask, ...]
 
 
 class _Mailbox:
     """Where taps deliver. It knows nothing of the capture, so that the graph does not keep the capture alive."""
 
-    receive: Callable[[str, int, Tensor], None] | None = None
+    receive: Receive | None = None
 
 
 class _Tap(torch.autograd.Function):
@@ -66,9 +84,10 @@ class Capture:
     """One forward pass with its graph: layer inputs now, output gradients for any cotangent on request."""
 
     def __init__(self, layers: Sequence[LinearLayer], forward: Forward):
-        self._layers = {layer.name: layer for layer in layers}
-        self._forward = forward
-        self._calls: dict[str, list[_Call]] = {layer.name: [] for layer in layers}
+        self.layers = {layer.name: layer for layer in layers}
+        self.forward = forward
+        self.calls: dict[str, list[Call]] = {layer.name: [] for layer in layers}
+        self._layouts: dict[str, list[Layout]] = {}
         self._mailbox = _Mailbox()
         self._sink: Tensor | None = None
         self.result: ForwardResult
@@ -79,77 +98,111 @@ class Capture:
         """`[N, C]` or `[N, T, C]`, with their graph."""
         return self.result.logits
 
-    def run(self, batch: Any, all_labels: bool) -> None:
-        """The forward pass, with hooks that are gone when it ends."""
+    def run(self, batch: Any, all_labels: bool, differentiable: bool = False) -> None:
+        """The forward pass, with hooks that are gone when it ends.
+
+        Args:
+            batch: on the model's device.
+            all_labels: see `Forward`.
+            differentiable: whether autograd, too, shall be able to differentiate with respect to the layers' weights.
+        """
+        scopes = Scopes(self.forward.batch_masks(batch))
         sources: dict[int, tuple[Any, ...]] = {}
+        masks: dict[int, tuple[TokenMask, ...]] = {}
         seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         serial = itertools.count()
 
         def identify(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if x is None:
-                sources[id(module)] = (next(serial),)
+                sources[id(module)], masks[id(module)] = (next(serial),), ()
                 return
             known = seen.get(id(x))
             if known is None or known[0]() is not x:  # an address may be used again once its tensor has gone
                 known = seen[id(x)] = (weakref.ref(x), next(serial))
             sources[id(module)] = (known[1], x._version)
+            masks[id(module)] = scopes.about(x)
 
-        def record(layer: LinearLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            a = (args[0] if args else kwargs["input"]).detach()
-            calls = self._calls[layer.name]
-            key = (sources[id(layer.input_source)], a.dtype, bool(layer.weight), bool(layer.bias))
-            calls.append(_Call(a, a._version, key))
-            if self._sink is None:
-                self._sink = torch.zeros((), device=output.device, requires_grad=True)
-            return _Tap.apply(output, self._sink, self._mailbox, layer.name, len(calls) - 1)
+        def recorder(layer: LinearLayer) -> Any:
+            def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+                a = (args[0] if args else kwargs["input"]).detach()
+                calls = self.calls[layer.name]
+                key = (sources[id(layer.input_source)], a.dtype, bool(layer.weight), bool(layer.bias))
+                calls.append(Call(a, a._version, key, masks[id(layer.outer)]))
+                if self._sink is None:
+                    self._sink = torch.zeros((), device=output.device, dtype=torch.float32, requires_grad=True)
+                return _Tap.apply(output, self._sink, self._mailbox, layer.name, len(calls) - 1)
 
-        handles = []
-        try:
-            for layer in self._layers.values():
-                handles.append(layer.input_source.register_forward_pre_hook(identify, with_kwargs=True, prepend=True))
-                handles.append(
-                    layer.module.register_forward_hook(
-                        lambda _m, args, kwargs, output, layer=layer: record(layer, args, kwargs, output),
-                        with_kwargs=True,
-                    )
-                )
-            self.result = self._forward(batch, all_labels=all_labels)
-        finally:
-            for handle in handles:
-                handle.remove()
+            return record
+
+        if differentiable:
+            self._require_gradients()
+        sourced = {id(m): m for layer in self.layers.values() for m in (layer.input_source, layer.outer)}
+        enter, leave = scopes.hooks(self.forward.model) if self.forward.masked else ([], [])
+        with hooked(
+            [*enter, *((m, identify) for m in sourced.values())],
+            [*((layer.module, recorder(layer)) for layer in self.layers.values()), *leave],
+        ):
+            self.result = self.forward(batch, all_labels=all_labels)
         if self._sink is None or not self.result.logits.requires_grad:
             raise ValueError(
                 "forward: the logits do not depend on any of the layers: none was called, or forward runs under "
                 "torch.no_grad()"
             )
-        self._collect_inputs([mask for mask in token_masks(batch) if not mask.all()])
+        self._check_unchanged()
 
-    def _collect_inputs(self, masks: list[Tensor]) -> None:
-        n = self.result.logits.shape[0]
+    def _require_gradients(self) -> None:
+        frozen = [p for layer in self.layers.values() for p in layer.parameters().values() if not p.requires_grad]
+
+        def freeze() -> None:
+            for p in frozen:
+                p.requires_grad_(False)
+
+        if frozen:
+            undo_when_measured(freeze)
+        for p in frozen:
+            p.requires_grad_(True)
+
+    def _check_unchanged(self) -> None:
+        for name, calls in self.calls.items():
+            if self.layers[name].weight and any(call.a._version != call.version for call in calls):
+                raise ValueError(f"{name}: its input was changed in place after it had used it")
+
+    def read_inputs(self) -> None:
+        """Fill in `inputs`, as the checks' findings about this model say.
+
+        Raises:
+            NotByExample: if no reading of some layer's input as N examples is known.
+        """
+        n, findings = self.result.logits.shape[0], self.forward.findings
+        self.inputs, self._layouts = {}, {}
         shared: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
-        for name, calls in self._calls.items():
+        for name, calls in self.calls.items():
             if not calls:
                 continue
-            layer = self._layers[name]
-            if layer.weight and any(call.a._version != call.version for call in calls):
-                raise ValueError(f"{name}: its input was changed in place after it had used it")
-            head_mask = self.result.head_mask if self._forward.in_head(name) else None
-            key = (*(call.key for call in calls), head_mask is not None)
+            layer = self.layers[name]
+            readings = [findings.layout(name, i, call.a.shape, n) for i, call in enumerate(calls)]
+            if any(layout is None for layout in readings):
+                seen = ", ".join(str(list(call.a.shape)) for call in calls[:3])
+                raise NotByExample(
+                    f"{name}: its input, of shape {seen}, does not have the batch's {n} examples in any of its "
+                    "leading dimensions"
+                )
+            layouts = [layout for layout in readings if layout is not None]
+            head_mask = self.result.head_mask if self.forward.in_head(name) else None
+            key: tuple[Any, ...] = tuple(
+                (call.key, layout, *map(id, call.masks), findings.relation(name, i), head_mask is not None)
+                for i, (call, layout) in enumerate(zip(calls, layouts, strict=True))
+            )
             if key not in shared:
-                tokens = [as_tokens(call.a, n, name) for call in calls]
-                counted = [_token_mask(x, masks, head_mask) for x in tokens]
-                mask = counted[0].to(tokens[0].device) if len(counted) == 1 and counted[0] is not None else None
-                if len(counted) > 1 and any(m is not None for m in counted):
-                    mask = torch.cat(
-                        [
-                            x.new_ones(x.shape[:2], dtype=torch.bool) if m is None else m.to(x.device)
-                            for x, m in zip(tokens, counted, strict=True)
-                        ],
-                        dim=1,
-                    )
+                tokens = [layout.tokens(call.a, n) for layout, call in zip(layouts, calls, strict=True)]
+                masks = [
+                    head_mask if head_mask is not None else findings.mask(name, i, call.masks, call.a.shape, layout, n)
+                    for i, (call, layout) in enumerate(zip(calls, layouts, strict=True))
+                ]
                 a = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
-                shared[key] = (layer.extend_input(a), mask)
+                shared[key] = (layer.extend_input(a), _joined(masks, tokens))
+            self._layouts[name] = layouts
             self.inputs[name] = LayerInput(*shared[key], key)
 
     def backward(
@@ -172,10 +225,8 @@ class Capture:
         n = self.result.logits.shape[0]
 
         def receive(name: str, call: int, g: Tensor) -> None:
-            layer, (a, mask, _) = self._layers[name], self.inputs[name]
-            g = as_tokens(g.detach(), n, name)
-            if layer.rows is not None and g.shape[-1] != len(layer.rows):
-                g = g[..., layer.rows]
+            layer, (a, mask, _) = self.layers[name], self.inputs[name]
+            g = self._layouts[name][call].tokens(layer.used_rows(g.detach()), n)
             start, stop = offsets[name][call]
             if mask is not None:
                 g = g.masked_fill(~mask[:, start:stop, None], 0)
@@ -185,34 +236,51 @@ class Capture:
             else:
                 parts[name][call] = g
 
+        self.raw_backward(cotangent, receive, (), retain_graph)
+        return {name: self._assemble(name, calls, name in weight_gradients) for name, calls in parts.items()}
+
+    def raw_backward(
+        self, cotangent: Tensor, receive: Receive, parameters: Sequence[Tensor], retain_graph: bool = True
+    ) -> tuple[Tensor | None, ...]:
+        """One backward pass.
+
+        Args:
+            cotangent: of the shape of the logits.
+            receive: is called with a layer's name, the number of its call and the gradient of that call's output.
+            parameters: of which autograd shall form the gradients, too.
+            retain_graph: whether another pass follows.
+
+        Returns:
+            The gradients of `parameters`.
+        """
+        assert self._sink is not None
         self._mailbox.receive = receive
         try:
-            torch.autograd.grad(
+            return torch.autograd.grad(
                 self.logits,
-                [self._sink] if self._sink is not None else [],
+                [self._sink, *parameters],
                 cotangent.to(self.logits.dtype),
                 retain_graph=retain_graph,
                 allow_unused=True,
-            )
+            )[1:]
         finally:
             self._mailbox.receive = None
-        return {name: self._assemble(name, calls, name in weight_gradients) for name, calls in parts.items()}
 
     def _offsets(self, name: str) -> list[tuple[int, int]]:
         n, bounds, start = self.result.logits.shape[0], [], 0
-        for call in self._calls[name]:
-            tokens = as_tokens(call.a, n, name).shape[1]
+        for call in self.calls[name]:
+            tokens = call.a[..., 0].numel() // n
             bounds.append((start, start + tokens))
             start += tokens
         return bounds
 
     def _assemble(self, name: str, parts: dict[int, Tensor], weight_gradient: bool) -> Tensor:
         """One tensor from the calls' parts; what the logits do not depend on has gradient zero."""
-        layer, a = self._layers[name], self.inputs[name].a
+        layer, a = self.layers[name], self.inputs[name].a
         n, tokens, d_in = a.shape
         if weight_gradient:
             return parts[0] if parts else a.new_zeros(n, layer.shape[0], d_in, dtype=accumulate_dtype(a))
-        if len(parts) == 1 and len(self._calls[name]) == 1:
+        if len(parts) == 1 and len(self.calls[name]) == 1:
             return parts[0]
         g = a.new_zeros(n, tokens, layer.shape[0])
         for call, (start, stop) in enumerate(self._offsets(name)):
@@ -226,27 +294,15 @@ def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def as_tokens(x: Tensor, n: int, name: str) -> Tensor:
-    """`[N, ..., d]` or `[N * T, d]` as `[N, T, d]`.
-
-    Raises:
-        ValueError: if the leading dimension cannot be the examples'.
-    """
-    if x.ndim >= 2 and x.shape[0] == n:
-        return x.reshape(n, -1, x.shape[-1])
-    if x.ndim == 2 and n and x.shape[0] % n == 0:
-        return x.reshape(n, -1, x.shape[-1])
-    raise ValueError(
-        f"{name}: expected an input of shape [{n}, ..., d] with the batch's {n} examples first, got {list(x.shape)}; "
-        "tokens that are regrouped across examples (as experts do) cannot be told apart"
-    )
-
-
-def _token_mask(x: Tensor, masks: list[Tensor], head_mask: Tensor | None) -> Tensor | None:
-    """The mask that describes `[N, T]` tokens: of all that came with the batch, the one of this length."""
-    if head_mask is not None:
-        return head_mask
-    return next((mask for mask in masks if mask.shape == x.shape[:2]), None)
+def _joined(masks: Sequence[Tensor | None], tokens: Sequence[Tensor]) -> Tensor | None:
+    """The masks of a layer's calls as one, `[N, T]`; None if every token counts."""
+    if all(mask is None for mask in masks):
+        return None
+    parts = [
+        x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.to(x.device)
+        for mask, x in zip(masks, tokens, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _weight_gradient(g: Tensor, a: Tensor, mask: Tensor | None) -> Tensor:
@@ -254,43 +310,3 @@ def _weight_gradient(g: Tensor, a: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         a = a.masked_fill(~mask[:, :, None], 0)
     return torch.bmm(g.to(dtype).mT, a.to(dtype))
-
-
-@contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
-    """Eval mode with gradients enabled; every module's own mode is back afterwards, whatever happens.
-
-    transformers checkpoints activations only in training mode. Layers that do so, and have no dropout of their own,
-    keep that flag, so that a model which was trained under checkpointing is also measured under it.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        for module, _ in modes:
-            if _checkpoints_safely(module):
-                module.training = True
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _checkpoints_safely(module: nn.Module) -> bool:
-    if not getattr(module, "gradient_checkpointing", False):
-        return False
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    reentrant = getattr(function, "keywords", {}).get("use_reentrant", True)
-    drops = any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(module).items())
-    return function is not None and not reentrant and not drops
-
-
-def capture(layers: Sequence[LinearLayer], forward: Forward, batch: Any, *, all_labels: bool = False) -> Capture:
-    """Run `forward` on a batch and record the layers. Call within `measuring`.
-
-    Raises:
-        ValueError: if the logits depend on no layer, or a layer's input does not have the examples first.
-    """
-    recorded = Capture(layers, forward)
-    recorded.run(batch, all_labels)
-    return recorded

@@ -1,23 +1,35 @@
 """From a batch to logits, without computing logits that nobody asks for.
 
 A user's own callable is taken as it is. The default serves any module that returns logits, and knows three things about
-transformers models: position ids under left padding, the one position of a causal LM that is used, and an output head
-of which only the rows of some classes are needed.
+transformers models: position ids under left padding, the decoder inputs that an encoder-decoder makes of its labels,
+and the one position of a causal LM that is used.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, token_masks
+from bayesian_lora_kernels.model.batches import DECODER_MASK, MASK_KEYS, batch_size, inputs_and_labels
+from bayesian_lora_kernels.model.findings import Checks, Findings
 from bayesian_lora_kernels.model.head import HeadModule, find_head
+from bayesian_lora_kernels.model.masks import parameters_of
+from bayesian_lora_kernels.model.measuring import hooked
+from bayesian_lora_kernels.surroundings import callers_autocast
 
 IGNORED_LABEL = -100
+NOT_SERVED = {
+    "adapter_names": "one posterior is that of one adapter's weights, but each example would use an adapter of its "
+    "own; predict the examples of each adapter by themselves, after model.set_adapter(...)",
+    "past_key_values": "the cached keys and values depend on the adapter's weights too, but their derivatives are not "
+    "in the cache; pass the whole text in input_ids",
+}
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
 
@@ -42,25 +54,47 @@ class Forward:
     """Runs the model on a batch.
 
     Args:
-        model: the model.
+        model: the model; wrappers that only distribute or compile it are taken off.
         function: `callable(model, batch) -> logits` or `(logits, mask)`, or None for the default.
         class_token_ids: `[C]`, restricts a causal LM's logits to these tokens.
+        masked: whether padding is left out of what is captured.
+        check: when assumptions about the model are checked, of CHECKS.
+
+    Attributes:
+        base: the model inside the wrappers whose forward takes the batch's columns.
+        head: of a causal LM, if the default forward can use it.
+        checks: which of them are due.
+        findings: what they found out about the model.
 
     Raises:
         ValueError: if class ids are given for a model that has no output head over a vocabulary, repeat, or lie outside
             the vocabulary.
     """
 
-    def __init__(self, model: nn.Module, function: ForwardFunction | None, class_token_ids: Any = None):
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        function: ForwardFunction | None,
+        class_token_ids: Any = None,
+        masked: bool = True,
+        check: str = "first",
+    ):
+        self.model = unwrapped(model)
         self.function = function
-        get_base: Any = getattr(model, "get_base_model", None)  # of a PeftModel
-        self.base: nn.Module = model if get_base is None else get_base()
-        self.head = None if function else find_head(model, self.base)
+        self.masked = masked
+        self.base = _base_of(self.model)
+        self.head = None if function else find_head(self.model, self.base)
         self.class_token_ids: Tensor | None = None
         if class_token_ids is not None:
             self.class_token_ids = _check_class_ids(class_token_ids, self.head, function)
-        self.accepted = set(inspect.signature(self.base.forward).parameters)
+        self.accepted = set(parameters_of(self.base))
+        self.findings, self.checks = Findings(), Checks(check)
+
+    def whole_vocabulary(self) -> Forward:
+        """The same without `class_token_ids`."""
+        whole = copy(self)
+        whole.class_token_ids = None
+        return whole
 
     @property
     def head_rows(self) -> dict[str, Tensor]:
@@ -83,16 +117,17 @@ class Forward:
                 rather than the last valid one (to predict).
 
         Raises:
-            ValueError: if what comes back is not `[N, C]` or `[N, T, C]`.
+            ValueError: if what comes back is not `[N, C]` or `[N, T, C]`, or for an input that is not served.
             TypeError: if there are no logits in it.
         """
         inputs, labels = inputs_and_labels(batch)
-        if self.function is not None:
-            result = self._custom(batch, labels)
-        elif self.head is not None and isinstance(inputs, Mapping):
-            result = self._causal(inputs, labels if all_labels else None, labels)
-        else:
-            result = self._plain(inputs, labels)
+        with callers_autocast():
+            if self.function is not None:
+                result = self._custom(batch, labels)
+            elif self.head is not None and isinstance(inputs, Mapping):
+                result = self._causal(inputs, labels if all_labels else None, labels)
+            else:
+                result = self._plain(inputs, labels)
         expected = batch_size(inputs)
         logits = result.logits
         if logits.ndim not in (2, 3) or (expected is not None and logits.shape[0] != expected):
@@ -125,38 +160,35 @@ class Forward:
         return _with_mask(_logits_of(output), labels, None)
 
     def _causal(self, inputs: Mapping[str, Any], targets: Tensor | None, labels: Tensor | None) -> ForwardResult:
-        """Hands the output head the positions that are used, and the rows of the classes that are asked for."""
+        """Hands the output head the positions that are used, and of its logits picks those of the classes."""
         assert self.head is not None
         every = targets is not None and targets.ndim == 2
         if every and self.class_token_ids is not None:
             raise ValueError("labels: expected class indices [N] together with class_token_ids, got [N, T]")
-        masks = token_masks(inputs)
+        kwargs = self.model_inputs(inputs, targets if every else None)
+        tokens = self.output_mask(kwargs)
         chosen: dict[str, Tensor] = {}
 
-        def choose(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden = args[0]
-            mask = head_mask(masks, hidden)
+        def choose(hidden: Tensor) -> Tensor:
+            mask = head_mask(tokens, hidden)
             if every:
                 assert targets is not None
                 positions, valid, labels_at = _labelled_positions(targets, shift=0 if self.seq2seq else 1)
                 chosen.update(mask=valid, labels=labels_at)
             else:
                 positions = last_valid(mask, hidden)[:, None]
+                chosen.update(positions=positions)
             index = positions.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[2])
-            return (hidden.gather(1, index), *args[1:])
+            return hidden.gather(1, index)
 
-        handle = self.head.module.register_forward_pre_hook(choose)
-        try:
-            kwargs = self.model_inputs(inputs)
-            if self.class_token_ids is not None and self.head.sliceable:
-                rows = self.head.sliced_parameters(self.class_token_ids)
-                output = torch.func.functional_call(self.model, rows, (), kwargs, tie_weights=False)
-            else:
-                output = self.model(**kwargs)
-        finally:
-            handle.remove()
-        logits = _logits_of(output)
-        if self.class_token_ids is not None and not self.head.sliceable:
+        def at_head(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return (choose(args[0]), *args[1:]), kwargs
+
+        with hooked(pre=[(self.head.module, at_head)]):
+            logits = _logits_of(self.model(**kwargs))
+        if not chosen:  # the model multiplies with the head's weight itself
+            logits = choose(logits)
+        if self.class_token_ids is not None:
             logits = logits[..., self.class_token_ids.to(logits.device)]
         if every:
             return ForwardResult(logits, chosen["mask"], chosen["labels"], chosen["mask"])
@@ -167,18 +199,166 @@ class Forward:
         """Whether the model has an encoder beside its decoder."""
         return bool(getattr(getattr(self.base, "config", None), "is_encoder_decoder", False))
 
-    def model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of the model: the batch's tensors, no cache, position ids that skip padding on the left."""
-        kwargs: dict[str, Any] = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
+    def batch_masks(self, batch: Any) -> list[Tensor]:
+        """The `[N, T]` masks of a batch as bool, for where no call inside the model names one.
+
+        Raises:
+            ValueError: if an example has no valid token at all.
+        """
+        inputs = inputs_and_labels(batch)[0]
+        masks = []
+        if self.masked and isinstance(inputs, Mapping):
+            for key in MASK_KEYS:
+                mask = inputs.get(key)
+                if isinstance(mask, Tensor) and mask.ndim == 2:
+                    valid = mask.bool()
+                    empty = ~valid.any(dim=1)
+                    if empty.any():
+                        raise ValueError(
+                            f"{key}: expected at least one valid token per example, example "
+                            f"{int(empty.nonzero()[0])} of the batch has a mask of all False"
+                        )
+                    masks.append(valid)
+        return masks
+
+    def output_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """`[N, T]` bool, which of the positions that the output head sees are real; None: all of them."""
+        mask = inputs.get(DECODER_MASK if self.seq2seq else MASK_KEYS[0])
+        if isinstance(mask, Tensor) and mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask: expected [N, T], got {list(mask.shape)}, which does not say which token of an "
+                "example is its last; pass a mask [N, T], or forward=..."
+            )
+        return mask.bool() if isinstance(mask, Tensor) else None
+
+    def model_inputs(self, inputs: Mapping[str, Any], targets: Tensor | None = None) -> dict[str, Any]:
+        """Keyword arguments of the model: the batch's columns, no cache, position ids that skip padding on the left.
+
+        Args:
+            inputs: the batch without its labels.
+            targets: `[N, T]` labels of an encoder-decoder, which its decoder inputs are made of if there are none.
+
+        Raises:
+            ValueError: for a column that changes what is computed in a way that is not served.
+        """
+        kwargs = pass_on(inputs, self.accepted)
         if "use_cache" in self.accepted:
             kwargs["use_cache"] = False
+        if self.seq2seq:
+            self._decoder_inputs(kwargs, targets)
         mask = kwargs.get("attention_mask")
-        if "position_ids" in self.accepted and "position_ids" not in kwargs and mask is not None and mask.ndim == 2:
-            left_padded = not bool(mask[:, 0].bool().all())
-            makes_its_own = any(hasattr(m, "create_position_ids_from_input_ids") for m in self.base.modules())
-            if left_padded and not makes_its_own:
-                kwargs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+        given = "position_ids" not in self.accepted or "position_ids" in kwargs or not self.findings.skips_padding
+        if not given and isinstance(mask, Tensor) and mask.ndim == 2 and is_left_padded(mask):
+            kwargs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
         return kwargs
+
+    def _decoder_inputs(self, kwargs: dict[str, Any], targets: Tensor | None) -> None:
+        """What the decoder reads, if the batch has only labels; and which of it is padding."""
+        ids = kwargs.get("decoder_input_ids")
+        if ids is None and kwargs.get("decoder_inputs_embeds") is None:
+            if self.head is None:  # a classifier, whose decoder reads the encoder's text
+                if DECODER_MASK in self.accepted and "attention_mask" in kwargs:
+                    kwargs.setdefault(DECODER_MASK, kwargs["attention_mask"])
+                return
+            if targets is None:
+                raise ValueError(
+                    "decoder_input_ids: expected what the decoder has read so far, got none; pass decoder_input_ids "
+                    "(for the first token of an answer, [N, 1] of decoder_start_token_id)"
+                )
+            kwargs["decoder_input_ids"] = decoder_inputs(self.base, targets)
+            valid = (targets != IGNORED_LABEL).flip(1).cumsum(dim=1).flip(1) > 0
+        elif isinstance(ids, Tensor) and ids.ndim == 2:
+            pad = getattr(self.base.config, "pad_token_id", None)
+            valid = (ids != (-1 if pad is None else pad)).flip(1).cumsum(dim=1).flip(1) > 0
+        else:
+            return
+        valid[:, 0] = True
+        if DECODER_MASK in self.accepted and kwargs.get(DECODER_MASK) is None and not valid.all():
+            kwargs[DECODER_MASK] = valid.long()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that compute what it computes: compiled, distributed, data-parallel."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    """The innermost of nested models whose forward names its arguments; wrappers often take `**kwargs`."""
+    while True:
+        get_base: Any = getattr(model, "get_base_model", None)  # of a PeftModel
+        inner = get_base() if get_base is not None else None
+        if inner is None and not parameters_of(model):
+            children = [child for child in model.children() if next(child.parameters(), None) is not None]
+            inner = children[0] if len(children) == 1 else None
+        if inner is None or inner is model:
+            return model
+        model = unwrapped(inner)
+
+
+def pass_on(inputs: Mapping[str, Any], accepted: Collection[str]) -> dict[str, Any]:
+    """Of a batch's columns those that go to the model: tensors, and whatever else its signature names.
+
+    Raises:
+        ValueError: for columns that would make the posterior that of something else.
+        TypeError: for a column of a kind that is neither passed on nor known to be safe to leave out.
+    """
+    for key, reason in NOT_SERVED.items():
+        if inputs.get(key) is not None:
+            raise ValueError(f"{key}: {reason}")
+    if inputs.get("return_dict") is False:
+        raise ValueError("return_dict: expected an output with .logits, return_dict=False returns a tuple")
+    kwargs = {}
+    for key, value in inputs.items():
+        if value is None:
+            continue
+        if isinstance(value, Tensor) or key in accepted:
+            kwargs[key] = value
+        elif not _is_text(value):
+            raise TypeError(
+                f"{key}: expected a tensor, or an argument that the model's forward names, got {type(value).__name__}; "
+                "leave it out of the batch, or pass forward=callable(model, batch) -> logits"
+            )
+    return kwargs
+
+
+def _is_text(value: Any) -> bool:
+    """Strings and numbers, in lists or not: columns that come along for people."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_text, value))
+    return isinstance(value, (str, bytes, int, float, bool)) or value is None
+
+
+def is_left_padded(mask: Tensor) -> bool:
+    """Whether some example of a mask `[N, T]` starts with padding."""
+    return not bool(mask[:, 0].bool().all())
+
+
+def decoder_inputs(base: nn.Module, labels: Tensor) -> Tensor:
+    """The decoder's inputs `[N, T]` that an encoder-decoder of transformers makes of its labels.
+
+    Raises:
+        ValueError: if the model has no known way to make them.
+    """
+    config: Any = base.config
+    prepare: Any = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    shift: Any = getattr(sys.modules.get(type(base).__module__), "shift_tokens_right", None)
+    labels = labels.clone()
+    if prepare is not None:
+        return prepare(labels=labels)
+    if shift is not None:
+        names = list(inspect.signature(shift).parameters)
+        more = {name: getattr(config, name) for name in names[1:]}
+        return shift(labels, **more)
+    raise ValueError(
+        f"decoder_input_ids: {type(base).__name__} has no known way to make the decoder's inputs from labels; pass "
+        "decoder_input_ids"
+    )
 
 
 def _check_class_ids(class_token_ids: Any, head: HeadModule | None, function: ForwardFunction | None) -> Tensor:
@@ -216,17 +396,16 @@ def _with_mask(logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> Fo
     return ForwardResult(logits, mask, labels)
 
 
-def head_mask(masks: Sequence[Tensor], hidden: Tensor) -> Tensor | None:
-    """Of a batch's token masks the one that describes what the output head sees, `[N, T]`; None if there are none.
+def head_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """The mask of the positions that the output head sees, `[N, T]`; None if all of them are real.
 
     Raises:
-        ValueError: if there are masks, but none of this shape.
+        ValueError: if it is not one of these positions.
     """
-    mask = next((m for m in reversed(masks) if m.shape == hidden.shape[:2]), None)
-    if masks and mask is None:
+    if mask is not None and mask.shape != hidden.shape[:2]:
         raise ValueError(
             f"forward: the output head sees {list(hidden.shape[:2])} positions, which no attention mask of the "
-            "batch describes; pass forward=..."
+            f"batch describes (it is of shape {list(mask.shape)}); pass forward=..."
         )
     return mask
 
@@ -260,6 +439,8 @@ __all__ = [
     "ForwardFunction",
     "ForwardResult",
     "head_mask",
+    "is_left_padded",
     "last_valid",
     "model_device",
+    "unwrapped",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass
@@ -15,24 +15,6 @@ class HeadModule:
     module: nn.Module
     vocabulary: int
     linears: dict[str, nn.Linear]
-
-    @property
-    def sliceable(self) -> bool:
-        """Whether every map keeps one row per token, which packed quantised weights do not."""
-        return all(
-            linear.weight.ndim == 2 and linear.weight.shape[0] == self.vocabulary and linear.weight.is_floating_point()
-            for linear in self.linears.values()
-        )
-
-    def sliced_parameters(self, rows: Tensor) -> dict[str, Tensor]:
-        """`{parameter name: its rows}`."""
-        sliced = {}
-        for name, linear in self.linears.items():
-            index = rows.to(linear.weight.device)
-            sliced[f"{name}.weight"] = linear.weight[index]
-            if linear.bias is not None:
-                sliced[f"{name}.bias"] = linear.bias[index]
-        return sliced
 
 
 def find_head(model: nn.Module, base: nn.Module) -> HeadModule | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bayesian_lora_kernels.model.batches import inputs_and_labels, token_masks
+from bayesian_lora_kernels.model.batches import inputs_and_labels
 from bayesian_lora_kernels.model.forward import Forward, head_mask, last_valid
+from bayesian_lora_kernels.model.measuring import hooked, undone
+from bayesian_lora_kernels.surroundings import callers_autocast
 
 PLAIN_ATTENTION = ("eager", "sdpa")
 
@@ -48,31 +50,44 @@ class HiddenStates:
         """
         inputs, _ = inputs_and_labels(batch)
 
-        def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def stop(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any]) -> None:
             raise _Reached(args[0])
 
-        handle = self.head.module.register_forward_pre_hook(stop, prepend=True)
+        model, swapped = self.forward.model, dict(parameters or {})
+        kwargs = self.forward.model_inputs(inputs)
         try:
-            kwargs = self.forward.model_inputs(inputs)
-            torch.func.functional_call(self.forward.model, dict(parameters or {}), (), kwargs, tie_weights=False)
+            with undone(_own_parameters(model, swapped)), hooked(pre=[(self.head.module, stop)]), callers_autocast():
+                torch.func.functional_call(model, swapped, (), kwargs, tie_weights=False)
         except _Reached as reached:
             hidden = reached.hidden
         else:
             raise ValueError(f"the model does not call its output head {self.head.name}")
-        finally:
-            handle.remove()
         if hidden.ndim != 3:
             raise ValueError(f"{self.head.name}: expected an input of shape [N, T, d], got {list(hidden.shape)}")
         return hidden
 
     def mask(self, batch: Any, hidden: Tensor) -> Tensor | None:
         """`[N, T]`, which positions of the hidden states are real; None: all of them."""
-        return head_mask(token_masks(batch), hidden)
+        inputs, _ = inputs_and_labels(batch)
+        return head_mask(self.forward.output_mask(self.forward.model_inputs(inputs)), hidden)
 
     def last(self, batch: Any, hidden: Tensor) -> Tensor:
         """`[N, d]`, the hidden state at the last valid token of each example."""
         index = last_valid(self.mask(batch, hidden), hidden).to(hidden.device)
         return hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
+
+
+def _own_parameters(model: nn.Module, names: Iterable[str]) -> Callable[[], None]:
+    """Puts a model's own parameters of these names back into place, if others have been left there."""
+    places = [(model.get_submodule(owner), leaf) for owner, _, leaf in (name.rpartition(".") for name in names)]
+    own = [(module, leaf, module._parameters[leaf]) for module, leaf in places]
+
+    def restore() -> None:
+        for module, leaf, parameter in own:
+            if module._parameters.get(leaf) is not parameter:
+                module._parameters[leaf] = parameter
+
+    return restore
 
 
 @contextmanager
@@ -89,11 +104,13 @@ def differentiable_attention(model: nn.Module) -> Iterator[None]:
                 configs[id(value)] = value
     kinds = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}
     changed = [key for key, kind in kinds.items() if isinstance(kind, str) and kind not in PLAIN_ATTENTION]
-    try:
+
+    def restore() -> None:
+        for key in changed:  # outer configurations first: setting one sets those inside it too
+            configs[key]._attn_implementation = kinds[key]
+
+    with undone(restore):
         for key in changed:
             configs[key]._attn_implementation = "sdpa"
         with sdpa_kernel(SDPBackend.MATH):
             yield
-    finally:
-        for key in changed:  # outer configurations first: setting one sets those inside it too
-            configs[key]._attn_implementation = kinds[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ class LinearLayer:
         bias: name of its bias likewise.
         input_source: the module whose own input identifies this layer's input. For a LoRA A it is the adapted layer,
             because PEFT may cast that input separately for each of q, k and v.
+        outer: the module whose own input is in the order of the model's tokens: the adapted layer, for A and for B.
         rows: `[d_out]` int64, the output rows that are used, or None for all of them.
     """
 
@@ -31,6 +32,7 @@ class LinearLayer:
     weight: str | None
     bias: str | None
     input_source: nn.Module
+    outer: nn.Module
     rows: Tensor | None = None
 
     @property
@@ -51,6 +53,10 @@ class LinearLayer:
             return a
         one = a.new_ones(()).expand(*a.shape[:-1], 1)
         return torch.cat([a, one], dim=-1) if self.weight else one
+
+    def used_rows(self, outputs: Tensor) -> Tensor:
+        """`[..., d_out]` from the module's outputs, or their gradients, `[..., out_features]`."""
+        return outputs if self.rows is None else outputs[..., self.rows]
 
     def matrix(self) -> Tensor:
         """Current parameters as `[d_out, d_in]`, detached."""
@@ -98,18 +104,20 @@ def find_layers(
         ValueError: if nothing is trainable, if a trainable parameter lies outside `nn.Linear`, is shared between
             layers, or if `modules` matches nothing; the parameters are named.
     """
-    by_module: dict[str, dict[str, str]] = {}
+    by_module: dict[str, set[str]] = {}
     outside: list[str] = []
-    owners: dict[int, list[str]] = {}
-    named_modules = dict(model.named_modules())
+    owners: dict[int, dict[str, str]] = {}
+    named_modules = dict(model.named_modules(remove_duplicate=False))
+    first_names = {id(module): name for name, module in reversed(named_modules.items())}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue
         owner, _, leaf = name.rpartition(".")
-        owners.setdefault(id(parameter), []).append(name)
+        owner = first_names[id(named_modules[owner])]  # a module that stands in several places is still one
+        owners.setdefault(id(parameter), {})[owner] = name
         if isinstance(named_modules[owner], nn.Linear) and leaf in ("weight", "bias"):
-            by_module.setdefault(owner, {})[leaf] = name
-        else:
+            by_module.setdefault(owner, set()).add(leaf)
+        elif name not in outside:
             outside.append(name)
     if not by_module and not outside:
         raise ValueError(
@@ -125,43 +133,72 @@ def find_layers(
             )
     else:
         selected = _select(list(by_module), modules)
-    chosen = set(selected)
-    for names in owners.values():
-        layers_of = {name.rpartition(".")[0] for name in names}
-        if len(layers_of) > 1 and layers_of & chosen:
-            raise ValueError(f"one parameter is shared by several modules, which is not supported: {_some(names)}")
+    for layers_of in owners.values():
+        if len(layers_of) > 1 and layers_of.keys() & set(selected):
+            raise ValueError(
+                f"one parameter is shared by several modules, which is not supported: {_some(list(layers_of.values()))}"
+            )
     for name in selected:
         _check_plain_lora(name, named_modules)
-    return [
-        LinearLayer(
-            name=name,
-            module=named_modules[name],
-            weight=by_module[name].get("weight"),
-            bias=by_module[name].get("bias"),
-            input_source=input_source(name, named_modules),
-            rows=(rows or {}).get(name),
-        )
-        for name in selected
-    ]
+        _check_present(name, named_modules[name])
+    return [linear_layer(name, named_modules, by_module[name], (rows or {}).get(name)) for name in selected]
 
 
-def input_source(name: str, named_modules: dict[str, nn.Module]) -> nn.Module:
-    """The LoRA layer around `<layer>.lora_A.<adapter>`, else the module itself."""
-    layer, _, adapter = name.rpartition(".lora_A.")
-    if layer and "." not in adapter:
-        return named_modules[layer]
-    return named_modules[name]
+def linear_layer(
+    name: str, named_modules: Mapping[str, nn.Module], trained: Collection[str], rows: Tensor | None = None
+) -> LinearLayer:
+    """The layer of one `nn.Linear`, by its name in the model.
+
+    Args:
+        name: of the module.
+        named_modules: of the model.
+        trained: which of `weight` and `bias`.
+        rows: see LinearLayer.
+    """
+    module = named_modules[name]
+    assert isinstance(module, nn.Linear)
+    adapted, part = module, ""
+    for kind in ("lora_A", "lora_B"):
+        outer, _, adapter = name.rpartition(f".{kind}.")
+        if outer and "." not in adapter:
+            adapted, part = named_modules[outer], kind  # type: ignore[assignment]
+    return LinearLayer(
+        name=name,
+        module=module,
+        weight=f"{name}.weight" if "weight" in trained else None,
+        bias=f"{name}.bias" if "bias" in trained else None,
+        input_source=adapted if part == "lora_A" else module,
+        outer=adapted,
+        rows=rows,
+    )
 
 
-def _check_plain_lora(name: str, named_modules: dict[str, nn.Module]) -> None:
-    """Variants of LoRA (DoRA and others) use the matrices in ways beside their modules' calls."""
+def _check_plain_lora(name: str, named_modules: Mapping[str, nn.Module]) -> None:
+    """Variants of LoRA (DoRA and others), and LoRA on bare parameters, use the matrices beside their modules' calls."""
     layer, _, adapter = name.replace(".lora_B.", ".lora_A.").rpartition(".lora_A.")
-    variant = getattr(named_modules.get(layer), "lora_variant", {}).get(adapter)
+    adapted = named_modules.get(layer)
+    if type(adapted).__name__ == "ParamWrapper":
+        raise ValueError(
+            f"{name}: it adapts a bare parameter (PEFT's target_parameters, as for the expert weights of a mixture of "
+            "experts), and its matrices are multiplied outside their modules' calls; leave such layers out with "
+            "modules=..., they then stay at their fine-tuned values"
+        )
+    variant = getattr(adapted, "lora_variant", {}).get(adapter)
     if variant is not None:
         raise ValueError(
             f"{name}: expected plain LoRA, its adapter is a {type(variant).__name__}, which uses the matrix outside "
             "its module's call"
         )
+
+
+def _check_present(name: str, module: nn.Module) -> None:
+    for leaf, parameter in module.named_parameters(recurse=False):
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name}.{leaf} is on the meta device: its numbers are elsewhere (accelerate's offload to the CPU or "
+                "to disk, or an empty model). Load the model so that at least the layers of the posterior stay in "
+                "memory (a device_map without offload for them), or remove accelerate's hooks"
+            )
 
 
 def _select(available: list[str], modules: str | Sequence[str]) -> list[str]:

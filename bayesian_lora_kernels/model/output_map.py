@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, slice_batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardResult
+from bayesian_lora_kernels.model.measuring import hooked
 
 # Rows of a head in another dtype that are converted at once.
 CONVERTED_ROWS = 4096
@@ -176,11 +177,8 @@ def _probe(forward: Forward, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The head's input `[d]` and output `[V]`, and the model's logits `[V]`, at the last valid token of one example."""
     assert forward.head is not None
     seen: list[tuple[Tensor, Tensor]] = []
-    handle = forward.head.module.register_forward_hook(lambda _m, args, output: seen.append((args[0], output)))
-    try:
-        final = Forward(forward.model, None)(inputs_and_labels(batch)[0], all_labels=False).logits[0]
-    finally:
-        handle.remove()
+    with hooked(post=[(forward.head.module, lambda _m, args, _k, output: seen.append((args[0], output)))]):
+        final = forward.whole_vocabulary()(inputs_and_labels(batch)[0], all_labels=False).logits[0]
     if not seen:
         raise ValueError(f"outputs='vocabulary': the model does not call its output head {forward.head.name}")
     hidden, raw = seen[0]
@@ -214,21 +212,18 @@ class UncappedForward(Forward):
     """Logits of the last valid token as they are before the model's soft cap.
 
     Args:
-        model: a causal LM.
+        forward: of a causal LM.
         scale: factor between the head's output and those logits.
     """
 
-    def __init__(self, model: nn.Module, scale: float):
-        super().__init__(model, None)
+    def __init__(self, forward: Forward, scale: float):
+        self.__dict__.update(vars(forward.whole_vocabulary()))
         self.scale = scale
 
     def __call__(self, batch: Any, *, all_labels: bool) -> ForwardResult:
         """See `Forward`."""
         assert self.head is not None
         seen: list[Tensor] = []
-        handle = self.head.module.register_forward_hook(lambda _m, _args, output: seen.append(output))
-        try:
+        with hooked(post=[(self.head.module, lambda _m, _args, _k, output: seen.append(output))]):
             result = super().__call__(batch, all_labels=all_labels)
-        finally:
-            handle.remove()
         return result._replace(logits=seen[0][:, 0] * self.scale)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from bayesian_lora_kernels.surroundings import without_autocast
+
 from . import native
 
 logger = logging.getLogger("bayesian_lora_kernels")
@@ -148,7 +150,7 @@ def choose(operation: str, impl: str, *arguments: Any) -> Callable[..., None]:
             reason = machine_refuses(wanted) or offered[wanted].refuses(*arguments)
         if reason is not None:
             raise RuntimeError(f"{operation}: impl={wanted!r} cannot run: {reason}")
-        return offered[wanted].load()
+        return without_autocast(offered[wanted].load())
     for name in IMPLEMENTATIONS:
         candidate = offered.get(name)
         if candidate is None or not candidate.suits_auto(*arguments):
@@ -158,7 +160,7 @@ def choose(operation: str, impl: str, *arguments: Any) -> Callable[..., None]:
             continue
         reason = machine_refuses(name) or candidate.refuses(*arguments)
         if reason is None:
-            return candidate.load()
+            return without_autocast(candidate.load())
         _log_once(operation, name, reason)
     raise RuntimeError(f"{operation}: no implementation takes these arguments")
 

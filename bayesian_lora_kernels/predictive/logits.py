@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels import ops
-from bayesian_lora_kernels.model.batches import batch_size, slice_batch, to_device
-from bayesian_lora_kernels.model.capture import Capture, accumulate_dtype, capture, measuring
+from bayesian_lora_kernels.model.batches import batch_size, to_device
+from bayesian_lora_kernels.model.capture import Capture, accumulate_dtype
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer
+from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.memory import examples_within, frugal_examples
+from bayesian_lora_kernels.model.pieces import captures
 from bayesian_lora_kernels.posterior.exact import ExactPosterior
 from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
 from bayesian_lora_kernels.predictive.jacobians import contraction, logit_gradients, narrow_layers
@@ -77,12 +79,9 @@ class LogitPredictor:
             step = min(step, frugal_examples(batch, self.layers))
         parts = []
         with measuring(self.model):
-            for start in range(0, size, step):
-                piece = batch if step >= size else slice_batch(batch, start, start + step, size)
-                chosen = outputs
-                if isinstance(outputs, Tensor) and outputs.ndim == 2:
-                    chosen = outputs[start : start + step]
-                parts.append(self._piece(piece, chosen, priors))
+            for rows, recorded in captures(self.layers, self.forward, batch, step):
+                chosen = outputs[rows] if isinstance(outputs, Tensor) and outputs.ndim == 2 else outputs
+                parts.append(self._piece(recorded, chosen, priors))
         means = torch.cat([mean for mean, _, _ in parts])
         covariances = [torch.cat([part[1][i] for part in parts]) for i in range(len(priors))]
         indices = parts[0][2]
@@ -91,9 +90,8 @@ class LogitPredictor:
         return means, covariances, indices
 
     def _piece(
-        self, batch: Any, outputs: Outputs, priors: Sequence[Mapping[str, Tensor]]
+        self, recorded: Capture, outputs: Outputs, priors: Sequence[Mapping[str, Tensor]]
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        recorded = capture(self.layers, self.forward, batch)
         logits = recorded.logits
         if logits.ndim != 2:
             raise ValueError(

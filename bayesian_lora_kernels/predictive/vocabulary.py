@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.output_map import OutputMap, UncappedForward
 from bayesian_lora_kernels.ops.vocabulary import VocabularyStatistics
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.hidden_samples import Deviations, HiddenSampler
 from bayesian_lora_kernels.predictive.logits import LogitPredictor
 from bayesian_lora_kernels.predictive.sampled_logits import SampledLogits
+from bayesian_lora_kernels.surroundings import without_autocast
 
 SAMPLES = 64
 
@@ -75,6 +75,7 @@ class VocabularyPosterior:
         """How the samples' derivatives are taken, with the error of an inexact one; see `Pushforward`."""
         return self._sampler.pushforward.describe()
 
+    @without_autocast
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`[n, N, V]` fresh joint samples of the logits, before a cap.
 
@@ -87,6 +88,7 @@ class VocabularyPosterior:
         drawn = self._sampler.draw(self._batch, n, False, generator)
         return SampledLogits(self._map, self.hidden, drawn, n, mirrored=False).logits()
 
+    @without_autocast
     def probs(self, n_samples: int = SAMPLES, generator: torch.Generator | None = None) -> Tensor:
         """`[N, V]`, the mean of the softmax over posterior samples.
 
@@ -99,6 +101,7 @@ class VocabularyPosterior:
         """
         return self._samples(n_samples, generator, mirrored=True).probs()
 
+    @without_autocast
     def statistics(
         self, targets: Tensor | None = None, n_samples: int = SAMPLES, generator: torch.Generator | None = None
     ) -> VocabularyStatistics:
@@ -119,6 +122,7 @@ class VocabularyPosterior:
                 raise ValueError(f"targets: expected [{len(self.hidden)}], got {list(targets.shape)}")
         return self._samples(n_samples, generator, mirrored=True).statistics(targets)
 
+    @without_autocast
     def variance(
         self, n_samples: int = SAMPLES, generator: torch.Generator | None = None, exact: int = 0
     ) -> tuple[Tensor, Tensor]:
@@ -146,6 +150,7 @@ class VocabularyPosterior:
             error.scatter_(1, top, 0)
         return estimate, error
 
+    @without_autocast
     def covariance(self, indices: Tensor) -> Tensor:
         """`[N, K, K]`, the exact covariance of chosen logits, before a cap; one backward pass for each of the K.
 
@@ -158,6 +163,7 @@ class VocabularyPosterior:
         indices = self._check_indices(torch.as_tensor(indices), "indices", (1, 2))
         return self._predictor.predict(self._batch, indices, [self._prior])[1][0]
 
+    @without_autocast
     def top(self, k: int) -> LogitPosterior:
         """The k most probable tokens of each example with their exact joint covariance, as `predict(batch, k)`.
 
@@ -214,7 +220,7 @@ def vocabulary_posterior(sampler: HiddenSampler, batch: Any, memory_budget: int 
     hidden, _ = sampler.mean(batch, every=False)
     output_map = sampler.output_map(batch)
     capped = output_map.softcap is not None
-    forward = UncappedForward(sampler.model, output_map.scale) if capped else Forward(sampler.model, None)
+    forward = UncappedForward(sampler.forward, output_map.scale) if capped else sampler.forward.whole_vocabulary()
     predictor = LogitPredictor(sampler.model, sampler.layers, forward, sampler.posterior, memory_budget)
     return VocabularyPosterior(sampler, predictor, batch, hidden, output_map, sampler.prior)
 

@@ -1,0 +1,532 @@
+"""What capturing takes for granted of a model, checked on the batch at hand; `docs/method.md` has the list.
+
+One random cotangent runs backward twice, the second time with every example's share of it scaled by a power of two of
+its own. Whatever belongs to an example then has changed by exactly its factor, in every layer; in the second pass
+autograd forms the weights' gradients beside ours. Where a padded token would take a gradient with it, and where a layer
+has tokens that no mask describes, one more forward pass with noise on the padding shows which tokens hold it. Last, one
+example runs alone, without padding and through nothing but the model itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesian_lora_kernels.model.batches import DECODER_MASK, batch_size, inputs_and_labels, slice_batch
+from bayesian_lora_kernels.model.capture import Capture, NotByExample, accumulate_dtype
+from bayesian_lora_kernels.model.findings import SAME
+from bayesian_lora_kernels.model.forward import IGNORED_LABEL, Forward, is_left_padded
+from bayesian_lora_kernels.model.layers import LinearLayer
+from bayesian_lora_kernels.model.layouts import Layout, layouts
+from bayesian_lora_kernels.model.masks import MASK, RELATIONS, Scopes, TokenMask, by_example, parameters_of
+from bayesian_lora_kernels.model.measuring import hooked
+from bayesian_lora_kernels.surroundings import callers_autocast
+
+LABELS = "labels"
+FACTORS = tuple(sign * 2.0**k for k in (0, 1, -1, 2, -2, 3, -3) for sign in (1, -1))
+PROJECTIONS = 4  # of a gradient, in which the two passes are compared: enough to see any change, and little to keep
+
+
+def kind_of(batch: Any, all_labels: bool) -> Any:
+    """What two batches must have in common for a check of one to speak for the other."""
+    inputs, labels = inputs_and_labels(batch)
+    columns: list[Any] = []
+    padding: list[Any] = []
+    several = inputs if isinstance(inputs, (Mapping, tuple, list)) else [inputs]
+    for key, value in several.items() if isinstance(several, Mapping) else enumerate(several):
+        columns.append((key, value.ndim, value.dtype) if isinstance(value, Tensor) else (key, type(value)))
+        if isinstance(key, str) and MASK in key and isinstance(value, Tensor) and value.ndim == 2:
+            padding.append((key, bool(value.all()), is_left_padded(value)))
+    shape = labels.ndim if isinstance(labels, Tensor) and all_labels else None
+    return all_labels, batch_size(batch) == 1, shape, tuple(columns), tuple(padding)
+
+
+def check(recorded: Capture, batch: Any) -> None:
+    """Check a capture, and write what is found out into `recorded.forward.findings`.
+
+    Raises:
+        ValueError: if a layer's weight is used in a way that its calls do not show, if padding counts, or if the model
+            says something else about an example that runs alone.
+        NotByExample: if some layer's examples cannot be told apart.
+        OtherPositions: if positions under left padding are not those that the model itself gives.
+    """
+    probe = _Probe(recorded)
+    probe.run()
+    _check_totals(recorded, probe)
+    _find_layouts(recorded, probe)
+    recorded.read_inputs()
+    _find_masks(recorded, probe, batch)
+    _check_alone(recorded, batch)
+
+
+class _Probe:
+    """What the two backward passes show of every call of a layer.
+
+    Attributes:
+        factors: `[N]`, of each example in the second pass.
+        first: `{(layer, call): [..., PROJECTIONS]}`, projections of the output's gradient in the first pass.
+        second: the same in the second.
+        totals: `{layer: (sum over all tokens of g a^T, the same of absolute values)}`, `[d_out, d_in]`, second pass.
+        expected: `{layer: [d_out, d_in]}`, autograd's gradient of the weight in the second pass.
+        dtypes: `{layer: the lowest dtype}` on the way to a layer's gradient.
+    """
+
+    def __init__(self, recorded: Capture):
+        self.recorded = recorded
+        n = recorded.logits.shape[0]
+        self.factors = torch.tensor([FACTORS[i % len(FACTORS)] for i in range(n)], dtype=torch.float64)
+        self.first: dict[tuple[str, int], Tensor] = {}
+        self.second: dict[tuple[str, int], Tensor] = {}
+        self.more: list[tuple[Tensor, dict[tuple[str, int], Tensor]]] = []  # further factors, for many examples
+        self.totals: dict[str, tuple[Tensor, Tensor]] = {}
+        self.expected: dict[str, Tensor] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._matrices: dict[Any, Tensor] = {}
+
+    def run(self) -> None:
+        """The passes."""
+        logits, mask = self.recorded.logits, self.recorded.result.mask
+        n = len(logits)
+        noise = torch.Generator().manual_seed(0)
+        cotangent = torch.randn(logits.shape, generator=noise, dtype=torch.float32).to(logits.device, logits.dtype)
+        if mask is not None:
+            cotangent = cotangent.masked_fill(~mask[..., None].to(logits.device), 0)
+        self._pass(cotangent, self.first, ())
+        parameters = [
+            (layer, leaf, p)
+            for layer in self.recorded.layers.values()
+            for leaf, p in (("weight", layer.module.weight), ("bias", layer.module.bias))
+            if (layer.weight if leaf == "weight" else layer.bias) and p.requires_grad
+        ]
+        gradients = self._pass(
+            self._scaled(cotangent, self.factors), self.second, [p for _, _, p in parameters], totals=True
+        )
+        self._expect([(layer, leaf, g, p) for (layer, leaf, p), g in zip(parameters, gradients, strict=True)])
+        step = len(FACTORS)
+        while step < n:  # equal factors differ in the next digit of their number
+            factors = torch.tensor([FACTORS[(i // step) % len(FACTORS)] for i in range(n)], dtype=torch.float64)
+            seen: dict[tuple[str, int], Tensor] = {}
+            self._pass(self._scaled(cotangent, factors), seen, ())
+            self.more.append((factors, seen))
+            step *= len(FACTORS)
+
+    @staticmethod
+    def _scaled(cotangent: Tensor, factors: Tensor) -> Tensor:
+        return cotangent * factors.to(cotangent.device, cotangent.dtype).reshape(-1, *[1] * (cotangent.ndim - 1))
+
+    def _pass(
+        self, cotangent: Tensor, into: dict[tuple[str, int], Tensor], parameters: Sequence[Tensor], totals: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        def receive(name: str, call: int, g: Tensor) -> None:
+            layer, a = self.recorded.layers[name], self.recorded.calls[name][call].a
+            g = layer.used_rows(g.detach())
+            wide = g.to(accumulate_dtype(g))
+            projected = wide @ self._matrix(wide)
+            into[name, call] = into[name, call] + projected if (name, call) in into else projected
+            if totals:
+                self._add_total(layer, a, wide, g.dtype)
+
+        return self.recorded.raw_backward(cotangent, receive, parameters)
+
+    def _matrix(self, g: Tensor) -> Tensor:
+        key = g.shape[-1], g.dtype, g.device
+        if key not in self._matrices:
+            noise = torch.Generator().manual_seed(1)
+            matrix = torch.randn(g.shape[-1], PROJECTIONS, generator=noise, dtype=g.dtype)
+            self._matrices[key] = matrix.to(g.device)
+        return self._matrices[key]
+
+    def _add_total(self, layer: LinearLayer, a: Tensor, g: Tensor, dtype: torch.dtype) -> None:
+        a = layer.extend_input(a)
+        lowest = min((dtype, a.dtype), key=lambda d: torch.finfo(d).bits)
+        known = self.dtypes.get(layer.name, lowest)
+        self.dtypes[layer.name] = min((known, lowest), key=lambda d: torch.finfo(d).bits)
+        g, a = g.flatten(0, -2), a.to(g.dtype).flatten(0, -2)
+        total, size = g.mT @ a, g.abs().mT @ a.abs()
+        if layer.name in self.totals:
+            before = self.totals[layer.name]
+            total, size = before[0] + total, before[1] + size
+        self.totals[layer.name] = total, size
+
+    def _expect(self, found: Sequence[tuple[LinearLayer, str, Tensor | None, Tensor]]) -> None:
+        columns: dict[str, list[Tensor]] = {}
+        layers = {layer.name: layer for layer, _, _, _ in found}
+        for layer, _, g, p in found:
+            g = torch.zeros_like(p) if g is None else g
+            g = g if g.ndim == 2 else g[:, None]
+            columns.setdefault(layer.name, []).append(g if layer.rows is None else g[layer.rows])
+        for name, layer in layers.items():
+            if len(columns[name]) == bool(layer.weight) + bool(layer.bias):
+                self.expected[name] = torch.cat(columns[name], dim=1)
+
+
+def _tolerance(dtype: torch.dtype, double: float, single: float, half: float) -> float:
+    bits = torch.finfo(dtype).bits
+    return double if bits == 64 else single if bits == 32 else half
+
+
+def _check_totals(recorded: Capture, probe: _Probe) -> None:
+    for name, expected in probe.expected.items():
+        layer = recorded.layers[name]
+        if name not in probe.totals:
+            off = float(expected.abs().max())
+            used = off > 0
+        else:
+            total, size = probe.totals[name]
+            dtype = min((probe.dtypes[name], expected.dtype), key=lambda d: torch.finfo(d).bits)
+            level = _tolerance(dtype, 1e-9, 1e-4, 2e-2) * float(size.max())
+            difference = float((total - expected.to(total.dtype)).abs().max())
+            used = not difference <= level + torch.finfo(total.dtype).tiny
+            off = difference / max(float(expected.abs().max()), torch.finfo(total.dtype).tiny)
+        if used:
+            raise ValueError(
+                f"{name}: the gradient of its weight, formed from its calls, is not autograd's (off by {off:.1e} of "
+                f"it): {_suspicion(layer, name in probe.totals)}. Leave it out with modules=..., or make it a plain "
+                "nn.Linear that is only ever called"
+            )
+
+
+def _suspicion(layer: LinearLayer, called: bool) -> str:
+    module = layer.module
+    if not called:
+        return "its weight is used, but outside its own call, by a function or another module"
+    if type(module).forward is not nn.Linear.forward:
+        return f"it is a {type(module).__name__}, a subclass of nn.Linear with a forward of its own"
+    if "forward" in vars(module):
+        return "its forward has been replaced on the instance"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "a hook on it changes what its call returns, or its weight is used outside its own call"
+    return "its weight is used outside its own call as well, by a function, another module or compiled code"
+
+
+def _find_layouts(recorded: Capture, probe: _Probe) -> None:
+    n, findings = len(recorded.logits), recorded.forward.findings
+    if n == 1:
+        return
+    for name, calls in recorded.calls.items():
+        found: list[Layout] = []
+        for i, call in enumerate(calls):
+            layout = _layout_of(recorded, probe, name, i)
+            if layout is None:
+                raise NotByExample(
+                    f"{name}: its input, of shape {list(call.a.shape)}, does not have the batch's {n} examples apart "
+                    "in any of its leading dimensions: what belongs to one example depends on another"
+                )
+            found.append(layout)
+        if found:
+            findings.layouts[name] = found
+
+
+def _layout_of(recorded: Capture, probe: _Probe, name: str, call: int) -> Layout | None:
+    """The first reading under which every example's gradients changed by exactly its factor."""
+    n, shape = len(recorded.logits), recorded.calls[name][call].a.shape
+    known = recorded.forward.findings.known_layout(name, call, shape, n)
+    options = layouts(shape, n)
+    if known is not None:
+        options = [known, *(option for option in options if option != known)]
+    first = probe.first.get((name, call))
+    if first is None:  # the logits do not depend on this call
+        return options[0] if options else None
+    passes = [(probe.factors, probe.second), *probe.more]
+    for layout in options:
+        if all(_follows(layout, first, seen[name, call], factors, n) for factors, seen in passes):
+            return layout
+    return None
+
+
+def _follows(layout: Layout, first: Tensor, second: Tensor, factors: Tensor, n: int) -> bool:
+    before, after = layout.tokens(first, n), layout.tokens(second, n)
+    expected = before * factors.to(before.device, before.dtype)[:, None, None]
+    level = _tolerance(first.dtype, 1e-9, 1e-4, 1e-4) * expected.abs().max()
+    return bool((after - expected).abs().max() <= level)
+
+
+def _find_masks(recorded: Capture, probe: _Probe, batch: Any) -> None:
+    """Which tokens are padding, for layers where the mask as it is does not say so."""
+    n, findings = len(recorded.logits), recorded.forward.findings
+    leaks, untold = [], []
+    for name, calls in recorded.calls.items():
+        if recorded.forward.in_head(name):
+            continue
+        for i, call in enumerate(calls):
+            layout = findings.layout(name, i, call.a.shape, n)
+            if layout is None or not any(mask.padded for mask in call.masks):
+                continue
+            mask = findings.mask(name, i, call.masks, call.a.shape, layout, n)
+            tokens = call.a[..., 0].numel() // n
+            if mask is not None and _leaks(recorded, probe, name, i, layout, mask):
+                leaks.append((name, i))
+            elif mask is None and tokens > 1 and findings.relations.get(name) is None and not _told(call, layout, n):
+                untold.append((name, i))
+    if not leaks and not untold:
+        return
+    noisy = _with_noisy_padding(recorded, batch)
+    if noisy is None or noisy.changed:
+        if leaks:
+            name = leaks[0][0]
+            raise ValueError(
+                f"{name}: padding counts: the logits depend on positions that the attention mask excludes"
+                + ("" if noisy is None else f" (noise there changes them by {noisy.changed:.1e} of their size)")
+                + ". Let the model, or forward=..., leave masked positions out (pool over valid tokens only, take the "
+                "last valid token, pass the mask on), or pass batches without padding"
+            )
+        if noisy is None:
+            return
+    for name, i in [*leaks, *untold]:
+        call = recorded.calls[name][i]
+        layout = findings.layout(name, i, call.a.shape, n)
+        assert layout is not None
+        assert noisy is not None
+        relation = _relation(call, layout, n, noisy.padding.get((name, i)))
+        found = findings.relations.setdefault(name, [SAME] * len(recorded.calls[name]))
+        found += [found[-1]] * (len(recorded.calls[name]) - len(found))
+        found[i] = relation
+    recorded.read_inputs()
+
+
+def _told(call: Any, layout: Layout, n: int) -> bool:
+    """Whether a mask without padding, likelier than those with it, describes the tokens of a call."""
+    tokens = call.a[..., 0].numel() // n
+    for mask in call.masks:
+        valid = by_example(mask.valid, call.a.shape, layout, n)
+        if valid is not None and valid.shape[1] == tokens:
+            return True
+    return False
+
+
+def _leaks(recorded: Capture, probe: _Probe, name: str, call: int, layout: Layout, mask: Tensor) -> bool:
+    """Whether a masked token has a gradient and an input, so that leaving it out would leave something out."""
+    g = probe.second.get((name, call))
+    if g is None:
+        return False
+    n, layer = len(recorded.logits), recorded.layers[name]
+    size = layout.tokens(g, n).abs().amax(dim=2)
+    a = layout.tokens(layer.extend_input(recorded.calls[name][call].a), n)
+    masked = ~mask.to(size.device)
+    with_gradient = size > 8 * torch.finfo(probe.dtypes[name]).eps * size.max()
+    return bool((masked & with_gradient & (a != 0).any(dim=2)).any())
+
+
+@dataclass
+class _Noisy:
+    """What noise on the padding changes.
+
+    Attributes:
+        changed: the logits, relative to their size; 0 for nothing.
+        padding: `{(layer, call): [...] bool}`, the rows of its input that changed.
+    """
+
+    changed: float
+    padding: dict[tuple[str, int], Tensor]
+
+
+@torch.no_grad()
+def _with_noisy_padding(recorded: Capture, batch: Any) -> _Noisy | None:
+    """The forward pass again with noise on what the model is given at masked positions; None if it is given nothing.
+
+    Noise goes onto embeddings, so that what a model reads off the ids themselves stays as it is, and onto inputs that
+    are vectors already.
+    """
+    forward = recorded.forward
+    scopes = Scopes(forward.batch_masks(batch))
+    touched: list[bool] = []
+    noise = torch.Generator().manual_seed(0)
+    inputs: dict[tuple[str, int], Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def disturb(x: Tensor, mask: Tensor) -> Tensor:
+        touched.append(True)
+        random = torch.randn(x.shape, generator=noise, dtype=torch.float32).to(x.device, x.dtype)
+        masked = (~mask).reshape(*mask.shape, *[1] * (x.ndim - 2)).to(x.device)
+        return torch.where(masked, x + random * (1 + x.abs().mean()), x)
+
+    def embedded(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        ids = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        if ids is None or ids.ndim != 2:
+            return None
+        mask = next((m for m in scopes.about(output) if m.valid.shape == ids.shape), None)
+        return None if mask is None or not mask.padded else disturb(output, mask.valid)
+
+    def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mask = next(iter(scopes.about(torch.empty(0))), None)
+        named = {**dict(zip(parameters_of(module), args, strict=False)), **kwargs}
+        if mask is None or not mask.padded or any(MASK not in key and _are_ids(x, mask) for key, x in named.items()):
+            return None
+
+        def one(x: Any) -> Any:
+            fits = isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 2 and x.shape[:2] == mask.valid.shape
+            return disturb(x, mask.valid) if fits else x
+
+        return tuple(map(one, args)), {key: one(value) for key, value in kwargs.items()}
+
+    def note(layer: LinearLayer) -> Any:
+        def run(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Tensor) -> None:
+            call = counts[layer.name] = counts.get(layer.name, -1) + 1
+            inputs[layer.name, call] = (args[0] if args else kwargs["input"]).detach()
+
+        return run
+
+    enter, leave = scopes.hooks(forward.model)
+    embeddings = [(m, embedded) for m in forward.model.modules() if isinstance(m, nn.Embedding)]
+    notes = [(layer.module, note(layer)) for layer in recorded.layers.values()]
+    with hooked([*enter, (forward.model, given)], [*embeddings, *notes, *leave]):
+        logits = forward(batch, all_labels=recorded.result.head_mask is not None).logits
+    if not touched:
+        return None
+    before, mask = recorded.logits.detach(), recorded.result.mask
+    difference = (logits - before).abs()
+    if mask is not None:
+        difference = difference.masked_fill(~mask[..., None].to(difference.device), 0)
+    size = float(difference.max()) / max(float(before.abs().max()), torch.finfo(before.dtype).tiny)
+    level = _tolerance(_lowest_dtype(forward), 1e-10, 1e-5, 3e-2)
+    padding = {}
+    for (name, call), a in inputs.items():
+        calls = recorded.calls[name]
+        if call < len(calls) and calls[call].a.shape == a.shape:
+            reference = calls[call].a
+            far = (a - reference).abs() > _tolerance(a.dtype, 1e-10, 1e-4, 5e-2) * reference.abs().max()
+            padding[name, call] = far.any(dim=-1)
+    return _Noisy(size if size > level else 0.0, padding)
+
+
+def _are_ids(x: Any, mask: TokenMask) -> bool:
+    """Whether a model's argument may be the ids of the tokens of a mask."""
+    return isinstance(x, Tensor) and not x.is_floating_point() and x.shape == mask.valid.shape
+
+
+def _relation(call: Any, layout: Layout, n: int, padding: Tensor | None) -> str | None:
+    """How the tokens that hold padding follow from a mask; None if none of them holds any.
+
+    Raises:
+        ValueError: if they follow from no mask in a known way.
+    """
+    if padding is None or not padding.any():
+        return None
+    valid = ~layout.tokens(padding[..., None], n)[:, :, 0]
+    for name, relate in RELATIONS.items():
+        for mask in call.masks:
+            laid = by_example(mask.valid, call.a.shape, layout, n)
+            found = None if laid is None else relate(laid, valid.shape[1])
+            if found is not None and found.shape == valid.shape and torch.equal(found.to(valid.device), valid):
+                return name
+    raise ValueError(
+        f"padding: a layer's input of shape {list(call.a.shape)} holds padding in an order that does not follow from "
+        "the attention mask; pass batches without padding (one example each, or of equal length)"
+    )
+
+
+def _lowest_dtype(forward: Forward) -> torch.dtype:
+    """The dtype that decides how exactly two runs of a model agree."""
+    dtypes = {p.dtype for p in forward.model.parameters() if p.is_floating_point()}
+    quantised = any(not p.is_floating_point() for p in forward.model.parameters())
+    with callers_autocast():
+        if quantised or torch._C._is_any_autocast_enabled():
+            return torch.bfloat16
+    return min(dtypes, key=lambda d: torch.finfo(d).bits, default=torch.float32)
+
+
+@torch.no_grad()
+def _check_alone(recorded: Capture, batch: Any) -> None:
+    """The example with most padding, by itself and without it, gives what it gives in the batch.
+
+    Only the default forward is held to that: what a function of the user's does with a batch is its own affair.
+    """
+    forward = recorded.forward
+    inputs, labels = inputs_and_labels(batch)
+    if forward.function is not None or not isinstance(inputs, Mapping):
+        return
+    row = _most_padded(inputs)
+    columns = {**inputs, LABELS: labels} if isinstance(labels, Tensor) else dict(inputs)
+    own = _own_logits(recorded, _without_padding(slice_batch(columns, row, row + 1, len(recorded.logits))))
+    if own is None:
+        return
+    here, mask = recorded.logits[row].detach(), inputs.get(MASK)
+    mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if here.ndim == 2:
+        counted = recorded.result.mask if recorded.result.mask is not None else mask
+        here = here if counted is None or counted.shape[1] != len(here) else here[counted[row].bool().to(here.device)]
+    off = _distance(here, own)
+    if off <= _tolerance(_lowest_dtype(forward), 1e-5, 1e-2, 0.25):
+        return
+    if mask is None or bool(mask.all()):
+        raise ValueError(
+            f"example {row} of the batch has other logits in it than by itself (off by {off:.1e} of their spread): the "
+            "logits of an example depend on the other examples, or are not those that the output head's last position "
+            "gives; pass forward=callable(model, batch) -> logits"
+        )
+    if is_left_padded(mask) and "position_ids" in forward.accepted and "position_ids" not in inputs:
+        raise OtherPositions
+    raise ValueError(
+        f"example {row} of the batch has other logits among padding{' on the left' if is_left_padded(mask) else ''} "
+        f"than by itself (off by {off:.1e} of their spread): the model counts padding, or positions from the first "
+        "column on. Pad on the other side, pass position_ids, or pass batches without padding"
+    )
+
+
+class OtherPositions(Exception):
+    """Under left padding, the logits are not those of the example alone: positions may be meant the other way."""
+
+
+def _distance(found: Tensor, own: Tensor) -> float:
+    if found.shape != own.shape:
+        return math.inf
+    spread = (own - own.mean(dim=-1, keepdim=True)).abs().max() if own.shape[-1] > 1 else own.abs().max()
+    return float((found - own).abs().max() / spread.clamp_min(torch.finfo(own.dtype).tiny))
+
+
+def _most_padded(inputs: Mapping[str, Any]) -> int:
+    """The last of the examples with most padding."""
+    mask = inputs.get(MASK)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return (batch_size(inputs) or 1) - 1
+    return len(mask) - 1 - int(mask.bool().sum(dim=1).flip(0).argmin())
+
+
+def _without_padding(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of one example cut to its valid tokens, the decoder's by the decoder's mask."""
+    cut = dict(columns)
+    for key, prefix in ((MASK, ""), (DECODER_MASK, "decoder_")):
+        mask = columns.get(key)
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            continue
+        valid = mask[0].bool()
+        for name, value in columns.items():
+            if not isinstance(value, Tensor) or name.startswith("decoder_") != bool(prefix):
+                continue
+            if value.shape[:2] == mask.shape:
+                cut[name] = value[:, valid]
+            elif name == "position_ids" and value.shape[1:] == mask.shape:
+                cut[name] = value[:, :, valid]
+    return cut
+
+
+def _own_logits(recorded: Capture, alone: Mapping[str, Any]) -> Tensor | None:
+    """What the model itself says about one example, `[C]` or `[P, C]`; None if that cannot be compared."""
+    forward, labels = recorded.forward, alone.get(LABELS)
+    inputs = {key: value for key, value in alone.items() if key != LABELS}
+    every = forward.head is not None and recorded.result.head_mask is not None
+    kwargs = forward.model_inputs(inputs, labels if every else None)
+    if "position_ids" not in inputs:
+        kwargs.pop("position_ids", None)
+    if forward.seq2seq and every and inputs.get("decoder_input_ids") is None:
+        kwargs = {key: value for key, value in kwargs.items() if not key.startswith("decoder_")}
+        kwargs[LABELS] = labels
+    if forward.head is not None and not every and "logits_to_keep" in forward.accepted:
+        kwargs["logits_to_keep"] = 1
+    with callers_autocast():
+        output = forward.model(**kwargs)
+    logits = (output if isinstance(output, Tensor) else output.logits)[0]
+    if forward.head is not None and not every:
+        logits = logits[-1]
+        return logits if forward.class_token_ids is None else logits[forward.class_token_ids.to(logits.device)]
+    if recorded.result.mask is None:
+        return logits
+    shift = 1 if every and not forward.seq2seq else 0
+    if not isinstance(labels, Tensor) or labels.shape[1] != len(logits):
+        return None
+    return logits[: len(logits) - shift][(labels[0, shift:] != IGNORED_LABEL).to(logits.device)]

@@ -1,0 +1,98 @@
+"""When a model is checked, and what was found out: where its layers have the examples, which tokens are padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from bayesian_lora_kernels.model.layouts import WHOLE, Layout, layouts
+from bayesian_lora_kernels.model.masks import RELATIONS, TokenMask, by_example
+
+CHECKS = ("first", "always", "off")
+CHECKED = {1, *(2 * 8**k for k in range(20))}  # which of the batches of a kind are checked: first often, then seldom
+SAME = "the same"
+
+
+@dataclass
+class Checks:
+    """When to check, and what has been checked.
+
+    Attributes:
+        mode: `first`: the first batch of every kind, the second, and then ever fewer; `always`; `off`.
+        seen: `{kind of batch: how many of them}`.
+        unchecked: captures of several examples that were believed without a check.
+    """
+
+    mode: str = "first"
+    seen: dict[Any, int] = field(default_factory=dict)
+    unchecked: int = 0
+
+    def due(self, kind: Any) -> bool:
+        """Whether a batch of this kind is to be checked; counts it."""
+        self.seen[kind] = count = self.seen.get(kind, 0) + 1
+        if self.mode != "first":
+            return self.mode == "always"
+        return count in CHECKED
+
+
+@dataclass
+class Findings:
+    """Of one model under one forward; batches of every size and length share them.
+
+    Attributes:
+        layouts: `{layer: one for each of its calls}`, as far as batches of several examples have shown them.
+        relations: `{layer: one for each of its calls}`, how its tokens follow from those of the mask; None if they
+            have nothing to do with them.
+        one_at_a_time: whether examples run one by one, because some layer does not tell them apart.
+        skips_padding: whether the model is handed position ids that skip padding on the left.
+    """
+
+    layouts: dict[str, list[Layout]] = field(default_factory=dict)
+    relations: dict[str, list[str | None]] = field(default_factory=dict)
+    one_at_a_time: bool = False
+    skips_padding: bool = True
+
+    def layout(self, name: str, call: int, shape: Sequence[int], n: int) -> Layout | None:
+        """How to read a layer's input of this shape as N examples; None if that is not possible."""
+        if n == 1:
+            return WHOLE
+        known = self.known_layout(name, call, shape, n)
+        return known or next(iter(layouts(shape, n)), None)
+
+    def known_layout(self, name: str, call: int, shape: Sequence[int], n: int) -> Layout | None:
+        """The same, if a check has shown it."""
+        if name not in self.layouts:
+            return None
+        found = self.layouts[name]
+        layout = found[min(call, len(found) - 1)]
+        return layout if layout.fits(shape, n) else None
+
+    def relation(self, name: str, call: int) -> str | None:
+        """How the tokens of a layer's call follow from those of a mask."""
+        found = self.relations.get(name)
+        return found[min(call, len(found) - 1)] if found else SAME
+
+    def mask(
+        self, name: str, call: int, masks: Sequence[TokenMask], shape: Sequence[int], layout: Layout, n: int
+    ) -> Tensor | None:
+        """`[N, T]`, which tokens of a layer's input count; None: all of them."""
+        relation = self.relation(name, call)
+        if relation is None:
+            return None
+        tokens = _product(shape[:-1]) // n
+        for mask in masks:
+            valid = by_example(mask.valid, shape, layout, n)
+            found = None if valid is None else RELATIONS[relation](valid, tokens)
+            if found is not None:
+                return found if mask.padded else None
+        return None
+
+
+def _product(sizes: Sequence[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total

@@ -1,0 +1,164 @@
+"""From a batch to captures: as many examples at a time as memory allows, checked, and one by one where it must be."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesian_lora_kernels.model.batches import batch_size, slice_batch
+from bayesian_lora_kernels.model.capture import Capture, NotByExample
+from bayesian_lora_kernels.model.checks import OtherPositions, check, kind_of
+from bayesian_lora_kernels.model.forward import Forward
+from bayesian_lora_kernels.model.layers import LinearLayer
+
+logger = logging.getLogger(__name__)
+
+
+def captures(
+    layers: Sequence[LinearLayer], forward: Forward, batch: Any, step: int, *, all_labels: bool = False
+) -> Iterator[tuple[slice, Capture]]:
+    """The examples of a batch, some at a time, each with the captures of its forward pass. Call within `measuring`.
+
+    Args:
+        layers: to record.
+        forward: from a batch to logits.
+        batch: on the model's device.
+        step: examples at a time; where layers do not tell examples apart, one at a time whatever this says.
+        all_labels: see `Forward`.
+
+    Raises:
+        ValueError: if the logits depend on no layer, or something that is taken for granted of the model does not hold
+            (`docs/method.md`) and cannot be made up for.
+    """
+    size, start = batch_size(batch) or 1, 0
+    while start < size:
+        stop = min(start + (1 if forward.findings.one_at_a_time else max(step, 1)), size)
+        piece = batch if stop - start >= size else slice_batch(batch, start, stop, size)
+        try:
+            recorded = capture(layers, forward, piece, all_labels=all_labels)
+        except _Together as together:
+            _go_one_at_a_time(layers, forward, piece, together)
+            continue
+        yield slice(start, stop), recorded
+        start = stop
+
+
+def capture(layers: Sequence[LinearLayer], forward: Forward, batch: Any, *, all_labels: bool = False) -> Capture:
+    """Run `forward` on a batch, record the layers, and check what is due. Call within `measuring`.
+
+    Raises:
+        ValueError: as `captures`, and if the examples of the batch cannot be told apart.
+    """
+    due = forward.checks.due(kind_of(batch, all_labels))
+    recorded = _run(layers, forward, batch, all_labels, due)
+    n = len(recorded.logits)
+    try:
+        if not due and forward.checks.mode != "off" and _is_new(recorded):
+            recorded, due = _run(layers, forward, batch, all_labels, True), True
+        if due and _is_finite(recorded):
+            recorded = _checked(recorded, layers, batch, all_labels)
+        else:
+            recorded.read_inputs()
+            forward.checks.unchecked += n > 1
+    except NotByExample as error:
+        if n == 1:
+            raise ValueError(str(error)) from error
+        raise _Together(str(error), recorded.logits.detach(), all_labels) from error
+    return recorded
+
+
+class _Together(ValueError):
+    """Examples that cannot be told apart while they run together; with the logits that they then have."""
+
+    def __init__(self, message: str, logits: Tensor, all_labels: bool):
+        super().__init__(message)
+        self.logits, self.all_labels = logits, all_labels
+
+
+def _run(layers: Sequence[LinearLayer], forward: Forward, batch: Any, all_labels: bool, due: bool) -> Capture:
+    recorded = Capture(layers, forward)
+    recorded.run(batch, all_labels, differentiable=due)
+    return recorded
+
+
+def _is_finite(recorded: Capture) -> bool:
+    """Whether the logits that count are finite; if not, there is nothing to compare, and whoever uses them says so."""
+    logits, mask = recorded.logits.detach(), recorded.result.mask
+    return bool(torch.isfinite(logits if mask is None else logits[mask.to(logits.device)]).all())
+
+
+def _is_new(recorded: Capture) -> bool:
+    """Whether some layer was called in a way that no check has seen."""
+    n, findings = len(recorded.logits), recorded.forward.findings
+    return n > 1 and any(
+        findings.known_layout(name, i, call.a.shape, n) is None
+        for name, calls in recorded.calls.items()
+        for i, call in enumerate(calls)
+    )
+
+
+def _checked(recorded: Capture, layers: Sequence[LinearLayer], batch: Any, all_labels: bool) -> Capture:
+    """The capture, checked; another one, if positions under left padding had to be counted the other way."""
+    findings = recorded.forward.findings
+    try:
+        check(recorded, batch)
+        return recorded
+    except OtherPositions:
+        before, findings.skips_padding = findings.skips_padding, not findings.skips_padding
+        try:
+            again = _run(layers, recorded.forward, batch, all_labels, True)
+            check(again, batch)
+            return again
+        except OtherPositions:
+            findings.skips_padding = before
+            raise ValueError(
+                "attention_mask: under padding on the left this model gives other logits than without padding, with "
+                "position ids that skip the padding and without; pad on the right, pass position_ids, or pass batches "
+                "without padding"
+            ) from None
+        except BaseException:
+            findings.skips_padding = before
+            raise
+
+
+def _go_one_at_a_time(layers: Sequence[LinearLayer], forward: Forward, piece: Any, together: _Together) -> None:
+    """From here on examples run one by one, provided that this changes nothing about their logits.
+
+    Raises:
+        ValueError: if it does, or if batches have been measured in the belief that it was not needed.
+    """
+    if forward.checks.unchecked:
+        raise ValueError(
+            f"{together}. Batches before this one were measured without a check; start again with check='always'"
+        )
+    n = len(together.logits)
+    for row in (0, n - 1):
+        try:
+            alone = _run(layers, forward, slice_batch(piece, row, row + 1, n), together.all_labels, False).logits
+        except Exception as error:
+            raise ValueError(
+                f"{together}; and an example of the batch does not run by itself ({type(error).__name__}: {error})"
+            ) from error
+        if not _same(alone.detach(), together.logits[row : row + 1]):
+            raise ValueError(
+                f"{together}; and by itself an example has other logits than in the batch: the examples of a batch "
+                "depend on each other, which no posterior over logits of single examples can say. Pass batches of one "
+                "example, or forward=callable(model, batch) -> logits that treats examples apart"
+            )
+    logger.info("examples run one at a time: %s", together)
+    forward.findings.one_at_a_time = True
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    if found.ndim == 3 and expected.ndim == 3:  # positions packed to the front; how many depends on the batch
+        expected = expected[:, : found.shape[1]]
+    if found.shape != expected.shape:
+        return False
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-4}.get(found.dtype, 5e-2)
+    level = max(float(expected.abs().max()), math.sqrt(torch.finfo(torch.float32).tiny))
+    return bool((found - expected).abs().max() <= tolerance * level)
