@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bayesian_lora_kernels.curvature.factors import TOKENS, FactorSettings
 from bayesian_lora_kernels.curvature.fit import CurvatureFit, Fit, FitSettings
 from bayesian_lora_kernels.curvature.likelihood import FISHERS, LIKELIHOODS
-from bayesian_lora_kernels.model.batches import inputs_and_labels
+from bayesian_lora_kernels.model.batches import without_labels
 from bayesian_lora_kernels.model.findings import CHECKS
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction
 from bayesian_lora_kernels.model.layers import find_layers
@@ -223,9 +223,9 @@ class LaplaceLoRA:
         fit = self._fitted("predict")
         if isinstance(outputs, str) and outputs == "vocabulary":
             return vocabulary_posterior(self._sampler(fit, "predict"), batch, self._settings.memory_budget)
-        inputs, _ = inputs_and_labels(batch)
-        bare = inputs if isinstance(inputs, Mapping) or self._forward.function is None else batch
-        mean, covariances, indices = self._predictor(fit).predict(bare, outputs, [self._detached_prior()])
+        mean, covariances, indices = self._predictor(fit).predict(
+            without_labels(batch), outputs, [self._detached_prior()]
+        )
         return LogitPosterior(mean, covariances[0], indices, self.likelihood == "classification")
 
     @without_autocast

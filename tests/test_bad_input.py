@@ -178,7 +178,12 @@ FIT = {
         ValueError,
         r"class indices of shape \[5\], got torch.float64 of shape",
     ),
-    "too few labels": ([(X, Y[:3])], {}, ValueError, r"expected class indices of shape \[5\], got torch.int64 .*\[3\]"),
+    "too few labels": (
+        [(X, Y[:3])],
+        {},
+        ValueError,
+        r"labels: expected one .* 5 examples of inputs \[5, 4\], .* \[3\]",
+    ),
     "targets": ([(X, X)], {"likelihood": "regression"}, ValueError, r"targets of shape \[5, 3\] .* got \[5, 4\]"),
     "NaN target": ([(X, X[:, :3] * NAN)], {"likelihood": "regression"}, ValueError, r"finite targets, got NaN or inf"),
     "a batch of three": ([(X, Y, Y)], {}, TypeError, r"batch: expected a mapping .* got tuple of length 3"),

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from bayesian_lora_kernels.curvature.eigenvalues import EigenvalueSum
 from bayesian_lora_kernels.curvature.factors import FactorSettings, KroneckerSums, check_finite, square_sums
 from bayesian_lora_kernels.curvature.likelihood import Likelihood
-from bayesian_lora_kernels.model.batches import batch_size, to_device
+from bayesian_lora_kernels.model.batches import batch_size, check_loader, to_device
 from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer
@@ -95,9 +95,11 @@ class CurvatureFit:
         """Measure.
 
         Raises:
+            TypeError: for a loader that is a single batch.
             ValueError: for an empty loader, bad labels, logits, inputs or gradients that are not finite, a layer that
                 is never called; the batch and the module are named.
         """
+        check_loader(self.loader)
         if self.settings.curvature == "ekfac" and isinstance(self.loader, Iterator):
             raise ValueError(
                 "loader: EKFAC goes over the data twice, expected an iterable that can start again (a DataLoader or a "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor
 
 from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels
 from bayesian_lora_kernels.model.layers import LinearLayer
+from bayesian_lora_kernels.model.packed_images import packed_keys
 
 # Beyond this a CPU is hardly faster for more at once, and the graph of the piece only grows: matrix products want a
 # few hundred rows, and a small model's operators enough elements to outweigh what each call costs.
 CPU_TOKENS = 256
 CPU_ELEMENTS = 2**17
+# Of an image, the side of the smallest patch that is common.
+PATCH = 14
 
 
 def free_bytes(device: torch.device) -> int:
@@ -74,11 +78,30 @@ def frugal_examples(batch: Any, layers: Sequence[LinearLayer]) -> int:
 
 
 def _tokens(batch: Any) -> int:
+    """Of the longest example, as far as the shapes of a batch tell; packed patches are shared out evenly."""
     inputs = inputs_and_labels(batch)[0]
-    tensors: Iterable[Any] = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-    lengths = [
-        t.shape[1]
-        for t in tensors
-        if isinstance(t, Tensor) and (t.ndim >= 3 or (t.ndim == 2 and not t.is_floating_point()))
-    ]
-    return max(lengths, default=1)
+    size = batch_size(batch) or 1
+    if isinstance(inputs, Mapping):
+        packed = packed_keys(inputs, size)
+        counts = [
+            math.ceil(value.shape[0] / size) if key in packed else _tokens_of(key, value)
+            for key, value in inputs.items()
+            if isinstance(value, Tensor) and value.ndim
+        ]
+    else:
+        counts = [_tokens_of("", t) for t in (inputs if isinstance(inputs, (tuple, list)) else [inputs])]
+    return max(counts, default=1)
+
+
+def _tokens_of(key: str, value: Any) -> int:
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return 1
+    if key == "position_ids":  # [3, N, T] for multimodal rotary positions
+        return value.shape[-1]
+    if not value.is_floating_point():  # [N, T], [N, choices, T]
+        return value[0].numel() if len(value) else 1
+    if value.ndim == 4:  # images [N, C, H, W]
+        return max(value.shape[1], value.shape[2] * value.shape[3] // PATCH**2)
+    if key == "input_features":  # [N, T, d], or a spectrogram [N, d, T]
+        return max(value.shape[1:])
+    return value.shape[1] if value.ndim > 2 else 1

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.model.batches import batch_size, slice_batch
+from bayesian_lora_kernels.model.batches import batch_size, slice_batch, uncut
 from bayesian_lora_kernels.model.capture import Capture, NotByExample
 from bayesian_lora_kernels.model.checks import OtherPositions, check, kind_of
 from bayesian_lora_kernels.model.forward import Forward
@@ -36,6 +36,7 @@ def captures(
             (`docs/method.md`) and cannot be made up for.
     """
     size, start = batch_size(batch) or 1, 0
+    whole = _whole(forward, batch, all_labels, size) if step < size else None
     while start < size:
         stop = min(start + (1 if forward.findings.one_at_a_time else max(step, 1)), size)
         piece = batch if stop - start >= size else slice_batch(batch, start, stop, size)
@@ -44,6 +45,12 @@ def captures(
         except _Together as together:
             _go_one_at_a_time(layers, forward, piece, together)
             continue
+        except Exception as error:
+            if whole is None:
+                raise
+            raise ValueError(f"{whole}, and a piece of it does not run ({type(error).__name__}: {error})") from error
+        if whole is not None and not _same(recorded.logits.detach(), whole.logits[start:stop]):
+            raise ValueError(f"{whole}, and in pieces its examples have other logits")
         yield slice(start, stop), recorded
         start = stop
 
@@ -70,6 +77,27 @@ def capture(layers: Sequence[LinearLayer], forward: Forward, batch: Any, *, all_
             raise ValueError(str(error)) from error
         raise _Together(str(error), recorded.logits.detach(), all_labels) from error
     return recorded
+
+
+class _Whole(NamedTuple):
+    """A batch of which some columns are in every piece as a whole; with the logits that it has in one piece."""
+
+    keys: list[str]
+    logits: Tensor
+
+    def __str__(self) -> str:
+        return (
+            f"{', '.join(self.keys)}: the batch is too large for one piece, but nothing says how to cut these into "
+            "those of single examples; raise memory_budget, or pass smaller batches"
+        )
+
+
+def _whole(forward: Forward, batch: Any, all_labels: bool, size: int) -> _Whole | None:
+    keys = uncut(batch, size)
+    if not keys or not forward.checks.due((*keys, kind_of(batch, all_labels))):
+        return None
+    with torch.no_grad():
+        return _Whole(keys, forward(batch, all_labels=all_labels).logits)
 
 
 class _Together(ValueError):

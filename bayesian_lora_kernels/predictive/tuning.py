@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.curvature.likelihood import Likelihood
-from bayesian_lora_kernels.model.batches import inputs_and_labels
+from bayesian_lora_kernels.model.batches import check_loader, inputs_and_labels
 from bayesian_lora_kernels.posterior.evidence import minimise_on_grid
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.logits import LogitPredictor
@@ -29,8 +29,10 @@ def minimise_nll(
     batch is captured once for all precisions of a round.
 
     Raises:
+        TypeError: if the loader is a single batch.
         ValueError: if the loader is empty, an iterator that cannot start again, or has no labels.
     """
+    check_loader(loader, "val_loader")
     if isinstance(loader, Iterator):
         raise ValueError("val_loader: expected an iterable that can start again (a DataLoader or a list)")
 
