@@ -57,6 +57,9 @@ def check(recorded: Capture, batch: Any) -> None:
     """
     probe = _Probe(recorded)
     probe.run()
+    if not all(torch.isfinite(seen).all() for seen in (*probe.first.values(), *probe.second.values())):
+        recorded.read_inputs()  # whoever takes these gradients will refuse them
+        return
     _check_totals(recorded, probe)
     _find_layouts(recorded, probe)
     recorded.read_inputs()
@@ -438,7 +441,7 @@ def _check_alone(recorded: Capture, batch: Any) -> None:
     """
     forward = recorded.forward
     inputs, labels = inputs_and_labels(batch)
-    if forward.function is not None or not isinstance(inputs, Mapping):
+    if not forward.is_models_own or not isinstance(inputs, Mapping):
         return
     row = _most_padded(inputs)
     columns = {**inputs, LABELS: labels} if isinstance(labels, Tensor) else dict(inputs)
@@ -475,6 +478,8 @@ class OtherPositions(Exception):
 def _distance(found: Tensor, own: Tensor) -> float:
     if found.shape != own.shape:
         return math.inf
+    if not own.numel():
+        return 0.0
     spread = (own - own.mean(dim=-1, keepdim=True)).abs().max() if own.shape[-1] > 1 else own.abs().max()
     return float((found - own).abs().max() / spread.clamp_min(torch.finfo(own.dtype).tiny))
 

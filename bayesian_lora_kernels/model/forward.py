@@ -97,6 +97,11 @@ class Forward:
         return whole
 
     @property
+    def is_models_own(self) -> bool:
+        """Whether the logits are those that the model itself gives, rather than a function's."""
+        return self.function is None
+
+    @property
     def head_rows(self) -> dict[str, Tensor]:
         """`{module name: rows}` for the head's linear maps onto the vocabulary, if only some classes are used."""
         if self.head is None or self.class_token_ids is None:
@@ -328,9 +333,11 @@ def pass_on(inputs: Mapping[str, Any], accepted: Collection[str]) -> dict[str, A
 
 
 def _is_text(value: Any) -> bool:
-    """Strings and numbers, in lists or not: columns that come along for people."""
+    """Strings and numbers, in lists and mappings or not: columns that come along for people."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_text, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_text, value.values()))
     return isinstance(value, (str, bytes, int, float, bool)) or value is None
 
 

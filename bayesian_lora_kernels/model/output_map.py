@@ -220,6 +220,11 @@ class UncappedForward(Forward):
         self.__dict__.update(vars(forward.whole_vocabulary()))
         self.scale = scale
 
+    @property
+    def is_models_own(self) -> bool:
+        """See `Forward`."""
+        return False
+
     def __call__(self, batch: Any, *, all_labels: bool) -> ForwardResult:
         """See `Forward`."""
         assert self.head is not None
