@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+Modules = str | Sequence[str] | Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +21,7 @@ class LinearLayer:
     Attributes:
         name: the module's name in the model.
         module: the module itself.
-        weight: name of its weight in the model if that is trainable, else None.
+        weight: name of its weight in the model if that is trainable, or asked for, else None.
         bias: name of its bias likewise.
         input_source: the module whose own input identifies this layer's input. For a LoRA A it is the adapted layer,
             because PEFT may cast that input separately for each of q, k and v.
@@ -82,7 +84,7 @@ class LinearLayer:
 
 
 def find_layers(
-    model: nn.Module, modules: str | Sequence[str] | None = None, rows: dict[str, Tensor] | None = None
+    model: nn.Module, modules: Modules | None = None, rows: dict[str, Tensor] | None = None
 ) -> list[LinearLayer]:
     """The trainable linear layers of a model, in the order of `model.named_modules()`.
 
@@ -90,28 +92,32 @@ def find_layers(
         model: a `peft.PeftModel`, or any module whose trainable parameters are weights and biases of `nn.Linear`.
         modules: a regular expression that must match the whole module name, or a list of names (one that no module has
             matches at the end of longer ones, after a dot). None takes every trainable `nn.Linear`; then there must be
-            no trainable parameter elsewhere.
+            no trainable parameter elsewhere. `{whole module name: ("weight", "bias") or one of them}` takes exactly
+            these, whether they require gradients or not.
         rows: `{module name: rows that are used}`, for an output head restricted to some classes.
 
     Raises:
-        TypeError: if `modules` is neither.
+        TypeError: if `modules` is none of these.
         ValueError: if nothing is trainable, if a trainable parameter lies outside `nn.Linear`, is shared between
-            layers, or if `modules` matches nothing; the parameters are named.
+            layers, or if `modules` matches nothing or names what is not there; the parameters are named.
     """
+    given = modules if isinstance(modules, Mapping) else None
     by_module: dict[str, dict[str, str]] = {}
     outside: list[str] = []
     owners: dict[int, list[str]] = {}
+    wanted: set[int] = set()
     named_modules = dict(model.named_modules())
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            continue
         owner, _, leaf = name.rpartition(".")
         owners.setdefault(id(parameter), []).append(name)
+        if not (parameter.requires_grad if given is None else leaf in given.get(owner, ())):
+            continue
+        wanted.add(id(parameter))
         if isinstance(named_modules[owner], nn.Linear) and leaf in ("weight", "bias"):
             by_module.setdefault(owner, {})[leaf] = name
         else:
             outside.append(name)
-    if not by_module and not outside:
+    if given is None and not by_module and not outside:
         raise ValueError(
             "no trainable parameter: expected a model with requires_grad=True on some nn.Linear, for instance a PEFT "
             "LoRA model loaded with is_trainable=True"
@@ -123,10 +129,15 @@ def find_layers(
                 f"trainable parameters outside nn.Linear: {_some(outside)}. Freeze them, or choose the layers with "
                 "modules=... (the others then stay at their fine-tuned values)"
             )
+    elif given is not None:
+        selected = list(by_module)
+        _check_given(given, by_module)
     else:
         selected = _select(list(by_module), modules)
     chosen = set(selected)
-    for names in owners.values():
+    for key, names in owners.items():
+        if key not in wanted:
+            continue
         layers_of = {name.rpartition(".")[0] for name in names}
         if len(layers_of) > 1 and layers_of & chosen:
             raise ValueError(f"one parameter is shared by several modules, which is not supported: {_some(names)}")
@@ -164,7 +175,16 @@ def _check_plain_lora(name: str, named_modules: dict[str, nn.Module]) -> None:
         )
 
 
-def _select(available: list[str], modules: str | Sequence[str]) -> list[str]:
+def _check_given(given: Mapping[str, Sequence[str]], found: Mapping[str, Mapping[str, str]]) -> None:
+    missing = [f"{name}.{leaf}" for name, leaves in given.items() for leaf in leaves if leaf not in found.get(name, {})]
+    if missing or not given:
+        raise ValueError(
+            f"modules: expected names of nn.Linear modules and which of weight and bias, there is no "
+            f"{_some(missing) or 'name'}"
+        )
+
+
+def _select(available: list[str], modules: str | Iterable[str]) -> list[str]:
     if isinstance(modules, str):
         pattern = re.compile(modules)
         selected = [name for name in available if pattern.fullmatch(name)]
