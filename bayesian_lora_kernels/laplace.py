@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,12 @@ from torch import Tensor, nn
 from bayesian_lora_kernels.curvature.factors import TOKENS, FactorSettings
 from bayesian_lora_kernels.curvature.fit import CurvatureFit, Fit, FitSettings
 from bayesian_lora_kernels.curvature.likelihood import FISHERS, LIKELIHOODS
+from bayesian_lora_kernels.model import fingerprint, names
 from bayesian_lora_kernels.model.batches import without_labels
 from bayesian_lora_kernels.model.findings import CHECKS
-from bayesian_lora_kernels.model.forward import Forward, ForwardFunction
-from bayesian_lora_kernels.model.layers import find_layers
+from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, unwrapped
+from bayesian_lora_kernels.model.layers import Modules, find_layers
+from bayesian_lora_kernels.model.weights import MeasuredWeights, adapter_digest
 from bayesian_lora_kernels.posterior import archive, storage
 from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior, as_precision
@@ -30,6 +34,7 @@ from bayesian_lora_kernels.predictive.tuning import minimise_nll
 from bayesian_lora_kernels.predictive.vocabulary import SAMPLES, VocabularyPosterior, vocabulary_posterior
 from bayesian_lora_kernels.surroundings import without_autocast
 
+BASE = "base_model"  # the tensor that holds the fingerprint of the base model
 CURVATURES = ("kfac", "ekfac", "exact")
 PriorPrecision = float | Tensor | Mapping[str, float | Tensor]
 
@@ -60,7 +65,8 @@ class LaplaceLoRA:
         rank_threshold: see `rank`.
         tail: whether the directions outside the kept columns share the eigenvalue that the trace leaves them.
         prior_precision: one positive number, or one for each module.
-        modules: regular expression or list of names; default: every trainable `nn.Linear`.
+        modules: regular expression or list of names; default: every trainable `nn.Linear`. `{name: ("weight", "bias")}`
+            takes these, or one of them, whether they require gradients or not.
         row_dtype: in which `exact` stores its rows; None: that of the gradients (float32, or float64).
         seed: of everything random in `fit`.
         check: when what is taken for granted of the model is checked (docs/method.md): `first`, on the first batch of
@@ -86,7 +92,7 @@ class LaplaceLoRA:
         rank_threshold: int = 256,
         tail: bool = True,
         prior_precision: PriorPrecision = 1.0,
-        modules: str | Sequence[str] | None = None,
+        modules: Modules | None = None,
         row_dtype: torch.dtype | None = None,
         seed: int = 0,
         check: str = "first",
@@ -120,6 +126,7 @@ class LaplaceLoRA:
             factors=FactorSettings(tokens=tokens, rank=rank, rank_threshold=rank_threshold, tail=tail),
         )
         self._fit: Fit | None = None
+        self._weights: MeasuredWeights | None = None
         self._pushforward = Pushforward()
         self._prior = self._per_layer(prior_precision)
 
@@ -143,6 +150,7 @@ class LaplaceLoRA:
         self._fit = CurvatureFit(
             self.model, self._layers, self._forward, likelihood, loader, self._settings, progress
         ).run()
+        self._weights = MeasuredWeights.of(self.model, self._parameters())
         return self
 
     @without_autocast
@@ -283,12 +291,15 @@ class LaplaceLoRA:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the posterior into a folder, `laplace.json` and a safetensors file, whole or not at all.
 
-        It may be the adapter's own folder. The adapter is not written; loading checks that it is the same.
+        It may be the adapter's own folder. Neither adapter nor base model is written; loading checks that they are the
+        same. Processes that write to one folder at once take turns.
 
         Raises:
             RuntimeError: before `fit`.
+            ValueError: if an adapter is merged into the base model.
         """
-        fit = self._fitted("save_pretrained")
+        fit, weights = self._fitted("save_pretrained"), self._weights
+        assert weights is not None
         factor_settings = asdict(self._settings.factors)
         description = {
             "settings": {
@@ -307,10 +318,13 @@ class LaplaceLoRA:
             "prior_precision": {name: float(value) for name, value in self._prior.items()},
             "n_examples": fit.n_examples,
             "log_likelihood": fit.log_likelihood,
-            "adapter_sha256": storage.parameter_digest(self._parameters()),
+            "adapter_sha256": weights.digest or adapter_digest(self._parameters()),
         }
         tensors, layers = archive.pack(fit.posterior, fit.factors)
-        storage.save(folder, tensors, {**description, "layers": layers})
+        for layer in self._layers:
+            layers[layer.name]["covers"] = [leaf for leaf in ("weight", "bias") if getattr(layer, leaf)]
+        tensors[BASE], base = weights.base or fingerprint.take(self.model, self._parameters().values())
+        storage.save(folder, tensors, {**description, "layers": layers, "base_model": base})
 
     @classmethod
     def from_pretrained(
@@ -318,39 +332,66 @@ class LaplaceLoRA:
     ) -> LaplaceLoRA:
         """Read a posterior for a model that already carries the adapter it was fitted to, on whatever device it is.
 
+        The adapter may have another name, be frozen, be loaded by `peft` or by transformers' `load_adapter`, and the
+        model be wrapped (DDP, `torch.compile`). Of several adapters with these weights the active one is taken. The
+        base model is compared in some values of each of its tensors, and may be in another float type.
+
         Raises:
             FileNotFoundError: if there is no posterior in the folder.
-            ValueError: if a file is damaged or newer than this package, if the model's layers or weights are not those
-                of the fit, or if the fit had its own `forward` and none is given.
+            ValueError: if a file is damaged or newer than this package, if the model's layers, adapter or base model
+                are not those of the fit, or if the fit had its own `forward` and none is given.
         """
+        model = unwrapped(model)
         tensors, content = storage.load(folder)
         if content["custom_forward"] and forward is None:
             raise ValueError(f"{folder}: this posterior was fitted with its own forward; pass the same forward=...")
         settings = dict(content["settings"])
         row_dtype = settings.pop("row_dtype")
+        with _errors_name(folder):
+            place, same_weights = _find_adapter(model, content)
+            covers = _covers(model, content["layers"], place)
         laplace = cls(
             model,
             forward=forward,
             class_token_ids=content["class_token_ids"],
-            modules=_checked_names(model, content["layers"], folder),
+            modules=covers,
             row_dtype=None if row_dtype is None else getattr(torch, row_dtype),
             **settings,
         )
-        for layer in laplace._layers:
-            expected = tuple(content["layers"][layer.name]["shape"])
-            if expected != layer.shape:
+        found = {layer.name: layer for layer in laplace._layers}
+        with _errors_name(folder):
+            for stored, name in place.layers.items():
+                expected, shape = tuple(content["layers"][stored]["shape"]), found[name].shape
+                if expected != shape:
+                    raise ValueError(f"expected {name} of shape {list(expected)}, this model's has {list(shape)}")
+            if not same_weights:
                 raise ValueError(
-                    f"{folder}: expected {layer.name} of shape {list(expected)}, this model's has {list(layer.shape)}"
+                    "the adapter's weights are not those the posterior was fitted to (another adapter, further "
+                    "training, or a dtype that does not hold them)"
                 )
-        if storage.parameter_digest(laplace._parameters()) != content["adapter_sha256"]:
-            raise ValueError(
-                f"{folder}: the adapter's weights are not those the posterior was fitted to (another adapter, further "
-                "training, or another dtype)"
+            posterior, factors = archive.unpack(
+                tensors,
+                content["layers"],
+                place.layers,
+                {layer.name: layer.device for layer in laplace._layers},
+                exact=settings["curvature"] == "exact",
             )
-        devices = {layer.name: layer.device for layer in laplace._layers}
-        posterior, factors = archive.unpack(tensors, content["layers"], devices)
+            if content["version"] > 1:
+                count = sum(tensor["values"] for tensor in content["base_model"]["tensors"].values())
+                values = archive.stored_values(tensors, BASE, count)
+                base = content["base_model"]
+                fingerprint.check(model, laplace._parameters().values(), place.adapters, values, base)
+            else:
+                warnings.warn(
+                    f"{folder}: its posterior is of format version 1, which says nothing of the base model; make sure "
+                    "that it is the right one, and save_pretrained again",
+                    stacklevel=2,
+                )
         laplace._fit = Fit(posterior, factors, content["n_examples"], content["log_likelihood"])
-        laplace._prior = laplace._per_layer(content["prior_precision"])
+        laplace._weights = MeasuredWeights.of(laplace.model, laplace._parameters())
+        laplace._prior = laplace._per_layer(
+            {place.layers[stored]: value for stored, value in content["prior_precision"].items()}
+        )
         return laplace
 
     @property
@@ -394,6 +435,8 @@ class LaplaceLoRA:
     def _fitted(self, what: str) -> Fit:
         if self._fit is None:
             raise RuntimeError(f"{what}: call fit(loader) first")
+        if self._weights is not None:
+            self._weights.check_unchanged(self._parameters(), what)
         return self._fit
 
     def _predictor(self, fit: Fit) -> LogitPredictor:
@@ -442,15 +485,67 @@ class LaplaceLoRA:
         return {name: value for layer in self._layers for name, value in layer.parameters().items()}
 
 
-def _checked_names(model: nn.Module, layers: Mapping[str, Any], folder: Any) -> list[str]:
+def _find_adapter(model: nn.Module, content: Mapping[str, Any]) -> tuple[names.Placement, bool]:
+    """Where the file's layers are in the model, and whether their weights are those of the fit.
+
+    Raises:
+        ValueError: if they are not there, or if several adapters have these weights and not exactly one is active.
+    """
+    digest = storage.parameter_digest if content["version"] == 1 else adapter_digest
     modules = dict(model.named_modules())
-    missing = [name for name in layers if name not in modules]
-    if missing:
-        raise ValueError(
-            f"{folder}: the posterior has {len(layers)} modules, of which this model lacks {len(missing)}, such as "
-            f"{missing[0]}"
+    places = names.placements(model, list(content["layers"]))
+    same = []
+    for place in places:
+        leaves = _covers(model, content["layers"], place)
+        parameters = {
+            names.join(stored, leaf): getattr(modules[name], leaf)
+            for stored, name in place.layers.items()
+            for leaf in leaves[name]
+        }
+        if all(p is not None for p in parameters.values()) and digest(parameters) == content["adapter_sha256"]:
+            same.append(place)
+    active = {adapter for module in modules.values() for adapter in names.active_adapters(module) or []}
+    if not same:
+        return min(places, key=lambda place: (place.adapter not in active, bool(place.adapters))), False
+    if len(same) > 1:
+        chosen = [place for place in same if place.adapter in active]
+        if len(chosen) != 1:
+            raise ValueError(
+                f"the adapters {', '.join(str(place.adapter) for place in same)} all have the weights that the "
+                f"posterior was fitted to, and {len(chosen)} of them are active; activate one with "
+                "model.set_adapter(name)"
+            )
+        same = chosen
+    if same[0].adapter is not None and same[0].adapter not in active:
+        warnings.warn(
+            f"the posterior belongs to the adapter {same[0].adapter!r}, which is not active; call "
+            f"model.set_adapter({same[0].adapter!r}) before predicting",
+            stacklevel=3,
         )
-    return list(layers)
+    return same[0], True
+
+
+def _covers(
+    model: nn.Module, layers: Mapping[str, Mapping[str, Any]], place: names.Placement
+) -> dict[str, tuple[str, ...]]:
+    """`{name in the model: which of weight and bias}`; format version 1 tells by the shape."""
+    covers = {}
+    for stored, name in place.layers.items():
+        leaves = layers[stored].get("covers")
+        if leaves is None:
+            extra = layers[stored]["shape"][1] - cast(nn.Linear, model.get_submodule(name)).in_features
+            leaves = {0: ("weight",), 1: ("weight", "bias")}.get(extra, ("bias",) if extra < 0 else ("weight",))
+        covers[name] = tuple(leaves)
+    return covers
+
+
+@contextmanager
+def _errors_name(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors begin with the folder."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+Modules = str | Sequence[str] | Mapping[str, Sequence[str]]
+
 
 @dataclass(frozen=True, eq=False)
 class LinearLayer:
@@ -19,7 +21,7 @@ class LinearLayer:
     Attributes:
         name: the module's name in the model.
         module: the module itself.
-        weight: name of its weight in the model if that is trainable, else None.
+        weight: name of its weight in the model if that is trainable, or asked for, else None.
         bias: name of its bias likewise.
         input_source: the module whose own input identifies this layer's input. For a LoRA A it is the adapted layer,
             because PEFT may cast that input separately for each of q, k and v.
@@ -88,7 +90,7 @@ class LinearLayer:
 
 
 def find_layers(
-    model: nn.Module, modules: str | Sequence[str] | None = None, rows: dict[str, Tensor] | None = None
+    model: nn.Module, modules: Modules | None = None, rows: dict[str, Tensor] | None = None
 ) -> list[LinearLayer]:
     """The trainable linear layers of a model, in the order of `model.named_modules()`.
 
@@ -96,30 +98,34 @@ def find_layers(
         model: a `peft.PeftModel`, or any module whose trainable parameters are weights and biases of `nn.Linear`.
         modules: a regular expression that must match the whole module name, or a list of names (one that no module has
             matches at the end of longer ones, after a dot). None takes every trainable `nn.Linear`; then there must be
-            no trainable parameter elsewhere.
+            no trainable parameter elsewhere. `{whole module name: ("weight", "bias") or one of them}` takes exactly
+            these, whether they require gradients or not.
         rows: `{module name: rows that are used}`, for an output head restricted to some classes.
 
     Raises:
-        TypeError: if `modules` is neither.
+        TypeError: if `modules` is none of these.
         ValueError: if nothing is trainable, if a trainable parameter lies outside `nn.Linear`, is shared between
-            layers, or if `modules` matches nothing; the parameters are named.
+            layers, or if `modules` matches nothing or names what is not there; the parameters are named.
     """
+    given = modules if isinstance(modules, Mapping) else None
     by_module: dict[str, set[str]] = {}
     outside: list[str] = []
     owners: dict[int, dict[str, str]] = {}
+    wanted: set[int] = set()
     named_modules = dict(model.named_modules(remove_duplicate=False))
     first_names = {id(module): name for name, module in reversed(named_modules.items())}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            continue
         owner, _, leaf = name.rpartition(".")
         owner = first_names[id(named_modules[owner])]  # a module that stands in several places is still one
         owners.setdefault(id(parameter), {})[owner] = name
+        if not (parameter.requires_grad if given is None else leaf in given.get(owner, ())):
+            continue
+        wanted.add(id(parameter))
         if isinstance(named_modules[owner], nn.Linear) and leaf in ("weight", "bias"):
             by_module.setdefault(owner, set()).add(leaf)
         elif name not in outside:
             outside.append(name)
-    if not by_module and not outside:
+    if given is None and not by_module and not outside:
         raise ValueError(
             "no trainable parameter: expected a model with requires_grad=True on some nn.Linear, for instance a PEFT "
             "LoRA model loaded with is_trainable=True"
@@ -131,10 +137,13 @@ def find_layers(
                 f"trainable parameters outside nn.Linear: {_some(outside)}. Freeze them, or choose the layers with "
                 "modules=... (the others then stay at their fine-tuned values)"
             )
+    elif given is not None:
+        selected = list(by_module)
+        _check_given(given, by_module)
     else:
         selected = _select(list(by_module), modules)
-    for layers_of in owners.values():
-        if len(layers_of) > 1 and layers_of.keys() & set(selected):
+    for key, layers_of in owners.items():
+        if key in wanted and len(layers_of) > 1 and layers_of.keys() & set(selected):
             raise ValueError(
                 f"one parameter is shared by several modules, which is not supported: {_some(list(layers_of.values()))}"
             )
@@ -201,7 +210,16 @@ def _check_present(name: str, module: nn.Module) -> None:
             )
 
 
-def _select(available: list[str], modules: str | Sequence[str]) -> list[str]:
+def _check_given(given: Mapping[str, Sequence[str]], found: Mapping[str, Collection[str]]) -> None:
+    missing = [f"{name}.{leaf}" for name, leaves in given.items() for leaf in leaves if leaf not in found.get(name, ())]
+    if missing or not given:
+        raise ValueError(
+            f"modules: expected names of nn.Linear modules and which of weight and bias, there is no "
+            f"{_some(missing) or 'name'}"
+        )
+
+
+def _select(available: list[str], modules: str | Iterable[str]) -> list[str]:
     if isinstance(modules, str):
         pattern = re.compile(modules)
         selected = [name for name in available if pattern.fullmatch(name)]
