@@ -32,7 +32,7 @@ from bayesian_lora_kernels.predictive.pushforward import Pushforward
 from bayesian_lora_kernels.predictive.scoring import TokenScores, score_tokens
 from bayesian_lora_kernels.predictive.tuning import minimise_nll
 from bayesian_lora_kernels.predictive.vocabulary import SAMPLES, VocabularyPosterior, vocabulary_posterior
-from bayesian_lora_kernels.surroundings import without_autocast
+from bayesian_lora_kernels.surroundings import in_own_surroundings
 
 BASE = "base_model"  # the tensor that holds the fingerprint of the base model
 CURVATURES = ("kfac", "ekfac", "exact")
@@ -77,6 +77,7 @@ class LaplaceLoRA:
             elsewhere, and for every argument out of its range; the message names it.
     """
 
+    @in_own_surroundings
     def __init__(
         self,
         model: nn.Module,
@@ -130,7 +131,7 @@ class LaplaceLoRA:
         self._pushforward = Pushforward()
         self._prior = self._per_layer(prior_precision)
 
-    @without_autocast
+    @in_own_surroundings
     def fit(self, loader: Iterable[Any], progress: bool = True) -> LaplaceLoRA:
         """Measure the curvature at the current weights.
 
@@ -153,7 +154,7 @@ class LaplaceLoRA:
         self._weights = MeasuredWeights.of(self.model, self._parameters())
         return self
 
-    @without_autocast
+    @in_own_surroundings
     def log_marginal_likelihood(self, prior_precision: PriorPrecision | None = None) -> Tensor:
         """Laplace's estimate of `log p(labels | inputs, prior)`, 0-d float64, differentiable in `prior_precision`.
 
@@ -169,7 +170,7 @@ class LaplaceLoRA:
         prior = self._prior if prior_precision is None else self._per_layer(prior_precision)
         return log_evidence(fit.log_likelihood, fit.posterior, self._square_norms(), prior)
 
-    @without_autocast
+    @in_own_surroundings
     def optimize_prior_precision(
         self, method: str = "marglik", per_module: bool = False, val_loader: Iterable[Any] | None = None
     ) -> LaplaceLoRA:
@@ -208,7 +209,7 @@ class LaplaceLoRA:
     @overload
     def predict(self, batch: Any, outputs: Outputs = None) -> LogitPosterior: ...
 
-    @without_autocast
+    @in_own_surroundings
     def predict(
         self, batch: Any, outputs: Outputs | Literal["vocabulary"] = None
     ) -> LogitPosterior | VocabularyPosterior:
@@ -236,7 +237,7 @@ class LaplaceLoRA:
         )
         return LogitPosterior(mean, covariances[0], indices, self.likelihood == "classification")
 
-    @without_autocast
+    @in_own_surroundings
     def score(self, batch: Any, n_samples: int = SAMPLES, generator: torch.Generator | None = None) -> TokenScores:
         """How a causal LM rates each token of a text, and how sure it can be of that.
 
@@ -257,7 +258,7 @@ class LaplaceLoRA:
         _check_positive("n_samples", n_samples)
         return score_tokens(self._sampler(self._fitted("score"), "score"), batch, n_samples, generator)
 
-    @without_autocast
+    @in_own_surroundings
     def sample_weights(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Samples of the trainable weights, `{parameter name: [n, *shape]}`, around their MAP values.
 
@@ -287,7 +288,7 @@ class LaplaceLoRA:
                 samples[name] = value + deviation.to(value.dtype)
         return samples
 
-    @without_autocast
+    @in_own_surroundings
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the posterior into a folder, `laplace.json` and a safetensors file, whole or not at all.
 
@@ -327,6 +328,7 @@ class LaplaceLoRA:
         storage.save(folder, tensors, {**description, "layers": layers, "base_model": base})
 
     @classmethod
+    @in_own_surroundings
     def from_pretrained(
         cls, model: nn.Module, folder: str | os.PathLike[str], forward: ForwardFunction | None = None
     ) -> LaplaceLoRA:

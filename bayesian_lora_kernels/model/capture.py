@@ -126,6 +126,14 @@ class Capture:
         def recorder(layer: LinearLayer) -> Any:
             def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
                 a = (args[0] if args else kwargs["input"]).detach()
+                expected = (*a.shape[:-1], layer.module.out_features)
+                shape = output.shape if isinstance(output, Tensor) else f"a {type(output).__name__}"
+                if shape != expected or a.shape[-1] != layer.module.in_features:
+                    raise ValueError(
+                        f"{layer.name} ({type(layer.module).__name__}): expected [..., {layer.module.in_features}] -> "
+                        f"[..., {layer.module.out_features}] as of a plain nn.Linear, got {list(a.shape)} -> {shape}; "
+                        "leave this subclass out with modules=..."
+                    )
                 calls = self.calls[layer.name]
                 key = (sources[id(layer.input_source)], a.dtype, bool(layer.weight), bool(layer.bias))
                 calls.append(Call(a, a._version, key, masks[id(layer.outer)]))

@@ -25,7 +25,7 @@ from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.layouts import Layout, layouts
 from bayesian_lora_kernels.model.masks import MASK, RELATIONS, Scopes, TokenMask, by_example, parameters_of
 from bayesian_lora_kernels.model.measuring import hooked
-from bayesian_lora_kernels.surroundings import callers_autocast
+from bayesian_lora_kernels.surroundings import callers_surroundings
 
 LABELS = "labels"
 FACTORS = tuple(sign * 2.0**k for k in (0, 1, -1, 2, -2, 3, -3) for sign in (1, -1))
@@ -427,7 +427,7 @@ def _lowest_dtype(forward: Forward) -> torch.dtype:
     """The dtype that decides how exactly two runs of a model agree."""
     dtypes = {p.dtype for p in forward.model.parameters() if p.is_floating_point()}
     quantised = any(not p.is_floating_point() for p in forward.model.parameters())
-    with callers_autocast():
+    with callers_surroundings():
         if quantised or torch._C._is_any_autocast_enabled():
             return torch.bfloat16
     return min(dtypes, key=lambda d: torch.finfo(d).bits, default=torch.float32)
@@ -523,7 +523,7 @@ def _own_logits(recorded: Capture, alone: Mapping[str, Any]) -> Tensor | None:
         kwargs[LABELS] = labels
     if forward.head is not None and not every and "logits_to_keep" in forward.accepted:
         kwargs["logits_to_keep"] = 1
-    with callers_autocast():
+    with callers_surroundings():
         output = forward.model(**kwargs)
     logits = (output if isinstance(output, Tensor) else output.logits)[0]
     if forward.head is not None and not every:

@@ -21,7 +21,7 @@ from bayesian_lora_kernels.model.findings import Checks, Findings
 from bayesian_lora_kernels.model.head import HeadModule, find_head
 from bayesian_lora_kernels.model.masks import parameters_of
 from bayesian_lora_kernels.model.measuring import hooked
-from bayesian_lora_kernels.surroundings import callers_autocast
+from bayesian_lora_kernels.surroundings import callers_surroundings
 
 IGNORED_LABEL = -100
 NOT_SERVED = {
@@ -126,7 +126,7 @@ class Forward:
             TypeError: if there are no logits in it.
         """
         inputs, labels = inputs_and_labels(batch)
-        with callers_autocast():
+        with callers_surroundings():
             if self.function is not None:
                 result = self._custom(batch, labels)
             elif self.head is not None and isinstance(inputs, Mapping):
@@ -187,16 +187,20 @@ class Forward:
             return hidden.gather(1, index)
 
         def at_head(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return (choose(args[0]), *args[1:]), kwargs
+            tokens_first = not args or not isinstance(args[0], Tensor) or args[0].ndim != 3
+            return None if chosen or tokens_first else ((choose(args[0]), *args[1:]), kwargs)
 
         with hooked(pre=[(self.head.module, at_head)]):
             logits = _logits_of(self.model(**kwargs))
-        if not chosen:  # the model multiplies with the head's weight itself
+        in_head = bool(chosen)
+        if not in_head:  # the model multiplies with the head's weight itself, or calls the head on something else
+            if logits.ndim != 3:
+                raise ValueError(f"forward: expected the model's logits to be [N, T, V], got {list(logits.shape)}")
             logits = choose(logits)
         if self.class_token_ids is not None:
             logits = logits[..., self.class_token_ids.to(logits.device)]
         if every:
-            return ForwardResult(logits, chosen["mask"], chosen["labels"], chosen["mask"])
+            return ForwardResult(logits, chosen["mask"], chosen["labels"], chosen["mask"] if in_head else None)
         return ForwardResult(logits[:, 0], None, labels)
 
     @property
@@ -369,7 +373,8 @@ def decoder_inputs(base: nn.Module, labels: Tensor) -> Tensor:
 
 
 def _check_class_ids(class_token_ids: Any, head: HeadModule | None, function: ForwardFunction | None) -> Tensor:
-    ids = torch.as_tensor(class_token_ids)
+    with torch.inference_mode(False):
+        ids = torch.as_tensor(class_token_ids).clone()
     if function is not None:
         raise ValueError("class_token_ids: expected none together with forward=..., which chooses the logits itself")
     if head is None:

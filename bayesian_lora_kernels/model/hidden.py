@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bayesian_lora_kernels.model.batches import inputs_and_labels
 from bayesian_lora_kernels.model.forward import Forward, head_mask, last_valid
 from bayesian_lora_kernels.model.measuring import hooked, undone
-from bayesian_lora_kernels.surroundings import callers_autocast
+from bayesian_lora_kernels.surroundings import callers_surroundings
 
 PLAIN_ATTENTION = ("eager", "sdpa")
 
@@ -56,7 +56,8 @@ class HiddenStates:
         model, swapped = self.forward.model, dict(parameters or {})
         kwargs = self.forward.model_inputs(inputs)
         try:
-            with undone(_own_parameters(model, swapped)), hooked(pre=[(self.head.module, stop)]), callers_autocast():
+            restore = undone(_own_parameters(model, swapped))
+            with restore, hooked(pre=[(self.head.module, stop)]), callers_surroundings():
                 torch.func.functional_call(model, swapped, (), kwargs, tie_weights=False)
         except _Reached as reached:
             hidden = reached.hidden

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bayesian_lora_kernels.surroundings import without_autocast
+from bayesian_lora_kernels.surroundings import in_own_surroundings
 
 from . import native
 
@@ -150,7 +150,7 @@ def choose(operation: str, impl: str, *arguments: Any) -> Callable[..., None]:
             reason = machine_refuses(wanted) or offered[wanted].refuses(*arguments)
         if reason is not None:
             raise RuntimeError(f"{operation}: impl={wanted!r} cannot run: {reason}")
-        return without_autocast(offered[wanted].load())
+        return in_own_surroundings(offered[wanted].load())
     for name in IMPLEMENTATIONS:
         candidate = offered.get(name)
         if candidate is None or not candidate.suits_auto(*arguments):
@@ -160,7 +160,7 @@ def choose(operation: str, impl: str, *arguments: Any) -> Callable[..., None]:
             continue
         reason = machine_refuses(name) or candidate.refuses(*arguments)
         if reason is None:
-            return without_autocast(candidate.load())
+            return in_own_surroundings(candidate.load())
         _log_once(operation, name, reason)
     raise RuntimeError(f"{operation}: no implementation takes these arguments")
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.surroundings import without_autocast
+from bayesian_lora_kernels.surroundings import in_own_surroundings
 
 
 class Blocks(NamedTuple):
@@ -56,7 +56,7 @@ class KroneckerFactors:
     tail_a: Tensor
     tail_s: Tensor
 
-    @without_autocast
+    @in_own_surroundings
     def trace(self) -> Tensor:
         """Trace of `A (x) S`, tails included: 0-d float64."""
         return _factor_trace(self.a, self.tail_a) * _factor_trace(self.s, self.tail_s)
@@ -136,7 +136,7 @@ class KroneckerPosterior:
     prior_precision: Tensor
 
     @classmethod
-    @without_autocast
+    @in_own_surroundings
     def from_factors(cls, factors: KroneckerFactors, prior_precision: float | Tensor) -> KroneckerPosterior:
         """Posterior with precision `A (x) S + prior_precision * I`.
 
@@ -185,7 +185,7 @@ class KroneckerPosterior:
         values, multiplicity = self.spectrum()
         return ((values + self.prior_precision).log() * multiplicity).sum()
 
-    @without_autocast
+    @in_own_surroundings
     def apply(self, function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
         """`f(precision)` times each of `matrices [..., d_out, d_in]`, for a function of the eigenvalues.
 
@@ -208,7 +208,7 @@ class KroneckerPosterior:
             result = result + values.rest * (matrices - q_s @ u - v_rest @ q_a.mT)
         return result
 
-    @without_autocast
+    @in_own_surroundings
     def covariance(self, j1: Tensor, j2: Tensor) -> Tensor:
         """`J1 Sigma J2^T`.
 
@@ -232,13 +232,13 @@ class KroneckerPosterior:
         right = self.apply(torch.reciprocal, j2.reshape(-1, *self.shape))
         return j1.reshape(-1, size) @ right.reshape(-1, size).mT
 
-    @without_autocast
+    @in_own_surroundings
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`[n, d_out, d_in]` zero-mean samples of the weight's deviation from its MAP value."""
         noise = torch.randn((n, *self.shape), generator=generator, dtype=self.basis_a.dtype, device=self.basis_a.device)
         return self.apply(torch.rsqrt, noise)
 
-    @without_autocast
+    @in_own_surroundings
     def to_dense(self) -> Tensor:
         """Posterior precision of the row-major weight, `[d_out * d_in, d_out * d_in]` float64. For tests."""
         size = math.prod(self.shape)

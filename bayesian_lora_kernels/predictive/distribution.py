@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.surroundings import without_autocast
+from bayesian_lora_kernels.surroundings import in_own_surroundings
 
 PROBABILITY_METHODS = ("mc", "probit", "bridge", "map")
 # What is added to the diagonal, relative to its mean, until the Cholesky decomposition succeeds.
@@ -41,7 +41,7 @@ class LogitPosterior:
         """`[N, C]`, the diagonal of the covariance."""
         return self.covariance.diagonal(dim1=-2, dim2=-1)
 
-    @without_autocast
+    @in_own_surroundings
     def scale_tril(self) -> Tensor:
         """`[N, C, C]` Cholesky factors, with the smallest jitter that makes every one of them exist.
 
@@ -70,13 +70,13 @@ class LogitPosterior:
             f"{JITTERS[-1]:g} of the mean variance added to its diagonal"
         )
 
-    @without_autocast
+    @in_own_surroundings
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`[n, N, C]` joint samples of the logits."""
         noise = torch.randn((n, *self.mean.shape), generator=generator, dtype=self.mean.dtype, device=self.mean.device)
         return self.mean + torch.einsum("ncd,snd->snc", self.scale_tril(), noise)
 
-    @without_autocast
+    @in_own_surroundings
     def probs(self, method: str = "mc", n_samples: int = 1024, generator: torch.Generator | None = None) -> Tensor:
         """Class probabilities `[N, C]` over the chosen logits.
 

@@ -18,7 +18,7 @@ from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.hidden_samples import Deviations, HiddenSampler
 from bayesian_lora_kernels.predictive.logits import LogitPredictor
 from bayesian_lora_kernels.predictive.sampled_logits import SampledLogits
-from bayesian_lora_kernels.surroundings import without_autocast
+from bayesian_lora_kernels.surroundings import in_own_surroundings
 
 SAMPLES = 64
 
@@ -75,7 +75,7 @@ class VocabularyPosterior:
         """How the samples' derivatives are taken, with the error of an inexact one; see `Pushforward`."""
         return self._sampler.pushforward.describe()
 
-    @without_autocast
+    @in_own_surroundings
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`[n, N, V]` fresh joint samples of the logits, before a cap.
 
@@ -88,7 +88,7 @@ class VocabularyPosterior:
         drawn = self._sampler.draw(self._batch, n, False, generator)
         return SampledLogits(self._map, self.hidden, drawn, n, mirrored=False).logits()
 
-    @without_autocast
+    @in_own_surroundings
     def probs(self, n_samples: int = SAMPLES, generator: torch.Generator | None = None) -> Tensor:
         """`[N, V]`, the mean of the softmax over posterior samples.
 
@@ -101,7 +101,7 @@ class VocabularyPosterior:
         """
         return self._samples(n_samples, generator, mirrored=True).probs()
 
-    @without_autocast
+    @in_own_surroundings
     def statistics(
         self, targets: Tensor | None = None, n_samples: int = SAMPLES, generator: torch.Generator | None = None
     ) -> VocabularyStatistics:
@@ -122,7 +122,7 @@ class VocabularyPosterior:
                 raise ValueError(f"targets: expected [{len(self.hidden)}], got {list(targets.shape)}")
         return self._samples(n_samples, generator, mirrored=True).statistics(targets)
 
-    @without_autocast
+    @in_own_surroundings
     def variance(
         self, n_samples: int = SAMPLES, generator: torch.Generator | None = None, exact: int = 0
     ) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ class VocabularyPosterior:
             error.scatter_(1, top, 0)
         return estimate, error
 
-    @without_autocast
+    @in_own_surroundings
     def covariance(self, indices: Tensor) -> Tensor:
         """`[N, K, K]`, the exact covariance of chosen logits, before a cap; one backward pass for each of the K.
 
@@ -163,7 +163,7 @@ class VocabularyPosterior:
         indices = self._check_indices(torch.as_tensor(indices), "indices", (1, 2))
         return self._predictor.predict(self._batch, indices, [self._prior])[1][0]
 
-    @without_autocast
+    @in_own_surroundings
     def top(self, k: int) -> LogitPosterior:
         """The k most probable tokens of each example with their exact joint covariance, as `predict(batch, k)`.
 
