@@ -408,7 +408,7 @@ def chunked_bert() -> Scene:
         r".*layer\.\d\.(intermediate|output)\.dense",
         task_type="SEQ_CLS",
     )
-    return Scene(model, [labelled(padded(LENGTHS, 40, extra=2))], words=WORDS)
+    return Scene(model, [labelled(padded([6, 4, 2, 6], 40, extra=2))], words=WORDS)
 
 
 def electra_without_mask() -> Scene:
