@@ -101,7 +101,7 @@ def in_float64(model: Any) -> Any:
     """The model in float64, and nothing in it in less: otherwise nothing could be compared to 1e-10."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child).__name__ in ("LlamaRMSNorm", "T5LayerNorm"):
+            if type(child).__name__.endswith(("LlamaRMSNorm", "T5LayerNorm")):
                 setattr(module, name, RmsNorm(child.weight, child.variance_epsilon))
     return model.double()
 
