@@ -155,15 +155,18 @@ class CurvatureFit:
         budget = self.settings.memory_budget or default_budget(model_device(self.model))
         store = RowStore(budget, self.settings.row_dtype)
         names = [layer.name for layer in self.layers]
+        called: set[str] = set()
         for index, recorded in self._captures("rows", totals, weight_gradients=True):
-            self._check_called(recorded.inputs)
+            called |= recorded.inputs.keys()
             for gradients in self._backward(recorded, weight_gradients=names):
+                gradients |= recorded.without_gradient()
                 rows = {name: gradients[name].flatten(start_dim=1) for name in names}
                 squares = square_sums({name: (row, None) for name, row in rows.items()})
                 check_finite(
                     "gradient", [name for name in names if not math.isfinite(squares[name])], f" in batch {index}"
                 )
                 store.append(rows)
+        self._check_called(called)
         shapes = {layer.name: layer.shape for layer in self.layers}
         posterior = ExactPosterior(store, shapes, model_device(self.model))
         return Fit(posterior, None, totals.n_examples, _likelihood_of(totals))

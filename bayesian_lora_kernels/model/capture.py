@@ -247,6 +247,15 @@ class Capture:
         self.raw_backward(cotangent, receive, (), retain_graph)
         return {name: self._assemble(name, calls, name in weight_gradients) for name, calls in parts.items()}
 
+    def without_gradient(self) -> dict[str, Tensor]:
+        """Weight gradients `[N, d_out, d_in]` of the layers that were not called: zero."""
+        n, dtype = len(self.logits), accumulate_dtype(self.logits)
+        return {
+            name: torch.zeros(n, *layer.shape, dtype=dtype, device=layer.device)
+            for name, layer in self.layers.items()
+            if name not in self.inputs
+        }
+
     def raw_backward(
         self, cotangent: Tensor, receive: Receive, parameters: Sequence[Tensor], retain_graph: bool = True
     ) -> tuple[Tensor | None, ...]:

@@ -149,7 +149,7 @@ class _Probe:
         lowest = min((dtype, a.dtype), key=lambda d: torch.finfo(d).bits)
         known = self.dtypes.get(layer.name, lowest)
         self.dtypes[layer.name] = min((known, lowest), key=lambda d: torch.finfo(d).bits)
-        g, a = g.flatten(0, -2), a.to(g.dtype).flatten(0, -2)
+        g, a = g.reshape(-1, g.shape[-1]), a.to(g.dtype).reshape(-1, a.shape[-1])
         total, size = g.mT @ a, g.abs().mT @ a.abs()
         if layer.name in self.totals:
             before = self.totals[layer.name]
@@ -221,7 +221,8 @@ def _find_layouts(recorded: Capture, probe: _Probe) -> None:
                     "in any of its leading dimensions: what belongs to one example depends on another"
                 )
             found.append(layout)
-        if found:
+        if found and found != findings.layouts.setdefault(name, found):
+            recorded.forward.checks.changes(f"{name}: where its input has the examples")
             findings.layouts[name] = found
 
 
@@ -268,28 +269,39 @@ def _find_masks(recorded: Capture, probe: _Probe, batch: Any) -> None:
                 untold.append((name, i))
     if not leaks and not untold:
         return
-    noisy = _with_noisy_padding(recorded, batch)
-    if noisy is None or noisy.changed:
-        if leaks:
-            name = leaks[0][0]
-            raise ValueError(
-                f"{name}: padding counts: the logits depend on positions that the attention mask excludes"
-                + ("" if noisy is None else f" (noise there changes them by {noisy.changed:.1e} of their size)")
-                + ". Let the model, or forward=..., leave masked positions out (pool over valid tokens only, take the "
-                "last valid token, pass the mask on), or pass batches without padding"
-            )
-        if noisy is None:
+    noisy = _with_noisy_padding(recorded, batch, vectors=True)
+    if leaks and (noisy is None or noisy.changed):
+        name = leaks[0][0]
+        raise ValueError(
+            f"{name}: padding counts: the logits depend on positions that the attention mask excludes"
+            + ("" if noisy is None else f" (noise there changes them by {noisy.changed:.1e} of their size)")
+            + ". Let the model, or forward=..., leave masked positions out (pool over valid tokens only, take the "
+            "last valid token, pass the mask on), or pass batches without padding"
+        )
+    if noisy is None or not any(noisy.holds_padding(name, i) for name, i in untold):
+        noisy = _with_noisy_padding(recorded, batch, vectors=False) if untold else noisy
+        if noisy is None or noisy.changed:  # the model reads something off the ids of its padding
             return
     for name, i in [*leaks, *untold]:
         call = recorded.calls[name][i]
         layout = findings.layout(name, i, call.a.shape, n)
         assert layout is not None
-        assert noisy is not None
         relation = _relation(call, layout, n, noisy.padding.get((name, i)))
+        if relation == "before others" and not _ends_in_gradients(recorded, probe, name, i, layout):
+            relation = "before padding"  # that the model adds itself, to fill up a window
         found = findings.relations.setdefault(name, [SAME] * len(recorded.calls[name]))
         found += [found[-1]] * (len(recorded.calls[name]) - len(found))
         found[i] = relation
     recorded.read_inputs()
+
+
+def _ends_in_gradients(recorded: Capture, probe: _Probe, name: str, call: int, layout: Layout) -> bool:
+    """Whether the tokens behind those of the longest mask have gradients."""
+    g, n = probe.first.get((name, call)), len(recorded.logits)
+    if g is None:
+        return False
+    tokens = max(mask.valid.shape[1] for mask in recorded.calls[name][call].masks)
+    return bool(layout.tokens(g, n)[:, tokens:].any())
 
 
 def _told(call: Any, layout: Layout, n: int) -> bool:
@@ -327,13 +339,20 @@ class _Noisy:
     changed: float
     padding: dict[tuple[str, int], Tensor]
 
+    def holds_padding(self, name: str, call: int) -> bool:
+        """Whether any row of the input of a layer's call changed."""
+        return (name, call) in self.padding and bool(self.padding[name, call].any())
+
 
 @torch.no_grad()
-def _with_noisy_padding(recorded: Capture, batch: Any) -> _Noisy | None:
+def _with_noisy_padding(recorded: Capture, batch: Any, vectors: bool) -> _Noisy | None:
     """The forward pass again with noise on what the model is given at masked positions; None if it is given nothing.
 
-    Noise goes onto embeddings, so that what a model reads off the ids themselves stays as it is, and onto inputs that
-    are vectors already.
+    Args:
+        recorded: the capture to compare with.
+        batch: that it is of.
+        vectors: whether noise goes onto embeddings, so that what a model reads off the ids themselves stays as it is,
+            and onto inputs that are vectors already; or other ids take the place of those of the padding.
     """
     forward = recorded.forward
     scopes = Scopes(forward.batch_masks(batch))
@@ -348,6 +367,16 @@ def _with_noisy_padding(recorded: Capture, batch: Any) -> _Noisy | None:
         masked = (~mask).reshape(*mask.shape, *[1] * (x.ndim - 2)).to(x.device)
         return torch.where(masked, x + random * (1 + x.abs().mean()), x)
 
+    def other_ids(ids: Any, mask: TokenMask) -> Any:
+        if not isinstance(ids, Tensor) or ids.shape != mask.valid.shape:
+            return ids
+        touched.append(True)
+        rolled = ids[mask.valid].roll(1)  # some valid ids of the batch, which are no special ones
+        another = torch.where(rolled[: len(rolled)] == ids[~mask.valid][0], rolled.max(), rolled)
+        filled = ids.clone()
+        filled[~mask.valid] = another[torch.arange(int((~mask.valid).sum()), device=ids.device) % len(another)]
+        return filled
+
     def embedded(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
         ids = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         if ids is None or ids.ndim != 2:
@@ -358,6 +387,8 @@ def _with_noisy_padding(recorded: Capture, batch: Any) -> _Noisy | None:
     def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mask = next(iter(scopes.about(torch.empty(0))), None)
         named = {**dict(zip(parameters_of(module), args, strict=False)), **kwargs}
+        if mask is not None and mask.padded and not vectors:
+            return args, {key: other_ids(x, mask) if key == "input_ids" else x for key, x in kwargs.items()}
         if mask is None or not mask.padded or any(MASK not in key and _are_ids(x, mask) for key, x in named.items()):
             return None
 
@@ -375,7 +406,7 @@ def _with_noisy_padding(recorded: Capture, batch: Any) -> _Noisy | None:
         return run
 
     enter, leave = scopes.hooks(forward.model)
-    embeddings = [(m, embedded) for m in forward.model.modules() if isinstance(m, nn.Embedding)]
+    embeddings = [(m, embedded) for m in forward.model.modules() if isinstance(m, nn.Embedding) and vectors]
     notes = [(layer.module, note(layer)) for layer in recorded.layers.values()]
     with hooked([*enter, (forward.model, given)], [*embeddings, *notes, *leave]):
         logits = forward(batch, all_labels=recorded.result.head_mask is not None).logits

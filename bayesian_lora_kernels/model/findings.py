@@ -24,18 +24,33 @@ class Checks:
         mode: `first`: the first batch of every kind, the second, and then ever fewer; `always`; `off`.
         seen: `{kind of batch: how many of them}`.
         unchecked: captures of several examples that were believed without a check.
+        steady: whether what was found out about one batch has so far been true of the next.
     """
 
     mode: str = "first"
     seen: dict[Any, int] = field(default_factory=dict)
     unchecked: int = 0
+    steady: bool = True
 
     def due(self, kind: Any) -> bool:
         """Whether a batch of this kind is to be checked; counts it."""
         self.seen[kind] = count = self.seen.get(kind, 0) + 1
         if self.mode != "first":
             return self.mode == "always"
-        return count in CHECKED
+        return count in CHECKED or not self.steady
+
+    def changes(self, what: str) -> None:
+        """Something differs from batch to batch: from here on every one of them is checked.
+
+        Raises:
+            ValueError: if batches have been measured in the belief that it does not.
+        """
+        self.steady = False
+        if self.unchecked and self.mode == "first":
+            raise ValueError(
+                f"{what} changes from batch to batch, and batches before this one were measured without a check; start "
+                "again with check='always'"
+            )
 
 
 @dataclass

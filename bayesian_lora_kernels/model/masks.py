@@ -64,7 +64,7 @@ class Scopes:
 
     def hooks(self, model: nn.Module) -> tuple[list[tuple[nn.Module, Any]], list[tuple[nn.Module, Any]]]:
         """Hooks before and after the calls of every module of a model that takes a mask."""
-        modules = [m for m in model.modules() if m is model or MASK in parameters_of(m)]
+        modules = [m for m in model.modules() if m is model or any(map(_is_own_mask, parameters_of(m)))]
         return [(m, self._enter) for m in modules], [(m, self._leave) for m in modules]
 
     def about(self, x: Tensor) -> tuple[TokenMask, ...]:
@@ -84,6 +84,9 @@ class Scopes:
         names = parameters_of(module)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         mask, memory = self._as_mask(given.get(MASK)), given.get(MEMORY)
+        for name, value in given.items():
+            if mask is None and name != MASK and _is_own_mask(name):
+                mask = self._as_mask(value, inverted=True)
         # Stacks of layers are told of their own tokens and of nobody else's; layers may rely on what was said above.
         untold = MASK in names and given.get(MASK) is None and is_stack(module)
         if untold:
@@ -100,7 +103,7 @@ class Scopes:
     def _leave(self, *_: Any) -> None:
         self._stack.pop()
 
-    def _as_mask(self, value: Any) -> TokenMask | None:
+    def _as_mask(self, value: Any, inverted: bool = False) -> TokenMask | None:
         """A mask `[N, T]` of zeros and ones; anything else says nothing about tokens."""
         if not isinstance(value, Tensor) or value.ndim != 2:
             return None
@@ -108,8 +111,14 @@ class Scopes:
         if known is None:
             valid = value if value.dtype == torch.bool else value != 0
             plain = value.dtype == torch.bool or bool((valid == value).all())
+            valid = ~valid if inverted else valid
             known = self._read[id(value)] = (value, TokenMask.of(valid) if plain else None)
         return known[1]
+
+
+def _is_own_mask(name: str) -> bool:
+    """Whether an argument of this name is a mask of a module's own tokens: PyTorch's say True where padding is."""
+    return name == MASK or (name.endswith("padding_mask") and not name.startswith("memory"))
 
 
 def _all_of(given: Mapping[str, Any]) -> TokenMask | None:
@@ -151,9 +160,11 @@ RELATIONS: dict[str, Callable[[Tensor, int], Tensor | None]] = {
     "reversed": lambda m, t: m.flip(1) if m.shape[1] == t else None,
     "after others": lambda m, t: _beside(m, t, before=True),
     "before others": lambda m, t: _beside(m, t, before=False),
+    "before padding": lambda m, t: _beside(m, t, before=False, value=False),
     "the last": lambda m, t: m[:, -t:] if m.shape[1] > t else None,
     "the first": lambda m, t: m[:, :t] if m.shape[1] > t else None,
     "repeated": lambda m, t: m.repeat(1, t // m.shape[1]) if _several(m, t) else None,
+    "and reversed": lambda m, t: torch.cat([m, m.flip(1)], dim=1) if t == 2 * m.shape[1] else None,
     "each repeated": lambda m, t: m.repeat_interleave(t // m.shape[1], dim=1) if _several(m, t) else None,
 }
 
@@ -162,11 +173,11 @@ def _several(mask: Tensor, tokens: int) -> bool:
     return tokens > mask.shape[1] > 0 and tokens % mask.shape[1] == 0
 
 
-def _beside(mask: Tensor, tokens: int, before: bool) -> Tensor | None:
+def _beside(mask: Tensor, tokens: int, before: bool, value: bool = True) -> Tensor | None:
     extra = tokens - mask.shape[1]
     if extra <= 0:
         return None
-    ones = mask.new_ones(len(mask), extra)
+    ones = mask.new_full((len(mask), extra), value)
     return torch.cat([ones, mask] if before else [mask, ones], dim=1)
 
 

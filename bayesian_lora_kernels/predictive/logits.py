@@ -103,6 +103,10 @@ class LogitPredictor:
         indices, per_example = choose_logits(logits.detach(), outputs)
         if isinstance(self.posterior, ExactPosterior):
             jacobians = logit_gradients(recorded, per_example, recorded.inputs)
+            count = per_example.shape[1]
+            jacobians |= {
+                name: zero[:, None].expand(-1, count, -1, -1) for name, zero in recorded.without_gradient().items()
+            }
             covariances = [self.posterior.covariance(jacobians, prior) for prior in priors]
         else:
             covariances = self._layerwise(recorded, per_example, self.posterior, priors)
