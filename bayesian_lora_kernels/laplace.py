@@ -18,7 +18,7 @@ from bayesian_lora_kernels.curvature.likelihood import FISHERS, LIKELIHOODS
 from bayesian_lora_kernels.model import fingerprint, names
 from bayesian_lora_kernels.model.batches import without_labels
 from bayesian_lora_kernels.model.findings import CHECKS
-from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, unwrapped
+from bayesian_lora_kernels.model.forward import Forward, ForwardFunction
 from bayesian_lora_kernels.model.layers import Modules, find_layers
 from bayesian_lora_kernels.model.weights import MeasuredWeights, adapter_digest
 from bayesian_lora_kernels.posterior import archive, storage
@@ -69,8 +69,8 @@ class LaplaceLoRA:
             takes these, or one of them, whether they require gradients or not.
         row_dtype: in which `exact` stores its rows; None: that of the gradients (float32, or float64).
         seed: of everything random in `fit`.
-        check: when what is taken for granted of the model is checked (docs/method.md): `first`, on the first batch of
-            every kind, the second, and then ever more seldom; `always`; `off`.
+        check: when what is taken for granted of the model is checked (docs/method.md): `first`, on the first two
+            batches of every kind, the 32nd, the 512th and so on; `always`; `off`.
 
     Raises:
         ValueError, TypeError: for a model without trainable `nn.Linear` parameters, with trainable parameters
@@ -114,7 +114,7 @@ class LaplaceLoRA:
         if row_dtype is not None and not (isinstance(row_dtype, torch.dtype) and row_dtype.is_floating_point):
             raise TypeError(f"row_dtype: expected a floating-point torch.dtype, got {row_dtype!r}")
         self._forward = Forward(model, forward, class_token_ids, check=check)
-        self.model = self._forward.model
+        self.model = model
         self.likelihood = likelihood
         self._layers = find_layers(self.model, modules, self._forward.head_rows)
         self._settings = FitSettings(
@@ -343,7 +343,6 @@ class LaplaceLoRA:
             ValueError: if a file is damaged or newer than this package, if the model's layers, adapter or base model
                 are not those of the fit, or if the fit had its own `forward` and none is given.
         """
-        model = unwrapped(model)
         tensors, content = storage.load(folder)
         if content["custom_forward"] and forward is None:
             raise ValueError(f"{folder}: this posterior was fitted with its own forward; pass the same forward=...")

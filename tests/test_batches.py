@@ -288,10 +288,12 @@ def test_a_forward_of_ones_own_gets_the_type_that_the_loader_gave(name, pieces, 
         ][:, [2, 5, 7]]
 
     budget = {"memory_budget": 1} if pieces else {}
-    laplace = blk.LaplaceLoRA(case.model, forward=forward, **budget).fit([batch], progress=False)
+    laplace = blk.LaplaceLoRA(case.model, forward=forward, check="off", **budget).fit([batch], progress=False)
     torch.testing.assert_close(laplace.log_likelihood, expected.log_likelihood)
     assert {type(one) for one in seen} == {type(batch)}
     assert len(seen) == (4 if pieces else 1)
+    blk.LaplaceLoRA(case.model, forward=forward, **budget).fit([batch], progress=False)  # checks keep the type, too
+    assert {type(one) for one in seen} == {type(batch)}
     assert getattr(seen[0], "origin", None) == getattr(batch, "origin", None)
     assert type(without_labels(batch)) is type(batch)
     assert inputs_and_labels(without_labels(batch))[1] is None

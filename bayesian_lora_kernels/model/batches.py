@@ -7,7 +7,7 @@ from there on its numbers are tensors, and what it says about labels, masks and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ SHAPES = {"input_ids": "[N, T]", "inputs_embeds": "[N, T, d]", "decoder_input_id
 # Their first dimension is something else, or may be.
 OTHER_KEYS = PACKED_KEYS | {"position_ids", "cache_position"}
 NESTED_KEYS = ("past_key_values", "encoder_outputs")  # tuples of tensors, one per layer
+Rows = Callable[[Any, int], Any]
 MROPE_AXES = (3, 4)  # time, height, width of multimodal rotary positions, and text
 
 
@@ -165,18 +166,36 @@ def slice_batch(batch: Any, start: int, stop: int, size: int) -> Any:
     Raises:
         ValueError: for packed images of which nothing consistent tells whose they are.
     """
+
+    def rows(value: Any, axis: int) -> Any:
+        return value[(slice(None),) * axis + (slice(start, stop),)] if axis else value[start:stop]
+
+    return _picked(batch, rows, lambda items: cut_packed(items, start, stop, size), size)
+
+
+def reversed_batch(batch: Any, size: int) -> Any:
+    """The batch with its examples in reversed order; None if that cannot be had (packed images)."""
+    if packed_keys(items_of(batch) if _has_names(batch) else {}, size):
+        return None
+
+    def rows(value: Any, axis: int) -> Any:
+        if isinstance(value, (list, tuple)):
+            return value[::-1]
+        return value.flip(axis) if isinstance(value, Tensor) else np.flip(value, axis)
+
+    return _picked(batch, rows, lambda items: {}, size)
+
+
+def _picked(batch: Any, rows: Rows, packed: Callable[[dict[Any, Any]], dict[str, Any]], size: int) -> Any:
+    """The batch with `rows(value, axis of the examples)` of everything that has one row for each example."""
     if isinstance(batch, (Tensor, np.ndarray)):
-        return _cut("", batch, start, stop, size, {})
+        return _cut("", batch, rows, size, {})
     if _has_names(batch):
         items = items_of(batch)
-        packed = cut_packed(items, start, stop, size)
-        return rebuilt(
-            batch,
-            {k: packed[k] if k in packed else _cut(k, v, start, stop, size, items) for k, v in items.items()},
-        )
+        apart = packed(items)
+        return rebuilt(batch, {k: apart[k] if k in apart else _cut(k, v, rows, size, items) for k, v in items.items()})
     if isinstance(batch, (tuple, list)):
-        items = items_of(batch)
-        return rebuilt(batch, {k: _cut("", v, start, stop, size, {}) for k, v in items.items()})
+        return rebuilt(batch, {k: _cut("", v, rows, size, {}) for k, v in items_of(batch).items()})
     return batch
 
 
@@ -380,16 +399,16 @@ def _axis(key: Any, value: Tensor | np.ndarray[Any, Any], size: int, items: Mapp
     return axis if value.shape[axis] == size else None
 
 
-def _cut(key: Any, value: Any, start: int, stop: int, size: int, items: Mapping[Any, Any]) -> Any:
+def _cut(key: Any, value: Any, rows: Rows, size: int, items: Mapping[Any, Any]) -> Any:
     if isinstance(value, (Tensor, np.ndarray)):
         axis = _axis(key, value, size, items)
-        return value if axis is None else value[(slice(None),) * axis + (slice(start, stop),)]
+        return value if axis is None else rows(value, axis)
     if _has_names(value):
-        return slice_batch(value, start, stop, size)
+        return _picked(value, rows, lambda _: {}, size)
     if isinstance(value, (list, tuple)):
         if len(value) == size and key not in NESTED_KEYS and not (key == "" and _rows_of_first(value) == size):
-            return value[start:stop]
-        return rebuilt(value, {k: _cut(key, v, start, stop, size, items) for k, v in items_of(value).items()})
+            return rows(value, 0)
+        return rebuilt(value, {k: _cut(key, v, rows, size, items) for k, v in items_of(value).items()})
     return value
 
 

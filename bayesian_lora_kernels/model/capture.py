@@ -90,6 +90,7 @@ class Capture:
         self._layouts: dict[str, list[Layout]] = {}
         self._mailbox = _Mailbox()
         self._sink: Tensor | None = None
+        self.all_labels = False
         self.result: ForwardResult
         self.inputs: dict[str, LayerInput] = {}
 
@@ -106,6 +107,7 @@ class Capture:
             all_labels: see `Forward`.
             differentiable: whether autograd, too, shall be able to differentiate with respect to the layers' weights.
         """
+        self.all_labels = all_labels
         scopes = Scopes(self.forward.batch_masks(batch))
         sources: dict[int, tuple[Any, ...]] = {}
         masks: dict[int, tuple[TokenMask, ...]] = {}

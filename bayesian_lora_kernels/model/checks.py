@@ -1,10 +1,10 @@
 """What capturing takes for granted of a model, checked on the batch at hand; `docs/method.md` has the list.
 
-One random cotangent runs backward twice, the second time with every example's share of it scaled by a power of two of
-its own. Whatever belongs to an example then has changed by exactly its factor, in every layer; in the second pass
-autograd forms the weights' gradients beside ours. Where a padded token would take a gradient with it, and where a layer
-has tokens that no mask describes, one more forward pass with noise on the padding shows which tokens hold it. Last, one
-example runs alone, without padding and through nothing but the model itself.
+A random cotangent runs backward with every example's share of it scaled by a power of two of its own. Whatever belongs
+to an example then has changed by exactly its factor, in every layer; and autograd forms the weights' gradients beside
+ours. Where a padded token would take a gradient with it, and where a layer has tokens that no mask describes, one more
+forward pass with noise on the padding shows which tokens hold it. Last, one example runs alone, without padding and
+through nothing but the model itself.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesian_lora_kernels.model.batches import DECODER_MASK, batch_size, inputs_and_labels, slice_batch
+from bayesian_lora_kernels.model.batches import DECODER_MASK, batch_size, inputs_and_labels, reversed_batch, slice_batch
 from bayesian_lora_kernels.model.capture import Capture, NotByExample, accumulate_dtype
+from bayesian_lora_kernels.model.containers import rebuilt
 from bayesian_lora_kernels.model.findings import SAME
 from bayesian_lora_kernels.model.forward import IGNORED_LABEL, Forward, is_left_padded
 from bayesian_lora_kernels.model.layers import LinearLayer
@@ -29,6 +30,7 @@ from bayesian_lora_kernels.surroundings import callers_surroundings
 
 LABELS = "labels"
 FACTORS = tuple(sign * 2.0**k for k in (0, 1, -1, 2, -2, 3, -3) for sign in (1, -1))
+Projections = dict[tuple[str, int], Tensor]
 PROJECTIONS = 4  # of a gradient, in which the two passes are compared: enough to see any change, and little to keep
 
 
@@ -46,18 +48,23 @@ def kind_of(batch: Any, all_labels: bool) -> Any:
     return all_labels, batch_size(batch) == 1, shape, tuple(columns), tuple(padding)
 
 
-def check(recorded: Capture, batch: Any) -> None:
+def check(recorded: Capture, batch: Any, thorough: bool) -> None:
     """Check a capture, and write what is found out into `recorded.forward.findings`.
+
+    Args:
+        recorded: the capture.
+        batch: that it is of.
+        thorough: whether examples are told apart whatever order they are in; else only every second of them is.
 
     Raises:
         ValueError: if a layer's weight is used in a way that its calls do not show, if padding counts, or if the model
             says something else about an example that runs alone.
         NotByExample: if some layer's examples cannot be told apart.
-        OtherPositions: if positions under left padding are not those that the model itself gives.
+        OtherLogits: if an example by itself has others.
     """
     probe = _Probe(recorded)
-    probe.run()
-    if not all(torch.isfinite(seen).all() for seen in (*probe.first.values(), *probe.second.values())):
+    probe.run(batch, thorough)
+    if not all(torch.isfinite(seen).all() for seen in probe.found.values()):
         recorded.read_inputs()  # whoever takes these gradients will refuse them
         return
     _check_totals(recorded, probe)
@@ -68,30 +75,35 @@ def check(recorded: Capture, batch: Any) -> None:
 
 
 class _Probe:
-    """What the two backward passes show of every call of a layer.
+    """What backward passes show of every call of a layer.
+
+    The same random cotangent runs with every example's share of it times a factor of its own, and, where `thorough`, as
+    it is with the examples in reversed order: a model that sorts its examples has sorted one of the two. Otherwise
+    every other factor is zero, and what these examples get tells who gets what belongs to another.
 
     Attributes:
-        factors: `[N]`, of each example in the second pass.
-        first: `{(layer, call): [..., PROJECTIONS]}`, projections of the output's gradient in the first pass.
-        second: the same in the second.
-        totals: `{layer: (sum over all tokens of g a^T, the same of absolute values)}`, `[d_out, d_in]`, second pass.
-        expected: `{layer: [d_out, d_in]}`, autograd's gradient of the weight in the second pass.
+        passes: `(factors [N], {(layer, call): [..., PROJECTIONS]})`, of output gradients in a few projections.
+        reference: the projections without factors, and whether the examples are in reversed order there; or None.
+        totals: `{layer: (sum over all tokens of g a^T, the same of absolute values)}`, `[d_out, d_in]`, first pass.
+        expected: `{layer: [d_out, d_in]}`, autograd's gradient of the weight in the same pass.
         dtypes: `{layer: the lowest dtype}` on the way to a layer's gradient.
     """
 
     def __init__(self, recorded: Capture):
         self.recorded = recorded
-        n = recorded.logits.shape[0]
-        self.factors = torch.tensor([FACTORS[i % len(FACTORS)] for i in range(n)], dtype=torch.float64)
-        self.first: dict[tuple[str, int], Tensor] = {}
-        self.second: dict[tuple[str, int], Tensor] = {}
-        self.more: list[tuple[Tensor, dict[tuple[str, int], Tensor]]] = []  # further factors, for many examples
+        self.passes: list[tuple[Tensor, Projections]] = []
+        self.reference: tuple[Projections, bool] | None = None
         self.totals: dict[str, tuple[Tensor, Tensor]] = {}
         self.expected: dict[str, Tensor] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._matrices: dict[Any, Tensor] = {}
 
-    def run(self) -> None:
+    @property
+    def found(self) -> Projections:
+        """Of the first pass."""
+        return self.passes[0][1]
+
+    def run(self, batch: Any, thorough: bool) -> None:
         """The passes."""
         logits, mask = self.recorded.logits, self.recorded.result.mask
         n = len(logits)
@@ -99,42 +111,47 @@ class _Probe:
         cotangent = torch.randn(logits.shape, generator=noise, dtype=torch.float32).to(logits.device, logits.dtype)
         if mask is not None:
             cotangent = cotangent.masked_fill(~mask[..., None].to(logits.device), 0)
-        self._pass(cotangent, self.first, ())
         parameters = [
             (layer, leaf, p)
             for layer in self.recorded.layers.values()
             for leaf, p in (("weight", layer.module.weight), ("bias", layer.module.bias))
             if (layer.weight if leaf == "weight" else layer.bias) and p.requires_grad
         ]
-        gradients = self._pass(
-            self._scaled(cotangent, self.factors), self.second, [p for _, _, p in parameters], totals=True
-        )
-        self._expect([(layer, leaf, g, p) for (layer, leaf, p), g in zip(parameters, gradients, strict=True)])
-        step = len(FACTORS)
-        while step < n:  # equal factors differ in the next digit of their number
+        thorough = thorough and n > 1
+        step = 1
+        while step == 1 or (thorough and step < n):  # equal factors differ in the next digit of an example's number
             factors = torch.tensor([FACTORS[(i // step) % len(FACTORS)] for i in range(n)], dtype=torch.float64)
-            seen: dict[tuple[str, int], Tensor] = {}
-            self._pass(self._scaled(cotangent, factors), seen, ())
-            self.more.append((factors, seen))
+            if not thorough:
+                factors[1::2] = 0
+            scaled = cotangent * factors.to(cotangent).reshape(-1, *[1] * (cotangent.ndim - 1))
+            wanted = parameters if step == 1 else []
+            seen, gradients = self._pass(self.recorded, scaled, [p for _, _, p in wanted])
+            self._expect([(layer, leaf, g, p) for (layer, leaf, p), g in zip(wanted, gradients, strict=True)])
+            self.passes.append((factors, seen))
             step *= len(FACTORS)
-
-    @staticmethod
-    def _scaled(cotangent: Tensor, factors: Tensor) -> Tensor:
-        return cotangent * factors.to(cotangent.device, cotangent.dtype).reshape(-1, *[1] * (cotangent.ndim - 1))
+        if thorough:
+            other, again = reversed_batch(batch, n), self.recorded
+            if other is not None:
+                again = Capture(list(self.recorded.layers.values()), self.recorded.forward)
+                again.run(other, self.recorded.all_labels)
+                cotangent = cotangent.flip(0)
+            self.reference = self._pass(again, cotangent, [])[0], other is not None
 
     def _pass(
-        self, cotangent: Tensor, into: dict[tuple[str, int], Tensor], parameters: Sequence[Tensor], totals: bool = False
-    ) -> tuple[Tensor | None, ...]:
+        self, recorded: Capture, cotangent: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Projections, tuple[Tensor | None, ...]]:
+        found: Projections = {}
+
         def receive(name: str, call: int, g: Tensor) -> None:
-            layer, a = self.recorded.layers[name], self.recorded.calls[name][call].a
+            layer, a = recorded.layers[name], recorded.calls[name][call].a
             g = layer.used_rows(g.detach())
             wide = g.to(accumulate_dtype(g))
             projected = wide @ self._matrix(wide)
-            into[name, call] = into[name, call] + projected if (name, call) in into else projected
-            if totals:
+            found[name, call] = found[name, call] + projected if (name, call) in found else projected
+            if parameters:
                 self._add_total(layer, a, wide, g.dtype)
 
-        return self.recorded.raw_backward(cotangent, receive, parameters)
+        return found, recorded.raw_backward(cotangent, receive, parameters)
 
     def _matrix(self, g: Tensor) -> Tensor:
         key = g.shape[-1], g.dtype, g.device
@@ -227,27 +244,45 @@ def _find_layouts(recorded: Capture, probe: _Probe) -> None:
 
 
 def _layout_of(recorded: Capture, probe: _Probe, name: str, call: int) -> Layout | None:
-    """The first reading under which every example's gradients changed by exactly its factor."""
+    """The first reading under which every example's gradients are as its factors say."""
     n, shape = len(recorded.logits), recorded.calls[name][call].a.shape
     known = recorded.forward.findings.known_layout(name, call, shape, n)
     options = layouts(shape, n)
     if known is not None:
         options = [known, *(option for option in options if option != known)]
-    first = probe.first.get((name, call))
-    if first is None:  # the logits do not depend on this call
+    key = name, call
+    reference = None if probe.reference is None else probe.reference[0].get(key)
+    if key not in probe.found and reference is None:  # the logits do not depend on this call
         return options[0] if options else None
-    passes = [(probe.factors, probe.second), *probe.more]
+    if key not in probe.found or (probe.reference and (reference is None or reference.shape[:-1] != shape[:-1])):
+        return None
+    tolerance = _tolerance(_lowest_dtype(recorded.forward), 1e-8, 1e-3, 0.1)
     for layout in options:
-        if all(_follows(layout, first, seen[name, call], factors, n) for factors, seen in passes):
+        if reference is None:
+            factors, seen = probe.passes[0]
+            if _is_apart(layout.tokens(seen[key], n), factors):
+                return layout
+            continue
+        plain = layout.tokens(reference, n)
+        plain = plain.flip(0) if probe.reference and probe.reference[1] else plain
+        if all(_follows(plain, layout.tokens(seen[key], n), factors, tolerance) for factors, seen in probe.passes):
             return layout
     return None
 
 
-def _follows(layout: Layout, first: Tensor, second: Tensor, factors: Tensor, n: int) -> bool:
-    before, after = layout.tokens(first, n), layout.tokens(second, n)
-    expected = before * factors.to(before.device, before.dtype)[:, None, None]
-    level = _tolerance(first.dtype, 1e-9, 1e-4, 1e-4) * expected.abs().max()
-    return bool((after - expected).abs().max() <= level)
+def _is_apart(found: Tensor, factors: Tensor) -> bool:
+    """Whether examples without a share in the cotangent have gradient zero."""
+    level = 8 * torch.finfo(found.dtype).eps * found.abs().max()
+    others = found[(factors == 0).to(found.device)]
+    return not others.numel() or bool(others.abs().max() <= level)
+
+
+def _follows(plain: Tensor, found: Tensor, factors: Tensor, tolerance: float) -> bool:
+    """Whether the gradients `[N, T, PROJECTIONS]` of every example are its factor times the plain ones."""
+    expected = plain * factors.to(plain)[:, None, None]
+    sizes = expected.abs().amax(dim=(1, 2))
+    far = (found - expected).abs().amax(dim=(1, 2))
+    return bool((far <= tolerance * sizes + 1e-3 * tolerance * sizes.max()).all())
 
 
 def _find_masks(recorded: Capture, probe: _Probe, batch: Any) -> None:
@@ -278,10 +313,12 @@ def _find_masks(recorded: Capture, probe: _Probe, batch: Any) -> None:
             + ". Let the model, or forward=..., leave masked positions out (pool over valid tokens only, take the "
             "last valid token, pass the mask on), or pass batches without padding"
         )
-    if noisy is None or not any(noisy.holds_padding(name, i) for name, i in untold):
-        noisy = _with_noisy_padding(recorded, batch, vectors=False) if untold else noisy
-        if noisy is None or noisy.changed:  # the model reads something off the ids of its padding
-            return
+    if untold and (noisy is None or not any(noisy.holds_padding(name, i) for name, i in untold)):
+        by_ids = _with_noisy_padding(recorded, batch, vectors=False)
+        if by_ids is not None and not by_ids.changed:  # else it reads something off the ids of its padding
+            noisy = by_ids
+    if noisy is None or noisy.changed:
+        return
     for name, i in [*leaks, *untold]:
         call = recorded.calls[name][i]
         layout = findings.layout(name, i, call.a.shape, n)
@@ -297,7 +334,7 @@ def _find_masks(recorded: Capture, probe: _Probe, batch: Any) -> None:
 
 def _ends_in_gradients(recorded: Capture, probe: _Probe, name: str, call: int, layout: Layout) -> bool:
     """Whether the tokens behind those of the longest mask have gradients."""
-    g, n = probe.first.get((name, call)), len(recorded.logits)
+    g, n = probe.found.get((name, call)), len(recorded.logits)
     if g is None:
         return False
     tokens = max(mask.valid.shape[1] for mask in recorded.calls[name][call].masks)
@@ -316,7 +353,7 @@ def _told(call: Any, layout: Layout, n: int) -> bool:
 
 def _leaks(recorded: Capture, probe: _Probe, name: str, call: int, layout: Layout, mask: Tensor) -> bool:
     """Whether a masked token has a gradient and an input, so that leaving it out would leave something out."""
-    g = probe.second.get((name, call))
+    g = probe.found.get((name, call))
     if g is None:
         return False
     n, layer = len(recorded.logits), recorded.layers[name]
@@ -466,17 +503,17 @@ def _lowest_dtype(forward: Forward) -> torch.dtype:
 
 @torch.no_grad()
 def _check_alone(recorded: Capture, batch: Any) -> None:
-    """The example with most padding, by itself and without it, gives what it gives in the batch.
-
-    Only the default forward is held to that: what a function of the user's does with a batch is its own affair.
-    """
+    """The example with most padding, by itself and without it, gives what it gives in the batch."""
     forward = recorded.forward
     inputs, labels = inputs_and_labels(batch)
-    if not forward.is_models_own or not isinstance(inputs, Mapping):
+    if not isinstance(inputs, Mapping):
         return
     row = _most_padded(inputs)
     columns = {**inputs, LABELS: labels} if isinstance(labels, Tensor) else dict(inputs)
-    own = _own_logits(recorded, _without_padding(slice_batch(columns, row, row + 1, len(recorded.logits))))
+    if forward.seq2seq and forward.is_models_own and "decoder_input_ids" in inputs:  # which may be padded, too
+        columns[DECODER_MASK] = forward.model_inputs(inputs).get(DECODER_MASK)
+    alone = _without_padding(slice_batch(columns, row, row + 1, len(recorded.logits)), forward.seq2seq)
+    own = _own_logits(recorded, alone) if forward.is_models_own else _functions_logits(recorded, batch, row, alone)
     if own is None:
         return
     here, mask = recorded.logits[row].detach(), inputs.get(MASK)
@@ -488,22 +525,20 @@ def _check_alone(recorded: Capture, batch: Any) -> None:
     if off <= _tolerance(_lowest_dtype(forward), 1e-5, 1e-2, 0.25):
         return
     if mask is None or bool(mask.all()):
-        raise ValueError(
+        raise OtherLogits(
             f"example {row} of the batch has other logits in it than by itself (off by {off:.1e} of their spread): the "
             "logits of an example depend on the other examples, or are not those that the output head's last position "
             "gives; pass forward=callable(model, batch) -> logits"
         )
-    if is_left_padded(mask) and "position_ids" in forward.accepted and "position_ids" not in inputs:
-        raise OtherPositions
-    raise ValueError(
+    raise OtherLogits(
         f"example {row} of the batch has other logits among padding{' on the left' if is_left_padded(mask) else ''} "
         f"than by itself (off by {off:.1e} of their spread): the model counts padding, or positions from the first "
         "column on. Pad on the other side, pass position_ids, or pass batches without padding"
     )
 
 
-class OtherPositions(Exception):
-    """Under left padding, the logits are not those of the example alone: positions may be meant the other way."""
+class OtherLogits(ValueError):
+    """An example has other logits in a batch than by itself: the model may want to be run in another way."""
 
 
 def _distance(found: Tensor, own: Tensor) -> float:
@@ -523,22 +558,42 @@ def _most_padded(inputs: Mapping[str, Any]) -> int:
     return len(mask) - 1 - int(mask.bool().sum(dim=1).flip(0).argmin())
 
 
-def _without_padding(columns: Mapping[str, Any]) -> dict[str, Any]:
+def _without_padding(columns: Mapping[str, Any], seq2seq: bool) -> dict[str, Any]:
     """The columns of one example cut to its valid tokens, the decoder's by the decoder's mask."""
     cut = dict(columns)
-    for key, prefix in ((MASK, ""), (DECODER_MASK, "decoder_")):
+    for key in (MASK, DECODER_MASK):
         mask = columns.get(key)
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             continue
         valid = mask[0].bool()
         for name, value in columns.items():
-            if not isinstance(value, Tensor) or name.startswith("decoder_") != bool(prefix):
+            decoders = name.startswith("decoder_") or (seq2seq and name == LABELS)
+            if not isinstance(value, Tensor) or decoders != (key == DECODER_MASK):
                 continue
             if value.shape[:2] == mask.shape:
                 cut[name] = value[:, valid]
             elif name == "position_ids" and value.shape[1:] == mask.shape:
                 cut[name] = value[:, :, valid]
     return cut
+
+
+def _functions_logits(recorded: Capture, batch: Any, row: int, alone: dict[str, Any]) -> Tensor | None:
+    """What a function of the user's says about one example; None if it may be told where something is in the batch."""
+    forward = recorded.forward
+    if forward.function is None or not isinstance(batch, Mapping):
+        return None
+    mask, inputs = batch.get(MASK), inputs_and_labels(batch)[0]
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.all()):
+        return None
+    if any(isinstance(x, Tensor) and x.shape[:2] != mask.shape for x in inputs.values()):
+        return None
+    one = slice_batch(batch, row, row + 1, len(recorded.logits))
+    try:
+        result = forward(rebuilt(one, {key: alone.get(key, value) for key, value in one.items()}), all_labels=True)
+    except Exception:  # it wants batches of its own kind
+        return None
+    logits = result.logits[0]
+    return logits if result.mask is None else logits[result.mask[0].to(logits.device)]
 
 
 def _own_logits(recorded: Capture, alone: Mapping[str, Any]) -> Tensor | None:

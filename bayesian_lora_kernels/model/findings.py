@@ -12,7 +12,7 @@ from bayesian_lora_kernels.model.layouts import WHOLE, Layout, layouts
 from bayesian_lora_kernels.model.masks import RELATIONS, TokenMask, by_example
 
 CHECKS = ("first", "always", "off")
-CHECKED = {1, *(2 * 8**k for k in range(20))}  # which of the batches of a kind are checked: first often, then seldom
+CHECKED = {1, *(2 * 16**k for k in range(16))}  # which of the batches of a kind are checked: first often, then seldom
 SAME = "the same"
 
 
@@ -21,7 +21,7 @@ class Checks:
     """When to check, and what has been checked.
 
     Attributes:
-        mode: `first`: the first batch of every kind, the second, and then ever fewer; `always`; `off`.
+        mode: `first`: the first two batches of every kind, the 32nd, the 512th and so on; `always`; `off`.
         seen: `{kind of batch: how many of them}`.
         unchecked: captures of several examples that were believed without a check.
         steady: whether what was found out about one batch has so far been true of the next.
@@ -32,12 +32,14 @@ class Checks:
     unchecked: int = 0
     steady: bool = True
 
-    def due(self, kind: Any) -> bool:
-        """Whether a batch of this kind is to be checked; counts it."""
+    def due(self, kind: Any) -> str:
+        """Which check a batch of this kind is to have: `thorough`, `quick` or none; counts it."""
         self.seen[kind] = count = self.seen.get(kind, 0) + 1
-        if self.mode != "first":
-            return self.mode == "always"
-        return count in CHECKED or not self.steady
+        if self.mode == "off":
+            return ""
+        if count == 1 or self.mode == "always" or not self.steady:
+            return "thorough"
+        return "quick" if count in CHECKED else ""
 
     def changes(self, what: str) -> None:
         """Something differs from batch to batch: from here on every one of them is checked.
@@ -53,6 +55,20 @@ class Checks:
             )
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a causal LM is run.
+
+    Attributes:
+        skips_padding: whether it is handed position ids that skip padding on the left.
+        cuts_positions: whether its output head is handed only the positions that are used, or all of them, because the
+            logits are changed afterwards in a way that depends on the position.
+    """
+
+    skips_padding: bool = True
+    cuts_positions: bool = True
+
+
 @dataclass
 class Findings:
     """Of one model under one forward; batches of every size and length share them.
@@ -62,13 +78,13 @@ class Findings:
         relations: `{layer: one for each of its calls}`, how its tokens follow from those of the mask; None if they
             have nothing to do with them.
         one_at_a_time: whether examples run one by one, because some layer does not tell them apart.
-        skips_padding: whether the model is handed position ids that skip padding on the left.
+        way: of running the model.
     """
 
     layouts: dict[str, list[Layout]] = field(default_factory=dict)
     relations: dict[str, list[str | None]] = field(default_factory=dict)
     one_at_a_time: bool = False
-    skips_padding: bool = True
+    way: Way = Way()
 
     def layout(self, name: str, call: int, shape: Sequence[int], n: int) -> Layout | None:
         """How to read a layer's input of this shape as N examples; None if that is not possible."""

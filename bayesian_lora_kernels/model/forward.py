@@ -11,13 +11,14 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping
 from copy import copy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.batches import DECODER_MASK, MASK_KEYS, batch_size, inputs_and_labels
-from bayesian_lora_kernels.model.findings import Checks, Findings
+from bayesian_lora_kernels.model.findings import Checks, Findings, Way
 from bayesian_lora_kernels.model.head import HeadModule, find_head
 from bayesian_lora_kernels.model.masks import parameters_of
 from bayesian_lora_kernels.model.measuring import hooked
@@ -54,13 +55,16 @@ class Forward:
     """Runs the model on a batch.
 
     Args:
-        model: the model; wrappers that only distribute or compile it are taken off.
+        model: the model. What runs is the model inside wrappers that only distribute or compile it; names are those of
+            the model as it is given.
         function: `callable(model, batch) -> logits` or `(logits, mask)`, or None for the default.
         class_token_ids: `[C]`, restricts a causal LM's logits to these tokens.
         masked: whether padding is left out of what is captured.
         check: when assumptions about the model are checked, of CHECKS.
 
     Attributes:
+        model: the one that runs.
+        prefix: of its names, in the model as it was given.
         base: the model inside the wrappers whose forward takes the batch's columns.
         head: of a causal LM, if the default forward can use it.
         checks: which of them are due.
@@ -79,11 +83,11 @@ class Forward:
         masked: bool = True,
         check: str = "first",
     ):
-        self.model = unwrapped(model)
+        self.model, self.prefix = unwrapped(model)
         self.function = function
         self.masked = masked
         self.base = _base_of(self.model)
-        self.head = None if function else find_head(self.model, self.base)
+        self.head = None if function else find_head(model, self.base)
         self.class_token_ids: Tensor | None = None
         if class_token_ids is not None:
             self.class_token_ids = _check_class_ids(class_token_ids, self.head, function)
@@ -187,10 +191,10 @@ class Forward:
             return hidden.gather(1, index)
 
         def at_head(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            tokens_first = not args or not isinstance(args[0], Tensor) or args[0].ndim != 3
-            return None if chosen or tokens_first else ((choose(args[0]), *args[1:]), kwargs)
+            by_token = bool(args) and isinstance(args[0], Tensor) and args[0].ndim == 3
+            return ((choose(args[0]), *args[1:]), kwargs) if by_token and not chosen else None
 
-        with hooked(pre=[(self.head.module, at_head)]):
+        with hooked(pre=[(self.head.module, at_head)] if self.findings.way.cuts_positions else []):
             logits = _logits_of(self.model(**kwargs))
         in_head = bool(chosen)
         if not in_head:  # the model multiplies with the head's weight itself, or calls the head on something else
@@ -202,6 +206,19 @@ class Forward:
         if every:
             return ForwardResult(logits, chosen["mask"], chosen["labels"], chosen["mask"] if in_head else None)
         return ForwardResult(logits[:, 0], None, labels)
+
+    def other_ways(self, batch: Any) -> list[Way]:
+        """Other ways to run the model on a batch than the one that is taken now, the likeliest first."""
+        inputs, now = inputs_and_labels(batch)[0], self.findings.way
+        if not self.is_models_own or not isinstance(inputs, Mapping):
+            return []
+        mask = inputs.get(MASK_KEYS[0])
+        left = isinstance(mask, Tensor) and mask.ndim == 2 and is_left_padded(mask)
+        positions = left and "position_ids" in self.accepted and "position_ids" not in inputs
+        ways = [replace(now, skips_padding=not now.skips_padding)] if positions else []
+        if self.head is not None and now.cuts_positions:
+            ways += [replace(way, cuts_positions=False) for way in (now, *ways)]
+        return ways
 
     @property
     def seq2seq(self) -> bool:
@@ -256,7 +273,7 @@ class Forward:
         if self.seq2seq:
             self._decoder_inputs(kwargs, targets)
         mask = kwargs.get("attention_mask")
-        given = "position_ids" not in self.accepted or "position_ids" in kwargs or not self.findings.skips_padding
+        given = "position_ids" not in self.accepted or "position_ids" in kwargs or not self.findings.way.skips_padding
         if not given and isinstance(mask, Tensor) and mask.ndim == 2 and is_left_padded(mask):
             kwargs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
         return kwargs
@@ -286,15 +303,16 @@ class Forward:
             kwargs[DECODER_MASK] = valid.long()
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that compute what it computes: compiled, distributed, data-parallel."""
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """The model inside wrappers that compute what it computes (compiled, distributed), and the prefix of its names."""
+    prefix = ""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
+            model, prefix = model.module, f"{prefix}module."
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
+            model, prefix = model._orig_mod, f"{prefix}_orig_mod."  # type: ignore[assignment]
         else:
-            return model
+            return model, prefix
 
 
 def _base_of(model: nn.Module) -> nn.Module:
@@ -307,7 +325,7 @@ def _base_of(model: nn.Module) -> nn.Module:
             inner = children[0] if len(children) == 1 else None
         if inner is None or inner is model:
             return model
-        model = unwrapped(inner)
+        model, _ = unwrapped(inner)
 
 
 def pass_on(inputs: Mapping[str, Any], accepted: Collection[str]) -> dict[str, Any]:
@@ -454,5 +472,4 @@ __all__ = [
     "is_left_padded",
     "last_valid",
     "model_device",
-    "unwrapped",
 ]

@@ -53,7 +53,8 @@ class HiddenStates:
         def stop(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any]) -> None:
             raise _Reached(args[0])
 
-        model, swapped = self.forward.model, dict(parameters or {})
+        model, prefix = self.forward.model, self.forward.prefix
+        swapped = {name.removeprefix(prefix): value for name, value in (parameters or {}).items()}
         kwargs = self.forward.model_inputs(inputs)
         try:
             restore = undone(_own_parameters(model, swapped))

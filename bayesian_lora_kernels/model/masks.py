@@ -91,13 +91,11 @@ class Scopes:
         untold = MASK in names and given.get(MASK) is None and is_stack(module)
         if untold:
             mask = _all_of(given)
+        memory_mask = self._as_mask(given.get(MEMORY_MASK))
+        if not isinstance(memory, Tensor) or not (memory_mask or (is_stack(module) and given.get(MEMORY_MASK) is None)):
+            memory = None
         self._stack.append(
-            Scope(
-                () if mask is None else (mask,),
-                memory if isinstance(memory, Tensor) else None,
-                self._as_mask(given.get(MEMORY_MASK)),
-                closed=mask is not None or untold,
-            )
+            Scope(() if mask is None else (mask,), memory, memory_mask, closed=mask is not None or untold)
         )
 
     def _leave(self, *_: Any) -> None:

@@ -204,6 +204,8 @@ def _candidates(config: Any) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    if found.shape != expected.shape:
+        return False
     level = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
     return bool((found - expected).abs().max() <= tolerance * level)
 

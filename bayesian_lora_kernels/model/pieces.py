@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayesian_lora_kernels.model.batches import batch_size, slice_batch, uncut
 from bayesian_lora_kernels.model.capture import Capture, NotByExample
-from bayesian_lora_kernels.model.checks import OtherPositions, check, kind_of
+from bayesian_lora_kernels.model.checks import OtherLogits, check, kind_of
 from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.layers import LinearLayer
 
@@ -62,13 +62,13 @@ def capture(layers: Sequence[LinearLayer], forward: Forward, batch: Any, *, all_
         ValueError: as `captures`, and if the examples of the batch cannot be told apart.
     """
     due = forward.checks.due(kind_of(batch, all_labels))
-    recorded = _run(layers, forward, batch, all_labels, due)
+    recorded = _run(layers, forward, batch, all_labels, bool(due))
     n = len(recorded.logits)
     try:
-        if not due and forward.checks.mode != "off" and _is_new(recorded):
-            recorded, due = _run(layers, forward, batch, all_labels, True), True
+        if due != "thorough" and forward.checks.mode != "off" and _is_new(recorded):
+            recorded, due = _run(layers, forward, batch, all_labels, True), "thorough"
         if due and _is_finite(recorded):
-            recorded = _checked(recorded, layers, batch, all_labels)
+            recorded = _checked(recorded, layers, batch, due == "thorough")
         else:
             recorded.read_inputs()
             forward.checks.unchecked += n > 1
@@ -130,28 +130,27 @@ def _is_new(recorded: Capture) -> bool:
     )
 
 
-def _checked(recorded: Capture, layers: Sequence[LinearLayer], batch: Any, all_labels: bool) -> Capture:
-    """The capture, checked; another one, if positions under left padding had to be counted the other way."""
-    findings = recorded.forward.findings
+def _checked(recorded: Capture, layers: Sequence[LinearLayer], batch: Any, thorough: bool) -> Capture:
+    """The capture, checked; or another one, if the model had to be run in another way."""
+    forward = recorded.forward
     try:
-        check(recorded, batch)
+        check(recorded, batch, thorough)
         return recorded
-    except OtherPositions:
-        before, findings.skips_padding = findings.skips_padding, not findings.skips_padding
-        try:
-            again = _run(layers, recorded.forward, batch, all_labels, True)
-            check(again, batch)
-            return again
-        except OtherPositions:
-            findings.skips_padding = before
-            raise ValueError(
-                "attention_mask: under padding on the left this model gives other logits than without padding, with "
-                "position ids that skip the padding and without; pad on the right, pass position_ids, or pass batches "
-                "without padding"
-            ) from None
-        except BaseException:
-            findings.skips_padding = before
-            raise
+    except OtherLogits as error:
+        way = forward.findings.way
+        for other in forward.other_ways(batch):
+            forward.findings.way = other
+            try:
+                again = _run(layers, forward, batch, recorded.all_labels, True)
+                check(again, batch, thorough)
+                return again
+            except OtherLogits:
+                continue
+            except BaseException:
+                forward.findings.way = way
+                raise
+        forward.findings.way = way
+        raise error
 
 
 def _go_one_at_a_time(layers: Sequence[LinearLayer], forward: Forward, piece: Any, together: _Together) -> None:
