@@ -33,6 +33,7 @@ from bayesian_lora_kernels.predictive.scoring import TokenScores, score_tokens
 from bayesian_lora_kernels.predictive.tuning import minimise_nll
 from bayesian_lora_kernels.predictive.vocabulary import SAMPLES, VocabularyPosterior, vocabulary_posterior
 from bayesian_lora_kernels.surroundings import in_own_surroundings
+from bayesian_lora_kernels.verification import Verification, verify
 
 BASE = "base_model"  # the tensor that holds the fingerprint of the base model
 CURVATURES = ("kfac", "ekfac", "exact")
@@ -236,6 +237,24 @@ class LaplaceLoRA:
             without_labels(batch), outputs, [self._detached_prior()]
         )
         return LogitPosterior(mean, covariances[0], indices, self.likelihood == "classification")
+
+    @in_own_surroundings
+    def verify(self, batch: Any) -> Verification:
+        """Compare what is formed from the model with what autograd and the model itself say, on a batch of your own.
+
+        On the example with most padding and a neighbour: captured Jacobians against plain autograd, in the model's
+        dtype and, where a copy fits, in float64; a derivative against differences; logits against those of each example
+        alone, without padding; a fit in pieces against one in one piece. No fit is needed before, and the model comes
+        back as it was.
+
+        Returns:
+            A report: `.ok`, `.agreements`, `.as_dict()`; as a string, a table.
+
+        Raises:
+            ValueError, TypeError: as `fit` does, for what is not served.
+        """
+        likelihood = LIKELIHOODS[self.likelihood]()
+        return verify(self._layers, self._forward, self.model, likelihood, self._settings, batch)
 
     @in_own_surroundings
     def score(self, batch: Any, n_samples: int = SAMPLES, generator: torch.Generator | None = None) -> TokenScores:

@@ -146,5 +146,5 @@ def test_nothing_is_kept_alive():
     laplace = blk.LaplaceLoRA(case.model).fit(case.loader(2), progress=False)
     laplace.predict(case.batch())
     gc.collect()
-    assert len(seen) == 4
+    assert len(seen) >= 4
     assert all(ref() is None for ref in seen)

@@ -249,24 +249,10 @@ class _PublishedScale(LaplaceLoRA):
         self._forward.masked = False
 
     def fit(self, loader: Iterable[Any], progress: bool = True) -> LaplaceLoRA:
-        rows = dict.fromkeys((layer.name for layer in self._layers), 0)
-
-        def count(name: str, args: tuple[Tensor, ...]) -> None:
-            if torch.is_grad_enabled():  # else it is a check of the model
-                rows[name] += args[0][..., 0].numel()
-
-        handles = [
-            layer.module.register_forward_pre_hook(lambda _, args, name=layer.name: count(name, args))
-            for layer in self._layers
-        ]
-        try:
-            super().fit(loader, progress)
-        finally:
-            for handle in handles:
-                handle.remove()
+        super().fit(loader, progress)
         fit = self._fitted("fit")
         assert fit.factors is not None
-        factors = {name: replace(f, a=f.a * (rows[name] / fit.n_examples)) for name, f in fit.factors.items()}
+        factors = {name: replace(f, a=f.a * (fit.input_rows[name] / fit.n_examples)) for name, f in fit.factors.items()}
         posterior = {name: KroneckerPosterior.from_factors(f, 1.0) for name, f in factors.items()}
         self._fit = replace(fit, factors=factors, posterior=LayerwisePosterior(posterior))
         return self

@@ -230,6 +230,11 @@ class KroneckerSums:
         }
         return [names[key] for key in self._sums.add(rows)]
 
+    @property
+    def input_rows(self) -> dict[str, int]:
+        """How many rows (tokens, or examples) the A of each layer is the mean of."""
+        return {name: self._counts[group] for name, group in self._group.items()}
+
     def factors(self) -> dict[str, KroneckerFactors]:
         """The finished factors: A a mean over tokens (or examples), S a sum. Shared inputs share their tensor."""
         scales: dict[Hashable, float] = {("s", name): 1.0 for name in self._group}

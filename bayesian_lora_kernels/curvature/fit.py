@@ -48,12 +48,16 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fit found; nothing in it depends on the prior precision."""
+    """What a fit found; nothing in it depends on the prior precision.
+
+    `input_rows` says how many rows (tokens, or examples) the A of each layer is the mean of.
+    """
 
     posterior: LayerwisePosterior | ExactPosterior
     factors: dict[str, KroneckerFactors] | None
     n_examples: int
     log_likelihood: float | None
+    input_rows: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -135,7 +139,7 @@ class CurvatureFit:
                 for layer in self.layers
             }
         )
-        return Fit(posterior, factors, totals.n_examples, _likelihood_of(totals))
+        return Fit(posterior, factors, totals.n_examples, _likelihood_of(totals), sums.input_rows)
 
     def _bases(self, factors: KroneckerFactors) -> tuple[Eigenbasis, Eigenbasis]:
         return eigenbasis(factors.s, factors.tail_s), eigenbasis(factors.a, factors.tail_a)

@@ -31,6 +31,7 @@ SHAPES = {"input_ids": "[N, T]", "inputs_embeds": "[N, T, d]", "decoder_input_id
 OTHER_KEYS = PACKED_KEYS | {"position_ids", "cache_position"}
 NESTED_KEYS = ("past_key_values", "encoder_outputs")  # tuples of tensors, one per layer
 Rows = Callable[[Any, int], Any]
+KNOWN = (Tensor, np.ndarray, list, tuple, str, bytes, int, float)
 MROPE_AXES = (3, 4)  # time, height, width of multimodal rotary positions, and text
 
 
@@ -174,16 +175,22 @@ def slice_batch(batch: Any, start: int, stop: int, size: int) -> Any:
 
 
 def reversed_batch(batch: Any, size: int) -> Any:
-    """The batch with its examples in reversed order; None if that cannot be had (packed images)."""
+    """The batch with its examples in reversed order; None if that cannot be had (packed images, unknown objects)."""
     if packed_keys(items_of(batch) if _has_names(batch) else {}, size):
         return None
+    items = items_of(batch) if _has_names(batch) or isinstance(batch, (tuple, list)) else {"": batch}
+    if not all(value is None or isinstance(value, KNOWN) or _has_names(value) for value in items.values()):
+        return None
+    found: list[bool] = []
 
     def rows(value: Any, axis: int) -> Any:
+        found.append(True)
         if isinstance(value, (list, tuple)):
             return value[::-1]
         return value.flip(axis) if isinstance(value, Tensor) else np.flip(value, axis)
 
-    return _picked(batch, rows, lambda items: {}, size)
+    result = _picked(batch, rows, lambda items: {}, size)
+    return result if found else None
 
 
 def _picked(batch: Any, rows: Rows, packed: Callable[[dict[Any, Any]], dict[str, Any]], size: int) -> Any:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from bayesian_lora_kernels.model.batches import DECODER_MASK, batch_size, inputs_and_labels, reversed_batch, slice_batch
 from bayesian_lora_kernels.model.capture import Capture, NotByExample, accumulate_dtype
 from bayesian_lora_kernels.model.containers import rebuilt
-from bayesian_lora_kernels.model.findings import SAME
 from bayesian_lora_kernels.model.forward import IGNORED_LABEL, Forward, is_left_padded
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.layouts import Layout, layouts
@@ -69,7 +68,6 @@ def check(recorded: Capture, batch: Any, thorough: bool) -> None:
         return
     _check_totals(recorded, probe)
     _find_layouts(recorded, probe)
-    recorded.read_inputs()
     _find_masks(recorded, probe, batch)
     _check_alone(recorded, batch)
 
@@ -299,10 +297,14 @@ def _find_masks(recorded: Capture, probe: _Probe, batch: Any) -> None:
             mask = findings.mask(name, i, call.masks, call.a.shape, layout, n)
             tokens = call.a[..., 0].numel() // n
             if mask is not None and _leaks(recorded, probe, name, i, layout, mask):
-                leaks.append((name, i))
+                if call.masks[0].guessed:
+                    findings.guesses = False
+                else:
+                    leaks.append((name, i))
             elif mask is None and tokens > 1 and findings.relations.get(name) is None and not _told(call, layout, n):
                 untold.append((name, i))
     if not leaks and not untold:
+        recorded.read_inputs()
         return
     noisy = _with_noisy_padding(recorded, batch, vectors=True)
     if leaks and (noisy is None or noisy.changed):
@@ -318,6 +320,7 @@ def _find_masks(recorded: Capture, probe: _Probe, batch: Any) -> None:
         if by_ids is not None and not by_ids.changed:  # else it reads something off the ids of its padding
             noisy = by_ids
     if noisy is None or noisy.changed:
+        recorded.read_inputs()
         return
     for name, i in [*leaks, *untold]:
         call = recorded.calls[name][i]
@@ -326,9 +329,7 @@ def _find_masks(recorded: Capture, probe: _Probe, batch: Any) -> None:
         relation = _relation(call, layout, n, noisy.padding.get((name, i)))
         if relation == "before others" and not _ends_in_gradients(recorded, probe, name, i, layout):
             relation = "before padding"  # that the model adds itself, to fill up a window
-        found = findings.relations.setdefault(name, [SAME] * len(recorded.calls[name]))
-        found += [found[-1]] * (len(recorded.calls[name]) - len(found))
-        found[i] = relation
+        findings.relate(name, i, len(recorded.calls[name]), relation)
     recorded.read_inputs()
 
 
@@ -505,23 +506,16 @@ def _lowest_dtype(forward: Forward) -> torch.dtype:
 def _check_alone(recorded: Capture, batch: Any) -> None:
     """The example with most padding, by itself and without it, gives what it gives in the batch."""
     forward = recorded.forward
-    inputs, labels = inputs_and_labels(batch)
+    inputs = inputs_and_labels(batch)[0]
     if not isinstance(inputs, Mapping):
         return
-    row = _most_padded(inputs)
-    columns = {**inputs, LABELS: labels} if isinstance(labels, Tensor) else dict(inputs)
-    if forward.seq2seq and forward.is_models_own and "decoder_input_ids" in inputs:  # which may be padded, too
-        columns[DECODER_MASK] = forward.model_inputs(inputs).get(DECODER_MASK)
-    alone = _without_padding(slice_batch(columns, row, row + 1, len(recorded.logits)), forward.seq2seq)
-    own = _own_logits(recorded, alone) if forward.is_models_own else _functions_logits(recorded, batch, row, alone)
+    row = most_padded(inputs)
+    own = logits_alone(recorded, batch, row)
     if own is None:
         return
-    here, mask = recorded.logits[row].detach(), inputs.get(MASK)
+    mask = inputs.get(MASK)
     mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    if here.ndim == 2:
-        counted = recorded.result.mask if recorded.result.mask is not None else mask
-        here = here if counted is None or counted.shape[1] != len(here) else here[counted[row].bool().to(here.device)]
-    off = _distance(here, own)
+    off = distance(logits_together(recorded, batch, row), own)
     if off <= _tolerance(_lowest_dtype(forward), 1e-5, 1e-2, 0.25):
         return
     if mask is None or bool(mask.all()):
@@ -537,11 +531,37 @@ def _check_alone(recorded: Capture, batch: Any) -> None:
     )
 
 
+def logits_alone(recorded: Capture, batch: Any, row: int) -> Tensor | None:
+    """Logits `[C]` or `[P, C]` of one example of a batch by itself and without padding; None if nobody can say.
+
+    They are the model's own under the default forward, and those of the user's function where that can be asked.
+    """
+    forward, n = recorded.forward, len(recorded.logits)
+    inputs, labels = inputs_and_labels(batch)
+    if not isinstance(inputs, Mapping):
+        return None
+    columns = {**inputs, LABELS: labels} if isinstance(labels, Tensor) else dict(inputs)
+    if forward.seq2seq and forward.is_models_own and "decoder_input_ids" in inputs:  # which may be padded, too
+        columns[DECODER_MASK] = forward.model_inputs(inputs).get(DECODER_MASK)
+    alone = _without_padding(slice_batch(columns, row, row + 1, n), forward.seq2seq)
+    return _own_logits(recorded, alone) if forward.is_models_own else _functions_logits(recorded, batch, row, alone)
+
+
+def logits_together(recorded: Capture, batch: Any, row: int) -> Tensor:
+    """The same as `logits_alone`, as they are in the batch."""
+    here, mask = recorded.logits[row].detach(), inputs_and_labels(batch)[0].get(MASK)
+    counted = recorded.result.mask if recorded.result.mask is not None else mask
+    if here.ndim == 1 or not isinstance(counted, Tensor) or counted.ndim != 2 or counted.shape[1] != len(here):
+        return here
+    return here[counted[row].bool().to(here.device)]
+
+
 class OtherLogits(ValueError):
     """An example has other logits in a batch than by itself: the model may want to be run in another way."""
 
 
-def _distance(found: Tensor, own: Tensor) -> float:
+def distance(found: Tensor, own: Tensor) -> float:
+    """Largest difference of logits, relative to their spread."""
     if found.shape != own.shape:
         return math.inf
     if not own.numel():
@@ -550,7 +570,7 @@ def _distance(found: Tensor, own: Tensor) -> float:
     return float((found - own).abs().max() / spread.clamp_min(torch.finfo(own.dtype).tiny))
 
 
-def _most_padded(inputs: Mapping[str, Any]) -> int:
+def most_padded(inputs: Mapping[str, Any]) -> int:
     """The last of the examples with most padding."""
     mask = inputs.get(MASK)
     if not isinstance(mask, Tensor) or mask.ndim != 2:

@@ -77,12 +77,14 @@ class Findings:
         layouts: `{layer: one for each of its calls}`, as far as batches of several examples have shown them.
         relations: `{layer: one for each of its calls}`, how its tokens follow from those of the mask; None if they
             have nothing to do with them.
+        guesses: whether a run of pad tokens that nobody calls padding is taken for it.
         one_at_a_time: whether examples run one by one, because some layer does not tell them apart.
         way: of running the model.
     """
 
     layouts: dict[str, list[Layout]] = field(default_factory=dict)
     relations: dict[str, list[str | None]] = field(default_factory=dict)
+    guesses: bool = True
     one_at_a_time: bool = False
     way: Way = Way()
 
@@ -106,6 +108,12 @@ class Findings:
         found = self.relations.get(name)
         return found[min(call, len(found) - 1)] if found else SAME
 
+    def relate(self, name: str, call: int, calls: int, relation: str | None) -> None:
+        """Write down how the tokens of one of a layer's calls follow from those of a mask."""
+        found = self.relations.setdefault(name, [SAME] * calls)
+        found += [found[-1]] * (calls - len(found))
+        found[call] = relation
+
     def mask(
         self, name: str, call: int, masks: Sequence[TokenMask], shape: Sequence[int], layout: Layout, n: int
     ) -> Tensor | None:
@@ -115,6 +123,8 @@ class Findings:
             return None
         tokens = _product(shape[:-1]) // n
         for mask in masks:
+            if mask.guessed and not self.guesses:
+                return None
             valid = by_example(mask.valid, shape, layout, n)
             found = None if valid is None else RELATIONS[relation](valid, tokens)
             if found is not None:

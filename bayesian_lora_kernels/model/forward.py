@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bayesian_lora_kernels.model.batches import DECODER_MASK, MASK_KEYS, batch_size, inputs_and_labels
 from bayesian_lora_kernels.model.findings import Checks, Findings, Way
 from bayesian_lora_kernels.model.head import HeadModule, find_head
-from bayesian_lora_kernels.model.masks import parameters_of
+from bayesian_lora_kernels.model.masks import before_pads, parameters_of
 from bayesian_lora_kernels.model.measuring import hooked
 from bayesian_lora_kernels.surroundings import callers_surroundings
 
@@ -295,7 +295,7 @@ class Forward:
             valid = (targets != IGNORED_LABEL).flip(1).cumsum(dim=1).flip(1) > 0
         elif isinstance(ids, Tensor) and ids.ndim == 2:
             pad = getattr(self.base.config, "pad_token_id", None)
-            valid = (ids != (-1 if pad is None else pad)).flip(1).cumsum(dim=1).flip(1) > 0
+            valid = before_pads(ids, pad)
         else:
             return
         valid[:, 0] = True

@@ -23,10 +23,17 @@ MASK, MEMORY_MASK, MEMORY = "attention_mask", "encoder_attention_mask", "encoder
 
 @dataclass(frozen=True, eq=False)
 class TokenMask:
-    """`[R, T]` bool, True = counts; and whether anything does not."""
+    """Which tokens of something are padding.
+
+    Attributes:
+        valid: `[R, T]` bool, True = counts.
+        padded: whether anything does not.
+        guessed: whether nobody said so: a run of pad tokens at the end is taken for padding until it proves not to be.
+    """
 
     valid: Tensor
     padded: bool
+    guessed: bool = False
 
     @staticmethod
     def of(valid: Tensor) -> TokenMask:
@@ -90,7 +97,7 @@ class Scopes:
         # Stacks of layers are told of their own tokens and of nobody else's; layers may rely on what was said above.
         untold = MASK in names and given.get(MASK) is None and is_stack(module)
         if untold:
-            mask = _all_of(given)
+            mask = _guess(given, getattr(getattr(module, "config", None), "pad_token_id", None))
         memory_mask = self._as_mask(given.get(MEMORY_MASK))
         if not isinstance(memory, Tensor) or not (memory_mask or (is_stack(module) and given.get(MEMORY_MASK) is None)):
             memory = None
@@ -119,13 +126,22 @@ def _is_own_mask(name: str) -> bool:
     return name == MASK or (name.endswith("padding_mask") and not name.startswith("memory"))
 
 
-def _all_of(given: Mapping[str, Any]) -> TokenMask | None:
-    """A mask that counts every token of a stack's own input."""
-    for key in ("input_ids", "inputs_embeds"):
-        x = given.get(key)
-        if isinstance(x, Tensor) and x.ndim >= 2:
-            return TokenMask(torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), padded=False)
+def _guess(given: Mapping[str, Any], pad: int | None) -> TokenMask | None:
+    """The mask of a stack that is told of none: every token counts, but for a run of pad tokens at the end."""
+    ids, vectors = given.get("input_ids"), given.get("inputs_embeds")
+    if isinstance(ids, Tensor) and ids.ndim == 2:
+        valid = before_pads(ids, pad)
+        return TokenMask(valid, not bool(valid.all()), guessed=True)
+    if isinstance(vectors, Tensor) and vectors.ndim == 3:
+        return TokenMask(torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device), padded=False)
     return None
+
+
+def before_pads(ids: Tensor, pad: int | None) -> Tensor:
+    """`[N, T]` bool, False in the run of pad tokens that ends a text; its first token always counts."""
+    valid = (ids != (-1 if pad is None else pad)).flip(1).cumsum(dim=1).flip(1) > 0
+    valid[:, 0] = True
+    return valid
 
 
 def is_stack(module: nn.Module) -> bool:

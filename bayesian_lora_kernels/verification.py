@@ -1,0 +1,298 @@
+"""A self-test on a user's own model: what this package forms from it against what autograd and the model itself say."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesian_lora_kernels.curvature.fit import CurvatureFit, FitSettings
+from bayesian_lora_kernels.curvature.likelihood import MAX_EXACT_COLUMNS, Likelihood
+from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, slice_batch, to_device
+from bayesian_lora_kernels.model.capture import Capture, accumulate_dtype
+from bayesian_lora_kernels.model.checks import distance, logits_alone, logits_together, most_padded
+from bayesian_lora_kernels.model.containers import map_tensors
+from bayesian_lora_kernels.model.forward import Forward, model_device
+from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
+from bayesian_lora_kernels.model.measuring import measuring, undone
+from bayesian_lora_kernels.model.memory import free_bytes
+from bayesian_lora_kernels.model.pieces import captures
+
+LOGITS = 3  # of an example, whose Jacobians are compared
+JACOBIAN = {torch.float64: 1e-8, torch.float32: 1e-3}
+MEANS = {torch.float64: 1e-8, torch.float32: 1e-3}
+PIECES = {torch.float64: 1e-8, torch.float32: 1e-3}
+HALF = 0.1
+DIFFERENCES = 0.05  # central differences are no better
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One comparison.
+
+    Attributes:
+        what: is compared with what.
+        where: the parameter or layer that agrees least, or ``.
+        error: relative to the largest number; None if it could not be compared.
+        limit: up to which it counts as agreement.
+        note: why it could not be compared.
+    """
+
+    what: str
+    where: str
+    error: float | None
+    limit: float
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it agrees, or could not be compared."""
+        return self.error is None or self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `LaplaceLoRA.verify` found. `print` shows it as a table."""
+
+    agreements: tuple[Agreement, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that could be compared agrees."""
+        return all(agreement.ok for agreement in self.agreements)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        return {"ok": self.ok, "agreements": [{**asdict(one), "ok": one.ok} for one in self.agreements]}
+
+    def __str__(self) -> str:
+        rows = [("", "error", "limit", "what", "where")]
+        for one in self.agreements:
+            error = "-" if one.error is None else f"{one.error:.1e}"
+            word = "not compared" if one.error is None else "agrees" if one.ok else "DIFFERS"
+            rows.append((word, error, f"{one.limit:.0e}", one.what, one.where or one.note))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join("  ".join([*map(str.ljust, row, widths), row[4]]).rstrip() for row in rows)
+
+
+def verify(
+    layers: Sequence[LinearLayer],
+    forward: Forward,
+    given: nn.Module,
+    likelihood: Likelihood,
+    settings: FitSettings,
+    batch: Any,
+) -> Verification:
+    """Compare on one or two examples of a batch; the model stays as it is.
+
+    Args:
+        layers: that carry the posterior.
+        forward: from a batch to logits.
+        given: the model as the user gave it.
+        likelihood: of labels.
+        settings: of fits.
+        batch: any; the example with most padding and one other are taken.
+    """
+    with torch.inference_mode(False):
+        batch = to_device(batch, model_device(given))
+    batch = _two(batch)
+    dtype = min((p.dtype for p in given.parameters() if p.is_floating_point()), key=lambda d: torch.finfo(d).bits)
+    found = _jacobians(layers, forward, given, batch, "in the model's dtype", JACOBIAN.get(dtype, HALF))
+    found += _differences(layers, forward, given, batch, dtype)
+    found += _in_float64(layers, forward, given, batch)
+    found += _means(layers, forward, given, batch, MEANS.get(dtype, HALF))
+    found += _pieces(layers, forward, given, likelihood, settings, batch, PIECES.get(dtype, HALF))
+    return Verification(tuple(found))
+
+
+def _two(batch: Any) -> Any:
+    """The example with most padding and its neighbour, or the only one."""
+    size = batch_size(batch) or 1
+    inputs = inputs_and_labels(batch)[0]
+    row = most_padded(inputs) if isinstance(inputs, Mapping) else size - 1
+    start = max(0, min(row, size - 2))
+    return slice_batch(batch, start, min(start + 2, size), size) if size > 2 else batch
+
+
+def _jacobians(
+    layers: Sequence[LinearLayer], forward: Forward, given: nn.Module, batch: Any, how: str, limit: float
+) -> list[Agreement]:
+    """Captured weight gradients of every example against plain autograd on the example by itself."""
+    size, names = batch_size(batch) or 1, [layer.name for layer in layers]
+    sizes, differences = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    with measuring(given):
+        for rows, recorded in captures(layers, forward, batch, size):
+            piece = slice_batch(batch, rows.start, rows.stop, size)
+            chosen = _chosen(recorded.logits)
+            captured = [recorded.backward(_unit(recorded.logits, c), weight_gradients=names) for c in chosen]
+            for row in range(len(recorded.logits)):
+                expected = _autograd(recorded, layers, forward, piece, row, chosen)
+                for name, truth in expected.items():
+                    parts = [g[name][row] for g in captured if name in g]
+                    own = torch.stack(parts).to(truth) if parts else torch.zeros_like(truth)
+                    sizes[name] = max(sizes[name], float(truth.abs().max()))
+                    differences[name] = max(differences[name], float((own - truth).abs().max()))
+    floor = max(1e-3 * max(sizes.values()), torch.finfo(torch.float32).tiny)  # below it is zero, but for rounding
+    errors = {name: differences[name] / max(sizes[name], floor) for name in names}
+    where = max(errors, key=lambda name: errors[name])
+    return [Agreement(f"Jacobians against autograd, {how}", where, errors[where], limit)]
+
+
+def _chosen(logits: Tensor) -> list[int]:
+    return list(range(min(LOGITS, logits[0].numel())))
+
+
+def _unit(logits: Tensor, index: int) -> Tensor:
+    cotangent = torch.zeros_like(logits).flatten(1)
+    cotangent[:, index] = 1
+    return cotangent.reshape(logits.shape)
+
+
+def _autograd(
+    recorded: Capture, layers: Sequence[LinearLayer], forward: Forward, piece: Any, row: int, chosen: Sequence[int]
+) -> dict[str, Tensor]:
+    """`{layer: [C, d_out, d_in]}`, from the model's own logits of one example by itself, with no hook on anything."""
+    own = logits_alone(recorded, piece, row)
+    if own is None or own.numel() < len(chosen):
+        n = len(recorded.logits)
+        own = forward(slice_batch(piece, row, row + 1, n), all_labels=False).logits[0]
+    parameters = [(layer, leaf, p) for layer in layers for leaf, p in layer.parameters().items()]
+    rows: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    for c in chosen:
+        grads = torch.autograd.grad(own.flatten()[c], [p for *_, p in parameters], retain_graph=True, allow_unused=True)
+        columns: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+        for (layer, _, p), g in zip(parameters, grads, strict=True):
+            g = torch.zeros_like(p) if g is None else g
+            g = g if g.ndim == 2 else g[:, None]
+            columns[layer.name].append(g if layer.rows is None else g[layer.rows])
+        for layer in layers:
+            rows[layer.name].append(torch.cat(columns[layer.name], dim=1))
+    return {name: torch.stack(parts).to(accumulate_dtype(parts[0])) for name, parts in rows.items()}
+
+
+def _in_float64(layers: Sequence[LinearLayer], forward: Forward, given: nn.Module, batch: Any) -> list[Agreement]:
+    what, limit = "Jacobians against autograd, in float64", JACOBIAN[torch.float64]
+    needed = 8 * sum(p.numel() for p in given.parameters())
+    if needed > free_bytes(model_device(given)) // 2:
+        return [Agreement(what, "", None, limit, f"a copy takes {needed / 2**30:.1f} GiB, too much of what is free")]
+    try:
+        double = copy.deepcopy(given).double()
+        covers = {layer.name: tuple(leaf.rpartition(".")[2] for leaf in layer.parameters()) for layer in layers}
+        wide = Forward(double, forward.function, forward.class_token_ids, forward.masked, forward.checks.mode)
+        wide.findings = copy.deepcopy(forward.findings)
+        found = find_layers(double, covers, wide.head_rows)
+        return _jacobians(found, wide, double, _doubled(batch), "in float64", limit)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError) as error:
+        reason = f"the model does not run in float64 ({type(error).__name__}: {error})"
+        return [Agreement(what, "", None, limit, reason)]
+
+
+def _doubled(batch: Any) -> Any:
+    return map_tensors(batch, lambda x: x.double() if x.is_floating_point() else x)
+
+
+def _differences(
+    layers: Sequence[LinearLayer], forward: Forward, given: nn.Module, batch: Any, dtype: torch.dtype
+) -> list[Agreement]:
+    """A derivative along a random direction against central differences: sees a backward pass that is itself wrong."""
+    what = "derivative along a direction, backward pass against differences"
+    if torch.finfo(dtype).bits < 32:
+        return [Agreement(what, "", None, DIFFERENCES, f"{dtype} is too coarse for differences")]
+    names, size = [layer.name for layer in layers], batch_size(batch) or 1
+    noise = torch.Generator().manual_seed(0)
+    direction: dict[str, Tensor] = {}
+    for layer in layers:
+        matrix = layer.matrix()
+        random = torch.randn(matrix.shape, generator=noise, dtype=torch.float32).to(matrix)
+        direction[layer.name] = random * matrix.norm() / random.norm()
+    with measuring(given):
+        slope = 0.0
+        for _, recorded in captures(layers, forward, batch, size):
+            gradients = recorded.backward(_unit(recorded.logits, 0), weight_gradients=names, retain_graph=False)
+            slope += sum(float((g.sum(dim=0) * direction[name]).sum()) for name, g in gradients.items())
+        step = torch.finfo(dtype).eps ** (1 / 3)
+        ends = [_moved(layers, direction, sign * step, lambda: _first_logits(forward, batch)) for sign in (1, -1)]
+    measured = (ends[0] - ends[1]) / (2 * step)
+    scale = max(abs(measured), abs(slope), float(torch.finfo(torch.float32).tiny))
+    return [Agreement(what, "", abs(measured - slope) / scale, DIFFERENCES)]
+
+
+def _first_logits(forward: Forward, batch: Any) -> float:
+    with torch.no_grad():
+        return float(forward(batch, all_labels=False).logits.flatten(1)[:, 0].double().sum())
+
+
+def _moved(
+    layers: Sequence[LinearLayer], direction: Mapping[str, Tensor], step: float, run: Callable[[], float]
+) -> float:
+    """`run()` with the weights a step away; they are back afterwards, bit by bit."""
+    own = {name: (p, p.detach().clone()) for layer in layers for name, p in layer.parameters().items()}
+
+    def restore() -> None:
+        with torch.no_grad():
+            for p, value in own.values():
+                p.copy_(value)
+
+    with undone(restore), torch.no_grad():
+        for layer in layers:
+            for name, part in layer.split(direction[layer.name]).items():
+                p = own[name][0]
+                if layer.rows is None:
+                    p.add_(part, alpha=step)
+                else:
+                    p[layer.rows] += step * part
+        return run()
+
+
+def _means(
+    layers: Sequence[LinearLayer], forward: Forward, given: nn.Module, batch: Any, limit: float
+) -> list[Agreement]:
+    what, worst, compared = "logits of the batch against each example alone, without padding", 0.0, False
+    if not isinstance(inputs_and_labels(batch)[0], Mapping):
+        return [Agreement(what, "", None, limit, "the batch is no mapping, so nothing is known of padding")]
+    size = batch_size(batch) or 1
+    with measuring(given), torch.enable_grad():
+        for rows, recorded in captures(layers, forward, batch, size):
+            piece = slice_batch(batch, rows.start, rows.stop, size)
+            for row in range(len(recorded.logits)):
+                own = logits_alone(recorded, piece, row)
+                if own is not None:
+                    worst, compared = max(worst, distance(logits_together(recorded, piece, row), own.detach())), True
+    note = "" if compared else "forward=... is not asked about single examples"
+    return [Agreement(what, "", worst if compared else None, limit, note)]
+
+
+def _pieces(
+    layers: Sequence[LinearLayer],
+    forward: Forward,
+    given: nn.Module,
+    likelihood: Likelihood,
+    settings: FitSettings,
+    batch: Any,
+    limit: float,
+) -> list[Agreement]:
+    """The curvature of the examples one at a time against that of all at once."""
+    what = "fit of the examples in pieces against in one piece"
+    fisher = "exact" if inputs_and_labels(batch)[1] is None else "empirical"
+    if fisher == "exact":
+        with measuring(given), torch.no_grad():
+            logits = forward(batch, all_labels=True).logits
+        if logits.ndim != 2 or likelihood.exact_rank(logits.shape[1]) > MAX_EXACT_COLUMNS:
+            return [Agreement(what, "", None, limit, "so many logits need a batch with labels")]
+    plain = replace(settings, curvature="kfac", fisher=fisher, factors=replace(settings.factors, rank=None))
+    traces = []
+    for budget in (None, 1):
+        fit = CurvatureFit(given, layers, forward, likelihood, [batch], replace(plain, memory_budget=budget), False)
+        factors = fit.run().factors
+        assert factors is not None
+        traces.append({name: torch.stack([f.a.diagonal().sum(), f.s.diagonal().sum()]) for name, f in factors.items()})
+    worst, where = 0.0, ""
+    for name, trace in traces[0].items():
+        error = float(((traces[1][name] - trace).abs() / trace.abs().clamp_min(torch.finfo(trace.dtype).tiny)).max())
+        if not error <= worst:
+            worst, where = error, name
+    return [Agreement(what, where, worst, limit)]
