@@ -58,8 +58,16 @@ def _add_doctor(subparsers: _SubParsersAction[ArgumentParser]) -> None:
     doctor = subparsers.add_parser(
         "doctor",
         help="what this machine can run, and a self-test",
-        description="Versions, devices, what can run here and why not the rest, and a self-test.",
+        description="Versions, devices, what can run here and why not the rest, and a self-test. With an adapter and a "
+        "file of prompts, also a test on that model: Jacobians against autograd, logits against those of each example "
+        "alone, a fit in pieces against one in one piece.",
     )
+    doctor.add_argument("--adapter", type=Path, metavar="FOLDER", help="PEFT adapter folder to verify")
+    doctor.add_argument("--model", metavar="MODEL", help="its base model; default: what the adapter says")
+    doctor.add_argument("--data", type=Path, metavar="FILE", help='JSON lines {"prompt": ...} to verify it on')
+    doctor.add_argument("--choices", nargs="+", metavar="CHOICE", help="what the model chooses between, as for blk fit")
+    doctor.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
+    doctor.add_argument("--dtype", default="auto", help="of the base model; default: as it was saved")
     doctor.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
     doctor.set_defaults(run=_doctor)
 
@@ -96,13 +104,22 @@ def _demo(args: Namespace) -> int:
 
 
 def _doctor(args: Namespace) -> int:
+    from bayesian_lora_kernels.commands.errors import InputError
+    from bayesian_lora_kernels.commands.verification import verify_adapter
     from bayesian_lora_kernels.demo.doctor import examine, format_report
 
     try:
         _check_json(args.json)
         report = examine()
         print(format_report(report))
+        if args.adapter is not None:
+            found = verify_adapter(args)
+            print(f"\n{args.adapter}\n{found}")
+            report |= {"model": found.as_dict(), "ok": report["ok"] and found.ok}
         _write_json(args.json, report)
+    except InputError as error:
+        print(f"blk doctor: {error}", file=sys.stderr)
+        return BAD_USE
     except OSError as error:
         print(f"blk doctor: {error}", file=sys.stderr)
         return FAILED

@@ -166,7 +166,7 @@ def scene(name: str, extra: int = 0, family: str = "llama", **more: Any) -> Scen
         arguments=arguments,
         words=WORDS,
         tolerance=1e-6,
-        # In one call the shorter side of a pair is padded to the longer, also where the pair runs alone: the truth about
+        # In one call the shorter side of a pair is padded to the longer, also where it runs alone: the truth about
         # A would count that padding.
         factors=not name.startswith("one call"),
         **more,

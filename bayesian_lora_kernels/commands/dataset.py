@@ -29,12 +29,12 @@ class Example:
     label: int | None
 
 
-def read_examples(path: Path, choices: Sequence[str], labelled: bool) -> list[Example]:
+def read_examples(path: Path, choices: Sequence[str] | None, labelled: bool) -> list[Example]:
     """The examples of a JSON-lines file, `{"prompt": ..., "label": ...}` on each line; empty lines are skipped.
 
     Args:
         path: of the file, UTF-8.
-        choices: what a label may be: one of them, or an index into them.
+        choices: what a label may be: one of them, or an index into them; None: labels are not read.
         labelled: whether every line must have a label.
 
     Raises:
@@ -59,7 +59,7 @@ def read_examples(path: Path, choices: Sequence[str], labelled: bool) -> list[Ex
     return examples
 
 
-def _example(line: str, number: int, where: str, choices: Sequence[str], labelled: bool) -> Example:
+def _example(line: str, number: int, where: str, choices: Sequence[str] | None, labelled: bool) -> Example:
     try:
         content = json.loads(line)
     except json.JSONDecodeError as error:
@@ -70,8 +70,8 @@ def _example(line: str, number: int, where: str, choices: Sequence[str], labelle
         raise InputError(f'{where}no "prompt"; its keys are {", ".join(map(_json, content)) or "none"}')
     if not isinstance(content["prompt"], str):
         raise InputError(f'{where}"prompt": expected text, got {_json(content["prompt"])}')
-    label = content.get("label")
-    if label is None:
+    label = None if choices is None else content.get("label")
+    if label is None or choices is None:
         if labelled:
             raise InputError(f'{where}no "label"; its keys are {", ".join(map(_json, content))}')
         return Example(number, content["prompt"], None)
