@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,10 +19,13 @@ from bayesian_lora_kernels.model.measuring import measuring, undone, uninterrupt
 ORDINARY, MANY = 40, 300
 
 
-@contextmanager
-def interrupted_after(seconds: float) -> Iterator[None]:
-    """A KeyboardInterrupt between any two instructions, as Ctrl-C sends it; outside the block it is ignored."""
-    armed = [True]
+def interrupted(job: Callable[[], Any], seconds: float) -> bool:
+    """Runs a job with a KeyboardInterrupt after some time, between any two instructions, as Ctrl-C sends it.
+
+    Returns:
+        Whether it came before the job had ended.
+    """
+    armed, finished = [True], False
 
     def interrupt(*_: Any) -> None:
         if armed[0]:
@@ -32,16 +34,15 @@ def interrupted_after(seconds: float) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            yield
-        finally:
-            armed[0] = False
+        job()
+        finished = True
+        armed[0] = False
     except KeyboardInterrupt:
         pass
-    finally:
-        armed[0] = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    armed[0] = False
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+    return not finished
 
 
 def jobs() -> dict[str, tuple[Any, Callable[[], Any]]]:
@@ -71,11 +72,7 @@ def run(name: str, times: int) -> None:
     before, moments = snapshot(case.model), random.Random(0)
     hit = 0
     for _ in range(times):
-        finished = False
-        with interrupted_after(moments.random() * duration + 1e-4):
-            job()
-            finished = True
-        hit += not finished
+        hit += interrupted(job, moments.random() * duration + 1e-4)
         after = snapshot(case.model)
         assert after == before, {key for key in before if after.get(key) != before[key]}
     assert hit >= times // 4, "hardly any interrupt came in time"
@@ -118,8 +115,7 @@ def test_work_that_nothing_interrupts():
             time.sleep(0.002)
             done.append(1)
 
-    with interrupted_after(0.01):
-        uninterrupted(work)
+    interrupted(lambda: uninterrupted(work), 0.01)
     assert len(done) == 20
 
 

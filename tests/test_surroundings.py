@@ -76,7 +76,9 @@ WORK: dict[str, Callable[[blk.LaplaceLoRA], Any]] = {
     "vocabulary, probabilities": lambda la: la.predict(tokens(), outputs="vocabulary").probs(
         n_samples=8, generator=noise()
     ),
-    "vocabulary, covariance": lambda la: la.predict(tokens(), outputs="vocabulary").covariance(torch.tensor([3, 7])),
+    "vocabulary, covariance": lambda la: la.predict(tokens(), outputs="vocabulary").covariance(
+        torch.tensor([3, 7], device="cpu")
+    ),
     "score": lambda la: la.score(tokens(), n_samples=8, generator=noise()).log_prob,
     "density": lambda la: la.predict(BATCH).distribution().covariance_matrix,
     "distribution": lambda la: la.predict(BATCH).variance,

@@ -117,6 +117,7 @@ class CurvatureFit:
     def _kronecker(self) -> Fit:
         sums, totals = KroneckerSums(self.settings.factors, self.settings.seed), _Totals()
         for index, recorded in self._captures("curvature", totals):
+            self._check_clear(index)
             check_finite("input", sums.add_inputs(recorded.inputs), f" in batch {index}")
             for gradients in self._backward(recorded):
                 check_finite("output gradient", sums.add_gradients(gradients, recorded.inputs), f" in batch {index}")
@@ -231,6 +232,14 @@ class CurvatureFit:
             generator=self._generators[logits.device],
         ):
             yield recorded.backward(cotangent, weight_gradients=weight_gradients, retain_graph=not last)
+
+    def _check_clear(self, index: int) -> None:
+        """A Kronecker factor of the inputs must not count padding; the exact curvature need not know."""
+        for name, reason in self.forward.findings.unclear.items():
+            raise ValueError(
+                f"batch {index}: {name}: {reason}, so that its factor A would count padding; pass batches without "
+                "padding (one example each, or of equal length), or curvature='exact'"
+            )
 
     def _check_called(self, called: Collection[str]) -> None:
         missing = [layer.name for layer in self.layers if layer.name not in called]

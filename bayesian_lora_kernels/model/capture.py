@@ -21,6 +21,7 @@ from bayesian_lora_kernels.model.layouts import Layout
 from bayesian_lora_kernels.model.masks import Scopes, TokenMask
 from bayesian_lora_kernels.model.measuring import hooked, undo_when_measured
 
+NOTHING = 8  # times the machine's precision
 Receive = Callable[[str, int, Tensor], None]
 
 
@@ -78,6 +79,26 @@ class _Tap(torch.autograd.Function):
         if grads[0] is not None and ctx.mailbox.receive is not None:
             ctx.mailbox.receive(ctx.name, ctx.call, grads[0])
         return grads[0], None, None, None, None
+
+
+class _Dropped(NamedTuple):
+    """What a mask took out of the gradients `[N, t, d_out]` of a layer's call.
+
+    Attributes:
+        name: of the layer.
+        start: of the call's tokens among all of them.
+        rows: `[N, t]`, size of what was taken out.
+        largest: size of all.
+    """
+
+    name: str
+    start: int
+    rows: Tensor
+    largest: Tensor
+
+    def counts(self) -> Tensor:
+        """Whether it was more than rounding."""
+        return self.rows.amax() > NOTHING * torch.finfo(self.rows.dtype).eps * self.largest
 
 
 class Capture:
@@ -201,7 +222,7 @@ class Capture:
             layouts = [layout for layout in readings if layout is not None]
             head_mask = self.result.head_mask if self.forward.in_head(name) else None
             key: tuple[Any, ...] = tuple(
-                (call.key, layout, *map(id, call.masks), findings.relation(name, i), head_mask is not None)
+                (call.key, layout, *map(id, call.masks), findings.relation(name, i).name, head_mask is not None)
                 for i, (call, layout) in enumerate(zip(calls, layouts, strict=True))
             )
             if key not in shared:
@@ -231,6 +252,7 @@ class Capture:
             (float64 for a float64 model) for `weight_gradients`.
         """
         parts: dict[str, dict[int, Tensor]] = {name: {} for name in self.inputs}
+        dropped: list[_Dropped] = []
         offsets = {name: self._offsets(name) for name in self.inputs}
         n = self.result.logits.shape[0]
 
@@ -239,7 +261,10 @@ class Capture:
             g = self._layouts[name][call].tokens(layer.used_rows(g.detach()), n)
             start, stop = offsets[name][call]
             if mask is not None:
-                g = g.masked_fill(~mask[:, start:stop, None], 0)
+                kept = mask[:, start:stop, None]
+                whole, g = g, g.masked_fill(~kept, 0)
+                if self.forward.checks.mode != "off":
+                    dropped.append(_Dropped(name, start, (whole - g).abs().amax(dim=2), whole.abs().amax()))
             if name in weight_gradients:
                 gradient = _weight_gradient(g, a[:, start:stop], None if mask is None else mask[:, start:stop])
                 parts[name][0] = parts[name][0] + gradient if 0 in parts[name] else gradient
@@ -247,7 +272,21 @@ class Capture:
                 parts[name][call] = g
 
         self.raw_backward(cotangent, receive, (), retain_graph)
+        self._check_dropped(dropped)
         return {name: self._assemble(name, calls, name in weight_gradients) for name, calls in parts.items()}
+
+    def _check_dropped(self, dropped: Sequence[_Dropped]) -> None:
+        """Whether what was masked had no gradient, or no input: else leaving it out would leave something out."""
+        if not dropped or not torch.stack([one.counts().to(dropped[0].largest.device) for one in dropped]).any():
+            return
+        for name, start, rows, largest in dropped:
+            a = self.inputs[name].a[:, start : start + rows.shape[1]]
+            if ((rows > NOTHING * torch.finfo(rows.dtype).eps * largest) & (a != 0).any(dim=2)).any():
+                raise ValueError(
+                    f"{name}: padding counts: the logits depend on positions that the attention mask excludes, in this "
+                    "batch and not in those before it. Let the model leave masked positions out, or pass batches "
+                    "without padding"
+                )
 
     def without_gradient(self) -> dict[str, Tensor]:
         """Weight gradients `[N, d_out, d_in]` of the layers that were not called: zero."""

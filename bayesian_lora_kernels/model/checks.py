@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.batches import DECODER_MASK, batch_size, inputs_and_labels, reversed_batch, slice_batch
-from bayesian_lora_kernels.model.capture import Capture, NotByExample, accumulate_dtype
+from bayesian_lora_kernels.model.capture import NOTHING, Call, Capture, NotByExample, accumulate_dtype
 from bayesian_lora_kernels.model.containers import rebuilt
 from bayesian_lora_kernels.model.forward import IGNORED_LABEL, Forward, is_left_padded
 from bayesian_lora_kernels.model.layers import LinearLayer
@@ -270,7 +270,7 @@ def _layout_of(recorded: Capture, probe: _Probe, name: str, call: int) -> Layout
 
 def _is_apart(found: Tensor, factors: Tensor) -> bool:
     """Whether examples without a share in the cotangent have gradient zero."""
-    level = 8 * torch.finfo(found.dtype).eps * found.abs().max()
+    level = NOTHING * torch.finfo(found.dtype).eps * found.abs().max()
     others = found[(factors == 0).to(found.device)]
     return not others.numel() or bool(others.abs().max() <= level)
 
@@ -295,13 +295,12 @@ def _find_masks(recorded: Capture, probe: _Probe, batch: Any) -> None:
             if layout is None or not any(mask.padded for mask in call.masks):
                 continue
             mask = findings.mask(name, i, call.masks, call.a.shape, layout, n)
-            tokens = call.a[..., 0].numel() // n
             if mask is not None and _leaks(recorded, probe, name, i, layout, mask):
                 if call.masks[0].guessed:
                     findings.guesses = False
                 else:
                     leaks.append((name, i))
-            elif mask is None and tokens > 1 and findings.relations.get(name) is None and not _told(call, layout, n):
+            elif not findings.is_told(name, i, len(calls), call.masks, call.a.shape, layout, n):
                 untold.append((name, i))
     if not leaks and not untold:
         recorded.read_inputs()
@@ -319,17 +318,19 @@ def _find_masks(recorded: Capture, probe: _Probe, batch: Any) -> None:
         by_ids = _with_noisy_padding(recorded, batch, vectors=False)
         if by_ids is not None and not by_ids.changed:  # else it reads something off the ids of its padding
             noisy = by_ids
-    if noisy is None or noisy.changed:
-        recorded.read_inputs()
-        return
     for name, i in [*leaks, *untold]:
         call = recorded.calls[name][i]
         layout = findings.layout(name, i, call.a.shape, n)
         assert layout is not None
-        relation = _relation(call, layout, n, noisy.padding.get((name, i)))
+        relation = None
+        try:
+            relation = _relation(call, layout, n, None if noisy is None or noisy.changed else noisy.of(name, i))
+        except LookupError as reason:
+            findings.unclear[name] = str(reason)
         if relation == "before others" and not _ends_in_gradients(recorded, probe, name, i, layout):
             relation = "before padding"  # that the model adds itself, to fill up a window
-        findings.relate(name, i, len(recorded.calls[name]), relation)
+        tokens, masked = call.a[..., 0].numel() // n, call.masks[0].valid.shape[1]
+        findings.relate(name, i, len(recorded.calls[name]), relation, tokens, masked)
     recorded.read_inputs()
 
 
@@ -342,16 +343,6 @@ def _ends_in_gradients(recorded: Capture, probe: _Probe, name: str, call: int, l
     return bool(layout.tokens(g, n)[:, tokens:].any())
 
 
-def _told(call: Any, layout: Layout, n: int) -> bool:
-    """Whether a mask without padding, likelier than those with it, describes the tokens of a call."""
-    tokens = call.a[..., 0].numel() // n
-    for mask in call.masks:
-        valid = by_example(mask.valid, call.a.shape, layout, n)
-        if valid is not None and valid.shape[1] == tokens:
-            return True
-    return False
-
-
 def _leaks(recorded: Capture, probe: _Probe, name: str, call: int, layout: Layout, mask: Tensor) -> bool:
     """Whether a masked token has a gradient and an input, so that leaving it out would leave something out."""
     g = probe.found.get((name, call))
@@ -361,7 +352,7 @@ def _leaks(recorded: Capture, probe: _Probe, name: str, call: int, layout: Layou
     size = layout.tokens(g, n).abs().amax(dim=2)
     a = layout.tokens(layer.extend_input(recorded.calls[name][call].a), n)
     masked = ~mask.to(size.device)
-    with_gradient = size > 8 * torch.finfo(probe.dtypes[name]).eps * size.max()
+    with_gradient = size > NOTHING * torch.finfo(probe.dtypes[name]).eps * size.max()
     return bool((masked & with_gradient & (a != 0).any(dim=2)).any())
 
 
@@ -376,6 +367,16 @@ class _Noisy:
 
     changed: float
     padding: dict[tuple[str, int], Tensor]
+
+    def of(self, name: str, call: int) -> Tensor:
+        """Which rows of the input of a layer's call changed.
+
+        Raises:
+            LookupError: if there are others now: which tokens a layer sees depends on the padding.
+        """
+        if (name, call) not in self.padding:
+            raise LookupError("which tokens it sees depends on what stands in the padding")
+        return self.padding[name, call]
 
     def holds_padding(self, name: str, call: int) -> bool:
         """Whether any row of the input of a layer's call changed."""
@@ -471,24 +472,34 @@ def _are_ids(x: Any, mask: TokenMask) -> bool:
     return isinstance(x, Tensor) and not x.is_floating_point() and x.shape == mask.valid.shape
 
 
-def _relation(call: Any, layout: Layout, n: int, padding: Tensor | None) -> str | None:
+def _relation(call: Call, layout: Layout, n: int, padding: Tensor | None) -> str | None:
     """How the tokens that hold padding follow from a mask; None if none of them holds any.
 
+    Args:
+        call: of the layer.
+        layout: of its input.
+        n: number of examples.
+        padding: `[...]` bool, which rows of the input hold padding; None: nobody knows.
+
     Raises:
-        ValueError: if they follow from no mask in a known way.
+        LookupError: if they follow from no mask in a known way.
     """
-    if padding is None or not padding.any():
+    if padding is None:
         return None
     valid = ~layout.tokens(padding[..., None], n)[:, :, 0]
+    fewer = valid.shape[1] < call.masks[0].valid.shape[1]
+    if valid.all() and not fewer:  # of fewer tokens than the mask has, it may be that just these hold none
+        return None
     for name, relate in RELATIONS.items():
         for mask in call.masks:
             laid = by_example(mask.valid, call.a.shape, layout, n)
             found = None if laid is None else relate(laid, valid.shape[1])
             if found is not None and found.shape == valid.shape and torch.equal(found.to(valid.device), valid):
                 return name
-    raise ValueError(
-        f"padding: a layer's input of shape {list(call.a.shape)} holds padding in an order that does not follow from "
-        "the attention mask; pass batches without padding (one example each, or of equal length)"
+    if valid.all():
+        return None
+    raise LookupError(
+        f"its input of shape {list(call.a.shape)} holds padding in an order that does not follow from any mask"
     )
 
 

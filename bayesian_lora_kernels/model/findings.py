@@ -14,6 +14,7 @@ from bayesian_lora_kernels.model.masks import RELATIONS, TokenMask, by_example
 CHECKS = ("first", "always", "off")
 CHECKED = {1, *(2 * 16**k for k in range(16))}  # which of the batches of a kind are checked: first often, then seldom
 SAME = "the same"
+ENOUGH = 4  # times that something was found, for it to be believed of batches that differ in the number of tokens
 
 
 @dataclass
@@ -70,20 +71,44 @@ class Way:
 
 
 @dataclass
+class Relation:
+    """How the tokens of a layer's call follow from those of a mask.
+
+    Attributes:
+        name: of RELATIONS; None if they have nothing to do with the mask.
+        seen: for which numbers of tokens (for None), or of tokens beyond those of the mask, a check has shown it.
+        shown: how often.
+    """
+
+    name: str | None = SAME
+    seen: set[int] = field(default_factory=lambda: {0})
+    shown: int = 0
+
+    def holds(self, tokens: int, masked: int) -> bool:
+        """Whether it has been shown for as many tokens, with a mask of so many."""
+        if tokens < masked and self.shown < ENOUGH:  # a choice of tokens may look so by chance
+            return False
+        if self.name is None:
+            return tokens in self.seen or len(self.seen) >= ENOUGH
+        return tokens - masked in self.seen
+
+
+@dataclass
 class Findings:
     """Of one model under one forward; batches of every size and length share them.
 
     Attributes:
         layouts: `{layer: one for each of its calls}`, as far as batches of several examples have shown them.
-        relations: `{layer: one for each of its calls}`, how its tokens follow from those of the mask; None if they
-            have nothing to do with them.
+        relations: `{layer: one for each of its calls}`, how its tokens follow from those of the mask.
+        unclear: `{layer: why it is not known which of its tokens are padding}`.
         guesses: whether a run of pad tokens that nobody calls padding is taken for it.
         one_at_a_time: whether examples run one by one, because some layer does not tell them apart.
         way: of running the model.
     """
 
     layouts: dict[str, list[Layout]] = field(default_factory=dict)
-    relations: dict[str, list[str | None]] = field(default_factory=dict)
+    relations: dict[str, list[Relation]] = field(default_factory=dict)
+    unclear: dict[str, str] = field(default_factory=dict)
     guesses: bool = True
     one_at_a_time: bool = False
     way: Way = Way()
@@ -97,28 +122,54 @@ class Findings:
 
     def known_layout(self, name: str, call: int, shape: Sequence[int], n: int) -> Layout | None:
         """The same, if a check has shown it."""
+        if n == 1:
+            return WHOLE
         if name not in self.layouts:
             return None
         found = self.layouts[name]
         layout = found[min(call, len(found) - 1)]
         return layout if layout.fits(shape, n) else None
 
-    def relation(self, name: str, call: int) -> str | None:
+    def relation(self, name: str, call: int) -> Relation:
         """How the tokens of a layer's call follow from those of a mask."""
         found = self.relations.get(name)
-        return found[min(call, len(found) - 1)] if found else SAME
+        return found[min(call, len(found) - 1)] if found else Relation()
 
-    def relate(self, name: str, call: int, calls: int, relation: str | None) -> None:
+    def relate(self, name: str, call: int, calls: int, relation: str | None, tokens: int, masked: int) -> None:
         """Write down how the tokens of one of a layer's calls follow from those of a mask."""
-        found = self.relations.setdefault(name, [SAME] * calls)
-        found += [found[-1]] * (calls - len(found))
-        found[call] = relation
+        found = self.relations.setdefault(name, [])
+        found += [Relation() for _ in range(calls - len(found))]
+        if found[call].name != relation:
+            found[call] = Relation(relation, set())
+        found[call].seen.add(tokens if relation is None else tokens - masked)
+        found[call].shown += 1
+
+    def is_told(
+        self,
+        name: str,
+        call: int,
+        calls: int,
+        masks: Sequence[TokenMask],
+        shape: Sequence[int],
+        layout: Layout,
+        n: int,
+    ) -> bool:
+        """Whether it is known which tokens of a layer's input are padding; its only token, in its only call, is not."""
+        tokens = _product(shape[:-1]) // n
+        if (tokens == 1 and calls == 1) or not any(mask.padded for mask in masks):
+            return True
+        relation = self.relation(name, call)
+        for mask in masks:
+            valid = by_example(mask.valid, shape, layout, n)
+            if valid is not None and relation.holds(tokens, valid.shape[1]):
+                return True
+        return False
 
     def mask(
         self, name: str, call: int, masks: Sequence[TokenMask], shape: Sequence[int], layout: Layout, n: int
     ) -> Tensor | None:
         """`[N, T]`, which tokens of a layer's input count; None: all of them."""
-        relation = self.relation(name, call)
+        relation = self.relation(name, call).name
         if relation is None:
             return None
         tokens = _product(shape[:-1]) // n

@@ -123,11 +123,16 @@ def _is_finite(recorded: Capture) -> bool:
 def _is_new(recorded: Capture) -> bool:
     """Whether some layer was called in a way that no check has seen."""
     n, findings = len(recorded.logits), recorded.forward.findings
-    return n > 1 and any(
-        findings.known_layout(name, i, call.a.shape, n) is None
-        for name, calls in recorded.calls.items()
-        for i, call in enumerate(calls)
-    )
+    for name, calls in recorded.calls.items():
+        for i, call in enumerate(calls):
+            layout = findings.known_layout(name, i, call.a.shape, n)
+            if layout is None:
+                return True
+            if recorded.forward.in_head(name):
+                continue
+            if not findings.is_told(name, i, len(calls), call.masks, call.a.shape, layout, n):
+                return True
+    return False
 
 
 def _checked(recorded: Capture, layers: Sequence[LinearLayer], batch: Any, thorough: bool) -> Capture:
