@@ -236,6 +236,8 @@ def _find_layouts(recorded: Capture, probe: _Probe) -> None:
                     "in any of its leading dimensions: what belongs to one example depends on another"
                 )
             found.append(layout)
+            if layout.groups(call.a.shape, n) > 1 and len(layouts(call.a.shape, n)) > 1:
+                findings.grouped.add(name)
         if found and found != findings.layouts.setdefault(name, found):
             recorded.forward.checks.changes(f"{name}: where its input has the examples")
             findings.layouts[name] = found
@@ -397,8 +399,7 @@ def _with_noisy_padding(recorded: Capture, batch: Any, vectors: bool) -> _Noisy 
     scopes = Scopes(forward.batch_masks(batch))
     touched: list[bool] = []
     noise = torch.Generator().manual_seed(0)
-    inputs: dict[tuple[str, int], Tensor] = {}
-    counts: dict[str, int] = {}
+    inputs: dict[str, list[Tensor]] = {}
 
     def disturb(x: Tensor, mask: Tensor) -> Tensor:
         touched.append(True)
@@ -437,17 +438,9 @@ def _with_noisy_padding(recorded: Capture, batch: Any, vectors: bool) -> _Noisy 
 
         return tuple(map(one, args)), {key: one(value) for key, value in kwargs.items()}
 
-    def note(layer: LinearLayer) -> Any:
-        def run(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Tensor) -> None:
-            call = counts[layer.name] = counts.get(layer.name, -1) + 1
-            inputs[layer.name, call] = (args[0] if args else kwargs["input"]).detach()
-
-        return run
-
     enter, leave = scopes.hooks(forward.model)
     embeddings = [(m, embedded) for m in forward.model.modules() if isinstance(m, nn.Embedding) and vectors]
-    notes = [(layer.module, note(layer)) for layer in recorded.layers.values()]
-    with hooked([*enter, (forward.model, given)], [*embeddings, *notes, *leave]):
+    with hooked([*enter, (forward.model, given)], [*embeddings, *_notes(recorded, inputs), *leave]):
         logits = forward(batch, all_labels=recorded.result.head_mask is not None).logits
     if not touched:
         return None
@@ -458,13 +451,24 @@ def _with_noisy_padding(recorded: Capture, batch: Any, vectors: bool) -> _Noisy 
     size = float(difference.max()) / max(float(before.abs().max()), torch.finfo(before.dtype).tiny)
     level = _tolerance(_lowest_dtype(forward), 1e-10, 1e-5, 3e-2)
     padding = {}
-    for (name, call), a in inputs.items():
-        calls = recorded.calls[name]
-        if call < len(calls) and calls[call].a.shape == a.shape:
-            reference = calls[call].a
-            far = (a - reference).abs() > _tolerance(a.dtype, 1e-10, 1e-4, 5e-2) * reference.abs().max()
-            padding[name, call] = far.any(dim=-1)
+    for name, found in inputs.items():
+        for i, (call, a) in enumerate(zip(recorded.calls[name], found, strict=False)):
+            if call.a.shape == a.shape:
+                far = (a - call.a).abs() > _tolerance(a.dtype, 1e-10, 1e-4, 5e-2) * call.a.abs().max()
+                padding[name, i] = far.any(dim=-1)
     return _Noisy(size if size > level else 0.0, padding)
+
+
+def _notes(recorded: Capture, into: dict[str, list[Tensor]]) -> list[tuple[nn.Module, Any]]:
+    """Hooks that write down the inputs of the layers' calls."""
+
+    def note(layer: LinearLayer) -> Any:
+        def run(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Tensor) -> None:
+            into.setdefault(layer.name, []).append((args[0] if args else kwargs["input"]).detach())
+
+        return run
+
+    return [(layer.module, note(layer)) for layer in recorded.layers.values()]
 
 
 def _are_ids(x: Any, mask: TokenMask) -> bool:
@@ -521,13 +525,17 @@ def _check_alone(recorded: Capture, batch: Any) -> None:
     if not isinstance(inputs, Mapping):
         return
     row = most_padded(inputs)
-    own = logits_alone(recorded, batch, row)
+    seen: dict[str, list[Tensor]] = {}
+    with hooked(post=_notes(recorded, seen)):
+        own = logits_alone(recorded, batch, row)
     if own is None:
         return
     mask = inputs.get(MASK)
     mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
     off = distance(logits_together(recorded, batch, row), own)
     if off <= _tolerance(_lowest_dtype(forward), 1e-5, 1e-2, 0.25):
+        if mask is not None and not mask.all():
+            _compare_inputs(recorded, row, seen)
         return
     if mask is None or bool(mask.all()):
         raise OtherLogits(
@@ -540,6 +548,27 @@ def _check_alone(recorded: Capture, batch: Any) -> None:
         f"than by itself (off by {off:.1e} of their spread): the model counts padding, or positions from the first "
         "column on. Pad on the other side, pass position_ids, or pass batches without padding"
     )
+
+
+def _compare_inputs(recorded: Capture, row: int, alone: Mapping[str, list[Tensor]]) -> None:
+    """The tokens of one example that count in the batch are those that it has by itself, in every layer."""
+    forward = recorded.forward
+    for name, (a, mask, _) in recorded.inputs.items():
+        if forward.in_head(name):
+            continue
+        layer = recorded.layers[name]
+        here = a[row] if mask is None else a[row][mask[row].to(a.device)]
+        rows = [layer.extend_input(x.reshape(-1, x.shape[-1])) for x in alone.get(name, [])]
+        there = torch.cat(rows) if rows else here[:0]
+        if any(relation.name == "before padding" for relation in forward.findings.relations.get(name, [])):
+            there = there[: len(here)]  # the model fills up windows when it runs alone, too
+        limit = _tolerance(_lowest_dtype(forward), 1e-5, 1e-2, 0.25)
+        same = here.shape == there.shape and (here - there).abs().sum() <= limit * there.abs().sum()
+        if not same:
+            forward.findings.unclear[name] = (
+                f"of example {row} it counts {len(here)} tokens, and {len(there)} or others when the example runs by "
+                "itself without padding"
+            )
 
 
 def logits_alone(recorded: Capture, batch: Any, row: int) -> Tensor | None:

@@ -99,6 +99,7 @@ class Findings:
 
     Attributes:
         layouts: `{layer: one for each of its calls}`, as far as batches of several examples have shown them.
+        grouped: layers of which a batch with several rows for each example has shown the layout.
         relations: `{layer: one for each of its calls}`, how its tokens follow from those of the mask.
         unclear: `{layer: why it is not known which of its tokens are padding}`.
         guesses: whether a run of pad tokens that nobody calls padding is taken for it.
@@ -107,6 +108,7 @@ class Findings:
     """
 
     layouts: dict[str, list[Layout]] = field(default_factory=dict)
+    grouped: set[str] = field(default_factory=set)
     relations: dict[str, list[Relation]] = field(default_factory=dict)
     unclear: dict[str, str] = field(default_factory=dict)
     guesses: bool = True
@@ -128,7 +130,9 @@ class Findings:
             return None
         found = self.layouts[name]
         layout = found[min(call, len(found) - 1)]
-        return layout if layout.fits(shape, n) else None
+        if not layout.fits(shape, n) or (layout.groups(shape, n) > 1 and name not in self.grouped):
+            return None
+        return layout
 
     def relation(self, name: str, call: int) -> Relation:
         """How the tokens of a layer's call follow from those of a mask."""

@@ -22,6 +22,10 @@ class Layout:
     axis: int
     blocks: bool
 
+    def groups(self, shape: Sequence[int], n: int) -> int:
+        """How many rows of that dimension an example has: with one, `blocks` makes no difference."""
+        return shape[self.axis] // n
+
     def fits(self, shape: Sequence[int], n: int) -> bool:
         """Whether a tensor `[..., d]` of this shape can be read so."""
         return self.axis < len(shape) - 1 and shape[self.axis] > 0 and shape[self.axis] % n == 0
