@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from bayesian_lora_kernels.curvature.fit import CurvatureFit, FitSettings
 from bayesian_lora_kernels.curvature.likelihood import MAX_EXACT_COLUMNS, Likelihood
+from bayesian_lora_kernels.model.alone import distance, logits_alone, logits_together, most_padded
 from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, slice_batch, to_device
 from bayesian_lora_kernels.model.capture import Capture, accumulate_dtype
-from bayesian_lora_kernels.model.checks import distance, logits_alone, logits_together, most_padded
 from bayesian_lora_kernels.model.containers import map_tensors
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers

@@ -262,9 +262,10 @@ class Capture:
             start, stop = offsets[name][call]
             if mask is not None:
                 kept = mask[:, start:stop, None]
-                whole, g = g, g.masked_fill(~kept, 0)
-                if self.forward.checks.mode != "off":
-                    dropped.append(_Dropped(name, start, (whole - g).abs().amax(dim=2), whole.abs().amax()))
+                if self.forward.checks.mode != "off" and (g.device.type != "cpu" or bool(g[~kept[..., 0]].any())):
+                    rows = g.masked_fill(kept, 0).abs().amax(dim=2)
+                    dropped.append(_Dropped(name, start, rows, g.abs().amax()))
+                g = g.masked_fill(~kept, 0)
             if name in weight_gradients:
                 gradient = _weight_gradient(g, a[:, start:stop], None if mask is None else mask[:, start:stop])
                 parts[name][0] = parts[name][0] + gradient if 0 in parts[name] else gradient

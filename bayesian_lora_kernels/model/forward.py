@@ -7,9 +7,7 @@ and the one position of a causal LM that is used.
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bayesian_lora_kernels.model.arguments import decoder_inputs, is_left_padded, pass_on
 from bayesian_lora_kernels.model.batches import DECODER_MASK, MASK_KEYS, batch_size, inputs_and_labels
 from bayesian_lora_kernels.model.findings import Checks, Findings, Way
 from bayesian_lora_kernels.model.head import HeadModule, find_head
@@ -25,12 +24,6 @@ from bayesian_lora_kernels.model.measuring import hooked
 from bayesian_lora_kernels.surroundings import callers_surroundings
 
 IGNORED_LABEL = -100
-NOT_SERVED = {
-    "adapter_names": "one posterior is that of one adapter's weights, but each example would use an adapter of its "
-    "own; predict the examples of each adapter by themselves, after model.set_adapter(...)",
-    "past_key_values": "the cached keys and values depend on the adapter's weights too, but their derivatives are not "
-    "in the cache; pass the whole text in input_ids",
-}
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
 
@@ -328,68 +321,6 @@ def _base_of(model: nn.Module) -> nn.Module:
         model, _ = unwrapped(inner)
 
 
-def pass_on(inputs: Mapping[str, Any], accepted: Collection[str]) -> dict[str, Any]:
-    """Of a batch's columns those that go to the model: tensors, and whatever else its signature names.
-
-    Raises:
-        ValueError: for columns that would make the posterior that of something else.
-        TypeError: for a column of a kind that is neither passed on nor known to be safe to leave out.
-    """
-    for key, reason in NOT_SERVED.items():
-        if inputs.get(key) is not None:
-            raise ValueError(f"{key}: {reason}")
-    if inputs.get("return_dict") is False:
-        raise ValueError("return_dict: expected an output with .logits, return_dict=False returns a tuple")
-    kwargs = {}
-    for key, value in inputs.items():
-        if value is None:
-            continue
-        if isinstance(value, Tensor) or key in accepted:
-            kwargs[key] = value
-        elif not _is_text(value):
-            raise TypeError(
-                f"{key}: expected a tensor, or an argument that the model's forward names, got {type(value).__name__}; "
-                "leave it out of the batch, or pass forward=callable(model, batch) -> logits"
-            )
-    return kwargs
-
-
-def _is_text(value: Any) -> bool:
-    """Strings and numbers, in lists and mappings or not: columns that come along for people."""
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_text, value))
-    if isinstance(value, Mapping):
-        return all(map(_is_text, value.values()))
-    return isinstance(value, (str, bytes, int, float, bool)) or value is None
-
-
-def is_left_padded(mask: Tensor) -> bool:
-    """Whether some example of a mask `[N, T]` starts with padding."""
-    return not bool(mask[:, 0].bool().all())
-
-
-def decoder_inputs(base: nn.Module, labels: Tensor) -> Tensor:
-    """The decoder's inputs `[N, T]` that an encoder-decoder of transformers makes of its labels.
-
-    Raises:
-        ValueError: if the model has no known way to make them.
-    """
-    config: Any = base.config
-    prepare: Any = getattr(base, "prepare_decoder_input_ids_from_labels", None)
-    shift: Any = getattr(sys.modules.get(type(base).__module__), "shift_tokens_right", None)
-    labels = labels.clone()
-    if prepare is not None:
-        return prepare(labels=labels)
-    if shift is not None:
-        names = list(inspect.signature(shift).parameters)
-        more = {name: getattr(config, name) for name in names[1:]}
-        return shift(labels, **more)
-    raise ValueError(
-        f"decoder_input_ids: {type(base).__name__} has no known way to make the decoder's inputs from labels; pass "
-        "decoder_input_ids"
-    )
-
-
 def _check_class_ids(class_token_ids: Any, head: HeadModule | None, function: ForwardFunction | None) -> Tensor:
     with torch.inference_mode(False):
         ids = torch.as_tensor(class_token_ids).clone()
@@ -469,7 +400,6 @@ __all__ = [
     "ForwardFunction",
     "ForwardResult",
     "head_mask",
-    "is_left_padded",
     "last_valid",
     "model_device",
 ]

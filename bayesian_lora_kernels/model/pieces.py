@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bayesian_lora_kernels.model.alone import OtherLogits
 from bayesian_lora_kernels.model.batches import batch_size, slice_batch, uncut
 from bayesian_lora_kernels.model.capture import Capture, NotByExample
-from bayesian_lora_kernels.model.checks import OtherLogits, check, kind_of
+from bayesian_lora_kernels.model.checks import check, kind_of
 from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.layers import LinearLayer
 
