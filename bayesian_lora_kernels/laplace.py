@@ -20,11 +20,11 @@ from bayesian_lora_kernels.model.batches import without_labels
 from bayesian_lora_kernels.model.findings import CHECKS
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction
 from bayesian_lora_kernels.model.layers import Modules, find_layers
-from bayesian_lora_kernels.model.weights import MeasuredWeights, adapter_digest
 from bayesian_lora_kernels.posterior import archive, storage
 from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior, as_precision
 from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
+from bayesian_lora_kernels.posterior.weights import MeasuredWeights, adapter_digest
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.hidden_samples import HiddenSampler
 from bayesian_lora_kernels.predictive.logits import LogitPredictor, Outputs

@@ -440,3 +440,19 @@ def test_bad_options(place: Path, capsys: Any, options: list[str]) -> None:
 def test_a_device_that_is_not_there(place: Path, capsys: Any) -> None:
     assert "--device nonsense" in error_of(capsys, "fit", "--device", "nonsense")
     assert "--max-length: expected more than 1" in error_of(capsys, "fit", "--max-length", "1")
+
+
+@pytest.mark.parametrize("choices", [CHOICES, ()], ids=["choices", "vocabulary"])
+def test_doctor_on_an_adapter(place: Path, capsys: Any, choices: Sequence[str]) -> None:
+    options = ["--adapter", "adapter", "--data", "data.jsonl", "--json", "doctor.json"]
+    assert main(["doctor", *options, *(["--choices", *choices] if choices else [])]) == 0
+    printed, report = capsys.readouterr().out, json.loads(Path("doctor.json").read_text())
+    assert "Jacobians against autograd, in float64" in printed
+    assert report["ok"]
+    assert report["model"]["ok"]
+    assert sum(one["error"] is not None for one in report["model"]["agreements"]) >= 3
+
+
+def test_doctor_needs_data(place: Path, capsys: Any) -> None:
+    assert main(["doctor", "--adapter", "adapter"]) == 2
+    assert "--data: expected a file of JSON lines" in capsys.readouterr().err

@@ -2,23 +2,25 @@
 
 Everything that is changed about a model is undone by a step that was written down before the change. A step may run
 twice. A Python signal handler (Ctrl-C) runs in the main thread and between any two instructions, also inside a
-`finally`; the last undoing therefore runs in a thread of its own, where nothing interrupts it.
+`finally`; signals are therefore held back during the last undoing.
 """
 
 from __future__ import annotations
 
-import _thread
+import signal
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 Step = Callable[[], None]
+R = TypeVar("R")
 
 
 class _Current(threading.local):
@@ -74,7 +76,7 @@ def undone(step: Step) -> Iterator[None]:
     """Runs `step` when the block ends; if an interrupt prevents that, when `measuring` ends.
 
     Args:
-        step: undoes a change that is made inside the block; may run twice, and from another thread.
+        step: undoes a change that is made inside the block; may run twice.
     """
     steps = _current.steps if _current.steps is not None else []
     steps.append(step)
@@ -125,35 +127,34 @@ def hooked(pre: Iterable[tuple[nn.Module, Any]] = (), post: Iterable[tuple[nn.Mo
         yield
 
 
-def uninterrupted(work: Step) -> None:
-    """Run `work` to its end; an interrupt that comes meanwhile is raised afterwards."""
+def uninterrupted(work: Callable[[], R]) -> R:
+    """The result of `work`, which runs to its end; a signal that comes meanwhile is handled afterwards.
+
+    Only the main thread runs Python's signal handlers, so that elsewhere there is nothing to hold back.
+    """
     if threading.current_thread() is not threading.main_thread():
         return work()
-    failed: list[BaseException] = []
-    finished: list[bool] = []
-    done = _thread.allocate_lock()  # Python's own threads and conditions break if they are interrupted
-    done.acquire()
+    handlers = {number: handler for number in signal.valid_signals() if callable(handler := signal.getsignal(number))}
+    late: list[tuple[int, FrameType | None]] = []
 
-    def run() -> None:
+    def hold(number: int, frame: FrameType | None) -> None:
+        late.append((number, frame))
+
+    def release() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    try:
         try:
-            work()
-        except BaseException as error:
-            failed.append(error)
+            for number in handlers:
+                signal.signal(number, hold)
+            return work()
         finally:
-            finished.append(True)
-            done.release()
-
-    interrupt: BaseException | None = None
-    _thread.start_new_thread(run, ())
-    while not finished:
-        try:
-            done.acquire(timeout=1)
-        except BaseException as error:
-            interrupt = error
-    for late in (interrupt, *failed):
-        if late is not None:
-            raise late
-    return None
+            release()
+    finally:
+        release()  # a signal may have come between two of the first
+        for came, frame in late:
+            handlers[signal.Signals(came)](came, frame)
 
 
 class _Uncompiled:

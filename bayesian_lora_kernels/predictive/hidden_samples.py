@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from bayesian_lora_kernels.model.capture import accumulate_dtype
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.hidden import HiddenStates, differentiable_attention
 from bayesian_lora_kernels.model.layers import LinearLayer
-from bayesian_lora_kernels.model.measuring import measuring
+from bayesian_lora_kernels.model.measuring import measuring, uninterrupted
 from bayesian_lora_kernels.model.memory import default_budget
 from bayesian_lora_kernels.model.output_map import OutputMap, read_output_map
 from bayesian_lora_kernels.posterior.exact import ExactPosterior
@@ -161,10 +162,11 @@ class HiddenSampler:
                 return self._at(piece, self.states(piece, values), every)
 
             if parameters:
-                rows = [
-                    self.pushforward(function, parameters, {k: d[i : i + samples] for k, d in deviations.items()})
-                    for i in range(0, total, samples)
-                ]
+                rows = []
+                for i in range(0, total, samples):
+                    some = {k: d[i : i + samples] for k, d in deviations.items()}
+                    # PyTorch's derivatives of functions leave their levels behind if they are interrupted.
+                    rows.append(uninterrupted(partial(self.pushforward, function, parameters, some)))
                 columns.append(torch.cat(rows))
             else:  # nothing but the head is adapted
                 still = function({})
