@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bayesian_lora_kernels.curvature.factors import TOKENS, FactorSettings
 from bayesian_lora_kernels.curvature.fit import CurvatureFit, Fit, FitSettings
 from bayesian_lora_kernels.curvature.likelihood import FISHERS, LIKELIHOODS
-from bayesian_lora_kernels.model import fingerprint, names
+from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.batches import without_labels
 from bayesian_lora_kernels.model.findings import CHECKS
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction
@@ -24,7 +24,7 @@ from bayesian_lora_kernels.posterior import archive, storage
 from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior, as_precision
 from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
-from bayesian_lora_kernels.posterior.weights import MeasuredWeights, adapter_digest
+from bayesian_lora_kernels.posterior.weights import MeasuredWeights, adapter_digest, covered_by, find_adapter
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.hidden_samples import HiddenSampler
 from bayesian_lora_kernels.predictive.logits import LogitPredictor, Outputs
@@ -368,8 +368,8 @@ class LaplaceLoRA:
         settings = dict(content["settings"])
         row_dtype = settings.pop("row_dtype")
         with _errors_name(folder):
-            place, same_weights = _find_adapter(model, content)
-            covers = _covers(model, content["layers"], place)
+            place, same_weights = find_adapter(model, content)
+            covers = covered_by(model, content["layers"], place)
         laplace = cls(
             model,
             forward=forward,
@@ -503,60 +503,6 @@ class LaplaceLoRA:
 
     def _parameters(self) -> dict[str, Tensor]:
         return {name: value for layer in self._layers for name, value in layer.parameters().items()}
-
-
-def _find_adapter(model: nn.Module, content: Mapping[str, Any]) -> tuple[names.Placement, bool]:
-    """Where the file's layers are in the model, and whether their weights are those of the fit.
-
-    Raises:
-        ValueError: if they are not there, or if several adapters have these weights and not exactly one is active.
-    """
-    digest = storage.parameter_digest if content["version"] == 1 else adapter_digest
-    modules = dict(model.named_modules())
-    places = names.placements(model, list(content["layers"]))
-    same = []
-    for place in places:
-        leaves = _covers(model, content["layers"], place)
-        parameters = {
-            names.join(stored, leaf): getattr(modules[name], leaf)
-            for stored, name in place.layers.items()
-            for leaf in leaves[name]
-        }
-        if all(p is not None for p in parameters.values()) and digest(parameters) == content["adapter_sha256"]:
-            same.append(place)
-    active = {adapter for module in modules.values() for adapter in names.active_adapters(module) or []}
-    if not same:
-        return min(places, key=lambda place: (place.adapter not in active, bool(place.adapters))), False
-    if len(same) > 1:
-        chosen = [place for place in same if place.adapter in active]
-        if len(chosen) != 1:
-            raise ValueError(
-                f"the adapters {', '.join(str(place.adapter) for place in same)} all have the weights that the "
-                f"posterior was fitted to, and {len(chosen)} of them are active; activate one with "
-                "model.set_adapter(name)"
-            )
-        same = chosen
-    if same[0].adapter is not None and same[0].adapter not in active:
-        warnings.warn(
-            f"the posterior belongs to the adapter {same[0].adapter!r}, which is not active; call "
-            f"model.set_adapter({same[0].adapter!r}) before predicting",
-            stacklevel=3,
-        )
-    return same[0], True
-
-
-def _covers(
-    model: nn.Module, layers: Mapping[str, Mapping[str, Any]], place: names.Placement
-) -> dict[str, tuple[str, ...]]:
-    """`{name in the model: which of weight and bias}`; format version 1 tells by the shape."""
-    covers = {}
-    for stored, name in place.layers.items():
-        leaves = layers[stored].get("covers")
-        if leaves is None:
-            extra = layers[stored]["shape"][1] - cast(nn.Linear, model.get_submodule(name)).in_features
-            leaves = {0: ("weight",), 1: ("weight", "bias")}.get(extra, ("bias",) if extra < 0 else ("weight",))
-        covers[name] = tuple(leaves)
-    return covers
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""The weights at which a posterior was measured: its own, and the frozen ones beside them."""
+"""The weights at which a posterior was measured, its own and the frozen ones beside them; where a model has them."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -55,6 +56,60 @@ def adapter_digest(parameters: Mapping[str, Tensor]) -> str:
     anonymous = {adapters[0]: ""} if len(adapters) == 1 else None
     canonical = names.unique_names(parameters, anonymous)
     return storage.adapter_digest({canonical[name]: value for name, value in parameters.items()})
+
+
+def find_adapter(model: nn.Module, content: Mapping[str, Any]) -> tuple[names.Placement, bool]:
+    """Where the file's layers are in the model, and whether their weights are those of the fit.
+
+    Raises:
+        ValueError: if they are not there, or if several adapters have these weights and not exactly one is active.
+    """
+    digest = storage.parameter_digest if content["version"] == 1 else adapter_digest
+    modules = dict(model.named_modules())
+    places = names.placements(model, list(content["layers"]))
+    same = []
+    for place in places:
+        leaves = covered_by(model, content["layers"], place)
+        parameters = {
+            names.join(stored, leaf): getattr(modules[name], leaf)
+            for stored, name in place.layers.items()
+            for leaf in leaves[name]
+        }
+        if all(p is not None for p in parameters.values()) and digest(parameters) == content["adapter_sha256"]:
+            same.append(place)
+    active = {adapter for module in modules.values() for adapter in names.active_adapters(module) or []}
+    if not same:
+        return min(places, key=lambda place: (place.adapter not in active, bool(place.adapters))), False
+    if len(same) > 1:
+        chosen = [place for place in same if place.adapter in active]
+        if len(chosen) != 1:
+            raise ValueError(
+                f"the adapters {', '.join(str(place.adapter) for place in same)} all have the weights that the "
+                f"posterior was fitted to, and {len(chosen)} of them are active; activate one with "
+                "model.set_adapter(name)"
+            )
+        same = chosen
+    if same[0].adapter is not None and same[0].adapter not in active:
+        warnings.warn(
+            f"the posterior belongs to the adapter {same[0].adapter!r}, which is not active; call "
+            f"model.set_adapter({same[0].adapter!r}) before predicting",
+            stacklevel=3,
+        )
+    return same[0], True
+
+
+def covered_by(
+    model: nn.Module, layers: Mapping[str, Mapping[str, Any]], place: names.Placement
+) -> dict[str, tuple[str, ...]]:
+    """`{name in the model: which of weight and bias}`; format version 1 tells by the shape."""
+    covers = {}
+    for stored, name in place.layers.items():
+        leaves = layers[stored].get("covers")
+        if leaves is None:
+            extra = layers[stored]["shape"][1] - cast(nn.Linear, model.get_submodule(name)).in_features
+            leaves = {0: ("weight",), 1: ("weight", "bias")}.get(extra, ("bias",) if extra < 0 else ("weight",))
+        covers[name] = tuple(leaves)
+    return covers
 
 
 def _versions(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
