@@ -453,3 +453,18 @@ def test_models_that_change_their_logits(name: str, classes: bool):
         tolerance=1e-4,
     )
     judge_scene(scene, "ekfac")
+
+
+@pytest.mark.parametrize("name", ["T5", "BART"])
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "exact"])
+def test_padded_sources_and_padded_labels_in_the_same_row(name: str, curvature: str):
+    """What DataCollatorForSeq2Seq makes; the log-likelihood is the model's own loss."""
+    model = build(name)
+    batch = source(name)
+    labels = targets()
+    labels[int(batch["attention_mask"].sum(dim=1).argmin()), 2:] = -100
+    batch["labels"] = labels
+    with torch.no_grad():
+        expected = -float(model.eval()(**batch).loss) * int((labels != -100).sum())
+    laplace = blk.LaplaceLoRA(model, curvature=curvature).fit([batch], progress=False)
+    assert abs(laplace.log_likelihood - expected) < 1e-6 * abs(expected)

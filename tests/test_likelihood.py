@@ -266,3 +266,20 @@ def test_a_text_without_labels_does_not_enter_the_head(tokens):
             rows += {"expand": list(seen), "reduce": [seen.mean(dim=0)], "last": [seen[-1]]}[tokens]
     truth = sum(torch.outer(a, a) for a in rows) / len(rows)
     assert relative(factors[name].a, truth) < 1e-10
+
+
+def test_the_first_token_is_predicted_by_nothing_on_whichever_side_the_padding_is():
+    """Labels as collators of language models make them: the ids, -100 on padding."""
+    case = llama(lengths=(5, 3, 6), classes=None, vocabulary=VOCABULARY)
+    found = []
+    for side in ("right", "left"):
+        batch = case.batch(side=side)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        laplace = blk.LaplaceLoRA(case.model, curvature="ekfac", fisher="empirical").fit([batch], progress=False)
+        trace = sum(p.to_dense().diagonal().sum() for p in laplace.posterior.values())
+        found.append(torch.stack([torch.tensor(laplace.log_likelihood), trace]))
+    assert relative(found[1], found[0]) < 1e-10
+    with torch.no_grad():
+        rows = [case.evaluated()(input_ids=ids[None]).logits[0, :-1].log_softmax(-1) for ids in case.examples]
+    truth = sum(float(r.gather(1, ids[1:, None]).sum()) for r, ids in zip(rows, case.examples, strict=True))
+    assert abs(float(found[0][0]) - truth) < 1e-8 * abs(truth)

@@ -38,7 +38,7 @@ def check_alone(recorded: Capture, batch: Any) -> None:
     mask = inputs.get(MASK)
     mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
     off = distance(logits_together(recorded, batch, row), own)
-    if off <= tolerance_of(lowest_dtype(forward), 1e-5, 1e-2, 0.25):
+    if off <= tolerance_of(lowest_dtype(forward), 1e-5, 1e-2, 0.4):
         if mask is not None and not mask.all():
             _compare_inputs(recorded, row, seen)
         return
@@ -67,7 +67,7 @@ def _compare_inputs(recorded: Capture, row: int, alone: Mapping[str, list[Tensor
         there = torch.cat(rows) if rows else here[:0]
         if any(relation.name == "before padding" for relation in forward.findings.relations.get(name, [])):
             there = there[: len(here)]  # the model fills up windows when it runs alone, too
-        limit = tolerance_of(lowest_dtype(forward), 1e-5, 1e-2, 0.25)
+        limit = tolerance_of(lowest_dtype(forward), 1e-5, 1e-2, 0.4)
         same = here.shape == there.shape and (here - there).abs().sum() <= limit * there.abs().sum()
         if not same:
             forward.findings.unclear[name] = (
@@ -86,8 +86,9 @@ def logits_alone(recorded: Capture, batch: Any, row: int) -> Tensor | None:
     if not isinstance(inputs, Mapping):
         return None
     columns = {**inputs, LABELS: labels} if isinstance(labels, Tensor) else dict(inputs)
-    if forward.seq2seq and forward.is_models_own and "decoder_input_ids" in inputs:  # which may be padded, too
-        columns[DECODER_MASK] = forward.model_inputs(inputs).get(DECODER_MASK)
+    made = recorded.all_labels and isinstance(labels, Tensor) and labels.ndim == 2
+    if forward.seq2seq and forward.is_models_own and ("decoder_input_ids" in inputs or made):  # may be padded, too
+        columns[DECODER_MASK] = forward.model_inputs(inputs, labels if made else None).get(DECODER_MASK)
     alone = _without_padding(slice_batch(columns, row, row + 1, n), forward.seq2seq)
     return _own_logits(recorded, alone) if forward.is_models_own else _functions_logits(recorded, batch, row, alone)
 

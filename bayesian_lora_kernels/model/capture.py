@@ -177,8 +177,8 @@ class Capture:
             self.result = self.forward(batch, all_labels=all_labels)
         if self._sink is None or not self.result.logits.requires_grad:
             raise ValueError(
-                "forward: the logits do not depend on any of the layers: none was called, or forward runs under "
-                "torch.no_grad()"
+                "forward: the logits do not depend on any of the layers: none was called (an adapter that is merged, "
+                "disabled or not active?), or forward runs under torch.no_grad()"
             )
         self._check_unchanged()
 

@@ -175,7 +175,7 @@ class Forward:
             mask = head_mask(tokens, hidden)
             if every:
                 assert targets is not None
-                positions, valid, labels_at = _labelled_positions(targets, shift=0 if self.seq2seq else 1)
+                positions, valid, labels_at = _labelled_positions(targets, mask, shift=0 if self.seq2seq else 1)
                 chosen.update(mask=valid, labels=labels_at)
             else:
                 positions = last_valid(mask, hidden)[:, None]
@@ -379,10 +379,15 @@ def last_valid(mask: Tensor | None, hidden: Tensor) -> Tensor:
     return (mask.long() * torch.arange(t, device=mask.device)).argmax(dim=1)
 
 
-def _labelled_positions(labels: Tensor, shift: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions whose next token has a label, packed to the front; which are real; their labels: all `[N, P]`."""
+def _labelled_positions(labels: Tensor, mask: Tensor | None, shift: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions whose next token has a label, packed to the front; which are real; their labels: all `[N, P]`.
+
+    Padding predicts nothing: the first token of a text has no label that counts, on whichever side its padding is.
+    """
     targets = labels[:, shift:]
     labelled = targets != IGNORED_LABEL
+    if mask is not None and mask.shape == labels.shape:
+        labelled &= mask[:, : labels.shape[1] - shift].to(labels.device)
     count = max(int(labelled.sum(dim=1).max()), 1)
     order = torch.argsort(labelled.to(torch.int8), dim=1, descending=True, stable=True)[:, :count]
     valid = labelled.gather(1, order)

@@ -68,7 +68,7 @@ def capture(layers: Sequence[LinearLayer], forward: Forward, batch: Any, *, all_
     try:
         if due != "thorough" and forward.checks.mode != "off" and _is_new(recorded):
             recorded, due = _run(layers, forward, batch, all_labels, True), "thorough"
-        if due and _is_finite(recorded):
+        if due and _is_finite(recorded) and (all_labels or recorded.logits.ndim == 2):  # else there is no prediction
             recorded = _checked(recorded, layers, batch, due == "thorough")
         else:
             recorded.read_inputs()
