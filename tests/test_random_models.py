@@ -631,6 +631,11 @@ def test_random_models():
     run_many(ORDINARY)
 
 
+@pytest.mark.parametrize("number", [28, 76, 766, 11319, 11709, 11866, 20106, 20449])
+def test_recipes_that_were_once_wrong(number: int):
+    assert outcome(draw_recipe(number)) in ("right", "refused")
+
+
 @pytest.mark.slow
 def test_many_random_models():
     run_many(MANY)
