@@ -631,7 +631,7 @@ def test_random_models():
     run_many(ORDINARY)
 
 
-@pytest.mark.parametrize("number", [28, 76, 766, 11319, 11709, 11866, 20106, 20449])
+@pytest.mark.parametrize("number", [28, 76, 766, 11319, 11709, 11866, 20106, 20449, 30555])
 def test_recipes_that_were_once_wrong(number: int):
     assert outcome(draw_recipe(number)) in ("right", "refused")
 

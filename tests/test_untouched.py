@@ -143,8 +143,10 @@ def test_nothing_is_kept_alive():
     case = mlp()
     seen = []
     case.model.last.register_forward_hook(lambda m, a, y: seen.append(weakref.ref(y)))
-    laplace = blk.LaplaceLoRA(case.model).fit(case.loader(2), progress=False)
-    laplace.predict(case.batch())
-    gc.collect()
-    assert len(seen) >= 4
-    assert all(ref() is None for ref in seen)
+    for check, calls in (("off", 4), ("first", 6)):  # the first batches also run in reversed order
+        seen.clear()
+        laplace = blk.LaplaceLoRA(case.model, check=check).fit(case.loader(2), progress=False)
+        laplace.predict(case.batch())
+        gc.collect()
+        assert len(seen) == calls
+        assert all(ref() is None for ref in seen)

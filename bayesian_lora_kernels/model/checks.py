@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bayesian_lora_kernels.model.alone import check_alone
 from bayesian_lora_kernels.model.arguments import is_left_padded
 from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels
-from bayesian_lora_kernels.model.capture import NOTHING, Capture, NotByExample
+from bayesian_lora_kernels.model.capture import Capture, NotByExample
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.layouts import Layout, layouts
 from bayesian_lora_kernels.model.masks import MASK
@@ -46,7 +46,7 @@ def check(recorded: Capture, batch: Any, thorough: bool) -> None:
     Args:
         recorded: the capture.
         batch: that it is of.
-        thorough: whether examples are told apart whatever order they are in; else only every second of them is.
+        thorough: whether the examples run in reversed order, too.
 
     Raises:
         ValueError: if a layer's weight is used in a way that its calls do not show, if padding counts, or if the model
@@ -114,7 +114,7 @@ def _find_layouts(recorded: Capture, probe: Probe) -> None:
                 )
             found.append(layout)
             if layout.groups(call.a.shape, n) > 1 and len(layouts(call.a.shape, n)) > 1:
-                findings.grouped.add(name)
+                findings.grouped[name] = findings.grouped.get(name, 0) + 1
         if found and found != findings.layouts.setdefault(name, found):
             recorded.forward.checks.changes(f"{name}: where its input has the examples")
             findings.layouts[name] = found
@@ -128,30 +128,19 @@ def _layout_of(recorded: Capture, probe: Probe, name: str, call: int) -> Layout 
     if known is not None:
         options = [known, *(option for option in options if option != known)]
     key = name, call
-    reference = None if probe.reference is None else probe.reference[0].get(key)
-    if key not in probe.found and reference is None:  # the logits do not depend on this call
+    assert probe.reference is not None
+    plain, turned = probe.reference[0].get(key), probe.reference[1]
+    if key not in probe.found and plain is None:  # the logits do not depend on this call
         return options[0] if options else None
-    if key not in probe.found or (probe.reference and (reference is None or reference.shape[:-1] != shape[:-1])):
+    if key not in probe.found or plain is None or plain.shape[:-1] != shape[:-1]:
         return None
     tolerance = tolerance_of(lowest_dtype(recorded.forward), 1e-8, 1e-3, 0.1)
     for layout in options:
-        if reference is None:
-            factors, seen = probe.passes[0]
-            if _is_apart(layout.tokens(seen[key], n), factors):
-                return layout
-            continue
-        plain = layout.tokens(reference, n)
-        plain = plain.flip(0) if probe.reference and probe.reference[1] else plain
-        if all(_follows(plain, layout.tokens(seen[key], n), factors, tolerance) for factors, seen in probe.passes):
+        own = layout.tokens(plain, n)
+        own = own.flip(0) if turned else own
+        if all(_follows(own, layout.tokens(seen[key], n), factors, tolerance) for factors, seen in probe.passes):
             return layout
     return None
-
-
-def _is_apart(found: Tensor, factors: Tensor) -> bool:
-    """Whether examples without a share in the cotangent have gradient zero."""
-    level = NOTHING * torch.finfo(found.dtype).eps * found.abs().max()
-    others = found[(factors == 0).to(found.device)]
-    return not others.numel() or bool(others.abs().max() <= level)
 
 
 def _follows(plain: Tensor, found: Tensor, factors: Tensor, tolerance: float) -> bool:

@@ -99,7 +99,7 @@ class Findings:
 
     Attributes:
         layouts: `{layer: one for each of its calls}`, as far as batches of several examples have shown them.
-        grouped: layers of which a batch with several rows for each example has shown the layout.
+        grouped: of which layers how many batches with several rows for each example have shown the layout.
         relations: `{layer: one for each of its calls}`, how its tokens follow from those of the mask.
         unclear: `{layer: why it is not known which of its tokens are padding}`.
         guesses: whether a run of pad tokens that nobody calls padding is taken for it.
@@ -108,7 +108,7 @@ class Findings:
     """
 
     layouts: dict[str, list[Layout]] = field(default_factory=dict)
-    grouped: set[str] = field(default_factory=set)
+    grouped: dict[str, int] = field(default_factory=dict)
     relations: dict[str, list[Relation]] = field(default_factory=dict)
     unclear: dict[str, str] = field(default_factory=dict)
     guesses: bool = True
@@ -130,9 +130,15 @@ class Findings:
             return None
         found = self.layouts[name]
         layout = found[min(call, len(found) - 1)]
-        if not layout.fits(shape, n) or (layout.groups(shape, n) > 1 and name not in self.grouped):
-            return None
-        return layout
+        return layout if layout.fits(shape, n) else None
+
+    def is_settled(self, name: str, call: int, shape: Sequence[int], n: int) -> bool:
+        """Whether the layout of an input of this shape needs no further check."""
+        layout = self.known_layout(name, call, shape, n)
+        if layout is None or n == 1:
+            return layout is not None
+        enough = ENOUGH if len(shape) == 2 else 1  # rows [N k, d] may be a choice of tokens that came out even
+        return layout.groups(shape, n) == 1 or self.grouped.get(name, 0) >= enough
 
     def relation(self, name: str, call: int) -> Relation:
         """How the tokens of a layer's call follow from those of a mask."""

@@ -127,7 +127,7 @@ def _is_new(recorded: Capture) -> bool:
     for name, calls in recorded.calls.items():
         for i, call in enumerate(calls):
             layout = findings.known_layout(name, i, call.a.shape, n)
-            if layout is None:
+            if layout is None or not findings.is_settled(name, i, call.a.shape, n):
                 return True
             if recorded.forward.in_head(name):
                 continue

@@ -23,8 +23,8 @@ class Probe:
     """What backward passes show of every call of a layer.
 
     The same random cotangent runs with every example's share of it times a factor of its own, and, where `thorough`, as
-    it is with the examples in reversed order: a model that sorts its examples has sorted one of the two. Otherwise
-    every other factor is zero, and what these examples get tells who gets what belongs to another.
+    it is with the examples in reversed order: a model that sorts its examples has sorted one of the two. Otherwise the
+    comparison is with the same order.
 
     Attributes:
         passes: `(factors [N], {(layer, call): [..., PROJECTIONS]})`, of output gradients in a few projections.
@@ -62,20 +62,17 @@ class Probe:
             for leaf, p in (("weight", layer.module.weight), ("bias", layer.module.bias))
             if (layer.weight if leaf == "weight" else layer.bias) and p.requires_grad
         ]
-        thorough = thorough and n > 1
         step = 1
-        while step == 1 or (thorough and step < n):  # equal factors differ in the next digit of an example's number
+        while step == 1 or step < n:  # equal factors differ in the next digit of an example's number
             factors = torch.tensor([FACTORS[(i // step) % len(FACTORS)] for i in range(n)], dtype=torch.float64)
-            if not thorough:
-                factors[1::2] = 0
             scaled = cotangent * factors.to(cotangent).reshape(-1, *[1] * (cotangent.ndim - 1))
             wanted = parameters if step == 1 else []
             seen, gradients = self._pass(self.recorded, scaled, [p for _, _, p in wanted])
             self._expect([(layer, leaf, g, p) for (layer, leaf, p), g in zip(wanted, gradients, strict=True)])
             self.passes.append((factors, seen))
             step *= len(FACTORS)
-        if thorough:
-            turned = self._reversed(batch, cotangent)
+        if n > 1:
+            turned = self._reversed(batch, cotangent) if thorough else None
             self.reference = (self._pass(self.recorded, cotangent, [])[0], False) if turned is None else (turned, True)
 
     def _reversed(self, batch: Any, cotangent: Tensor) -> Projections | None:
