@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.ops.dispatch import backends, set_default_impl
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior
+from bayesian_lora_kernels.posterior.posterior import Posterior
+from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.scoring import TokenScores
 from bayesian_lora_kernels.predictive.vocabulary import VocabularyPosterior
@@ -15,8 +18,11 @@ __version__ = "0.1.0"
 __all__ = [
     "KroneckerFactors",
     "KroneckerPosterior",
+    "LaplaceConfig",
     "LaplaceLoRA",
     "LogitPosterior",
+    "Posterior",
+    "Prior",
     "TokenScores",
     "VocabularyPosterior",
     "backends",

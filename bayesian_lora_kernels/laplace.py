@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import fields, replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from bayesian_lora_kernels.curvature.factors import TOKENS, FactorSettings
-from bayesian_lora_kernels.curvature.fit import CurvatureFit, Fit, FitSettings
-from bayesian_lora_kernels.curvature.likelihood import FISHERS, LIKELIHOODS
+from bayesian_lora_kernels.config import LaplaceConfig, PriorPrecision
+from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
+from bayesian_lora_kernels.curvature.passes import Fit, Passes, fit_curvature
 from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.batches import without_labels
-from bayesian_lora_kernels.model.findings import CHECKS
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction
-from bayesian_lora_kernels.model.layers import Modules, find_layers
-from bayesian_lora_kernels.posterior import archive, storage
+from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
+from bayesian_lora_kernels.posterior import storage
+from bayesian_lora_kernels.posterior.curvature import CURVATURES
 from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence
-from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior, as_precision
-from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
+from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
+from bayesian_lora_kernels.posterior.posterior import Posterior
+from bayesian_lora_kernels.posterior.prior import Prior, as_precision
+from bayesian_lora_kernels.posterior.stored import Stored
 from bayesian_lora_kernels.posterior.weights import MeasuredWeights, adapter_digest, covered_by, find_adapter
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.hidden_samples import HiddenSampler
@@ -36,8 +39,6 @@ from bayesian_lora_kernels.surroundings import in_own_surroundings
 from bayesian_lora_kernels.verification import Verification, verify
 
 BASE = "base_model"  # the tensor that holds the fingerprint of the base model
-CURVATURES = ("kfac", "ekfac", "exact")
-PriorPrecision = float | Tensor | Mapping[str, float | Tensor]
 
 
 class LaplaceLoRA:
@@ -53,25 +54,13 @@ class LaplaceLoRA:
         model: a `peft.PeftModel`, or any `nn.Module` whose trainable parameters are all in `nn.Linear` modules.
         forward: `callable(model, batch)` -> logits `[N, C]`, or `[N, T, C]`, or `(logits, mask [N, T])`. None serves
             any module that returns logits, and takes the last valid token of a causal LM.
-        class_token_ids: `[C]`, restricts a causal LM's logits to these tokens; labels are then indices into them.
-        likelihood: `classification`, or `regression` with unit noise.
-        curvature: `kfac`, `ekfac` (a second pass corrects the eigenvalues), or `exact` (the full Gauss-Newton matrix of
-            all layers, in function space: for up to some thousand examples times logits).
-        memory_budget: bytes that captured tensors, and `exact`'s rows, may take; None: half of what is free. Batches
-            run in pieces, and rows move to the host or to disk, to stay within it.
-        fisher: `mc`, `exact`, `empirical`; `auto` is exact up to 16 backward passes for logits `[N, C]`, else mc.
-        fisher_samples: targets drawn per example with `mc`.
-        tokens: `expand`, `reduce` or `last`: how weight sharing over tokens is treated (`docs/method.md`).
-        rank: a factor wider than `rank_threshold` keeps this many columns; None keeps every factor in full.
-        rank_threshold: see `rank`.
-        tail: whether the directions outside the kept columns share the eigenvalue that the trace leaves them.
-        prior_precision: one positive number, or one for each module.
-        modules: regular expression or list of names; default: every trainable `nn.Linear`. `{name: ("weight", "bias")}`
-            takes these, or one of them, whether they require gradients or not.
-        row_dtype: in which `exact` stores its rows; None: that of the gradients (float32, or float64).
-        seed: of everything random in `fit`.
-        check: when what is taken for granted of the model is checked (docs/method.md): `first`, on the first two
-            batches of every kind, the 32nd, the 512th and so on; `always`; `off`.
+        class_token_ids: as in `LaplaceConfig`.
+        config: all settings at once.
+        **settings: single settings, by the names that they have in `LaplaceConfig`, which describes them.
+
+    Attributes:
+        config: the settings.
+        layers: that carry the posterior, in the order of the model.
 
     Raises:
         ValueError, TypeError: for a model without trainable `nn.Linear` parameters, with trainable parameters
@@ -84,53 +73,28 @@ class LaplaceLoRA:
         model: nn.Module,
         forward: ForwardFunction | None = None,
         class_token_ids: Sequence[int] | Tensor | None = None,
-        likelihood: str = "classification",
-        curvature: str = "kfac",
-        memory_budget: int | None = None,
-        fisher: str = "auto",
-        fisher_samples: int = 1,
-        tokens: str = "expand",
-        rank: int | None = 32,
-        rank_threshold: int = 256,
-        tail: bool = True,
-        prior_precision: PriorPrecision = 1.0,
-        modules: Modules | None = None,
-        row_dtype: torch.dtype | None = None,
-        seed: int = 0,
-        check: str = "first",
+        *,
+        config: LaplaceConfig | None = None,
+        **settings: Any,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         if forward is not None and not callable(forward):
             raise TypeError(f"forward: expected a callable(model, batch) -> logits, got {type(forward).__name__}")
-        _check_choice("likelihood", likelihood, tuple(LIKELIHOODS))
-        _check_choice("curvature", curvature, CURVATURES)
-        _check_choice("fisher", fisher, FISHERS)
-        _check_choice("tokens", tokens, TOKENS)
-        _check_choice("check", check, CHECKS)
-        _check_positive("rank", rank, optional=True)
-        _check_positive("rank_threshold", rank_threshold)
-        _check_positive("fisher_samples", fisher_samples)
-        _check_positive("memory_budget", memory_budget, optional=True)
-        if row_dtype is not None and not (isinstance(row_dtype, torch.dtype) and row_dtype.is_floating_point):
-            raise TypeError(f"row_dtype: expected a floating-point torch.dtype, got {row_dtype!r}")
-        self._forward = Forward(model, forward, class_token_ids, check=check)
+        if class_token_ids is not None:
+            settings["class_token_ids"] = class_token_ids
+        self.config = LaplaceConfig.of(config, settings)
+        if self.config.curvature not in CURVATURES:
+            raise ValueError(f"curvature: expected one of {', '.join(CURVATURES)}, got {self.config.curvature!r}")
+        masked = CURVATURES[self.config.curvature].masked
+        self._forward = Forward(model, forward, self.config.class_token_ids, masked, self.config.check)
         self.model = model
-        self.likelihood = likelihood
-        self._layers = find_layers(self.model, modules, self._forward.head_rows)
-        self._settings = FitSettings(
-            curvature=curvature,
-            fisher=fisher,
-            fisher_samples=fisher_samples,
-            seed=seed,
-            memory_budget=memory_budget,
-            row_dtype=row_dtype,
-            factors=FactorSettings(tokens=tokens, rank=rank, rank_threshold=rank_threshold, tail=tail),
-        )
+        self.layers: Sequence[LinearLayer] = find_layers(model, self.config.modules, self._forward.head_rows)
         self._fit: Fit | None = None
+        self._posterior: Posterior | None = None  # of the fit, under the prior
         self._weights: MeasuredWeights | None = None
         self._pushforward = Pushforward()
-        self._prior = self._per_layer(prior_precision)
+        self.prior_precision = self.config.prior_precision
 
     @in_own_surroundings
     def fit(self, loader: Iterable[Any], progress: bool = True) -> LaplaceLoRA:
@@ -148,10 +112,8 @@ class LaplaceLoRA:
         Raises:
             ValueError: for an empty loader, bad labels, numbers that are not finite, a layer that is never called.
         """
-        likelihood = LIKELIHOODS[self.likelihood]()
-        self._fit = CurvatureFit(
-            self.model, self._layers, self._forward, likelihood, loader, self._settings, progress
-        ).run()
+        passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress)
+        self._fit, self._posterior = fit_curvature(passes), None
         self._weights = MeasuredWeights.of(self.model, self._parameters())
         return self
 
@@ -168,8 +130,8 @@ class LaplaceLoRA:
         fit = self._fitted("log_marginal_likelihood")
         if fit.log_likelihood is None:
             raise RuntimeError("log_marginal_likelihood: fit saw batches without labels, so there is no likelihood")
-        prior = self._prior if prior_precision is None else self._per_layer(prior_precision)
-        return log_evidence(fit.log_likelihood, fit.posterior, self._square_norms(), prior)
+        prior = self.prior if prior_precision is None else Prior(prior_precision)
+        return log_evidence(fit.log_likelihood, Posterior(fit.curvature, prior), self._square_norms())
 
     @in_own_surroundings
     def optimize_prior_precision(
@@ -193,15 +155,14 @@ class LaplaceLoRA:
         fit = self._fitted("optimize_prior_precision")
         _check_choice("method", method, ("marglik", "nll"))
         if method == "marglik":
-            self._prior = self._per_layer(maximise_evidence(fit.posterior, self._square_norms(), per_module))
+            self.prior_precision = maximise_evidence(fit.curvature, self._square_norms(), per_module)
             return self
         if val_loader is None:
             raise ValueError('val_loader: method="nll" needs held-out labelled batches, got None')
         if per_module:
             raise ValueError('per_module: expected method="marglik"; a held-out set is too small to tune every module')
         likelihood = LIKELIHOODS[self.likelihood]()
-        best = minimise_nll(self._predictor(fit), likelihood, val_loader, list(self._prior))
-        self._prior = self._per_layer(best)
+        self.prior_precision = minimise_nll(self._predictor(fit), likelihood, val_loader, fit.curvature)
         return self
 
     @overload
@@ -219,8 +180,7 @@ class LaplaceLoRA:
         Args:
             batch: as for `fit`; labels are ignored.
             outputs: None, all the logits that forward returns; a LongTensor `[C]`, or `[N, C]` for each example; an int
-                k, the k most probable of each example; `"vocabulary"`, all logits of a causal LM's next token, with or
-                without `class_token_ids`.
+                k, the k most probable of each example; `"vocabulary"`, the same as `predict_vocabulary`.
 
         Returns:
             Mean `[N, C]` and covariance `[N, C, C]`, float32 (float64 for a float64 model); a `VocabularyPosterior`,
@@ -230,13 +190,26 @@ class LaplaceLoRA:
             RuntimeError: before `fit`.
             ValueError, TypeError: for `outputs` out of range, and logits that are not finite or not `[N, C]`.
         """
-        fit = self._fitted("predict")
         if isinstance(outputs, str) and outputs == "vocabulary":
-            return vocabulary_posterior(self._sampler(fit, "predict"), batch, self._settings.memory_budget)
-        mean, covariances, indices = self._predictor(fit).predict(
-            without_labels(batch), outputs, [self._detached_prior()]
-        )
+            return self.predict_vocabulary(batch)
+        fit = self._fitted("predict")
+        mean, covariances, indices = self._predictor(fit).predict(without_labels(batch), outputs, [self._gaussian()])
         return LogitPosterior(mean, covariances[0], indices, self.likelihood == "classification")
+
+    @in_own_surroundings
+    def predict_vocabulary(self, batch: Any) -> VocabularyPosterior:
+        """The Gaussian posterior over all logits of a causal LM's next token, with or without `class_token_ids`.
+
+        Neither a `[V, V]` nor an `[N, S, V]` tensor is formed; see `VocabularyPosterior`.
+
+        Args:
+            batch: a mapping with `input_ids [N, T]`, and `attention_mask` for padded texts; labels are ignored.
+
+        Raises:
+            RuntimeError: before `fit`.
+            ValueError, TypeError: for a model that is no causal LM, or a head that cannot be served.
+        """
+        return vocabulary_posterior(self._sampler("predict"), batch)
 
     @in_own_surroundings
     def verify(self, batch: Any) -> Verification:
@@ -253,8 +226,7 @@ class LaplaceLoRA:
         Raises:
             ValueError, TypeError: as `fit` does, for what is not served.
         """
-        likelihood = LIKELIHOODS[self.likelihood]()
-        return verify(self._layers, self._forward, self.model, likelihood, self._settings, batch)
+        return verify(self.layers, self._forward, self.model, self.config, batch)
 
     @in_own_surroundings
     def score(self, batch: Any, n_samples: int = SAMPLES, generator: torch.Generator | None = None) -> TokenScores:
@@ -275,7 +247,7 @@ class LaplaceLoRA:
             ValueError, TypeError: for a model that is no causal LM, or a head that cannot be served.
         """
         _check_positive("n_samples", n_samples)
-        return score_tokens(self._sampler(self._fitted("score"), "score"), batch, n_samples, generator)
+        return score_tokens(self._sampler("score"), batch, n_samples, generator)
 
     @in_own_surroundings
     def sample_weights(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -287,12 +259,12 @@ class LaplaceLoRA:
             RuntimeError: before `fit`.
             ValueError: if n is not positive.
         """
-        fit = self._fitted("sample_weights")
+        self._fitted("sample_weights")
         _check_positive("n", n)
-        prior = self._detached_prior()
-        deviations = fit.posterior.sample(n, prior, generator)
+        posterior = self._gaussian()
+        deviations = posterior.sample(n, generator)
         samples = {}
-        for layer in self._layers:
+        for layer in self.layers:
             parts = layer.split(deviations[layer.name])
             for name, parameter in layer.parameters().items():
                 value = parameter.detach()
@@ -301,7 +273,7 @@ class LaplaceLoRA:
                     whole = torch.randn(
                         (n, *value.shape), generator=generator, dtype=deviation.dtype, device=value.device
                     )
-                    whole *= prior[layer.name].to(whole.device).rsqrt().to(whole.dtype)
+                    whole *= posterior.prior[layer.name].to(whole.device).rsqrt().to(whole.dtype)
                     whole[:, layer.rows] = deviation
                     deviation = whole
                 samples[name] = value + deviation.to(value.dtype)
@@ -320,31 +292,29 @@ class LaplaceLoRA:
         """
         fit, weights = self._fitted("save_pretrained"), self._weights
         assert weights is not None
-        factor_settings = asdict(self._settings.factors)
+        tensors, described = fit.curvature.pack()
+        layers = {
+            layer.name: {
+                "shape": list(layer.shape),
+                "covers": [leaf for leaf in ("weight", "bias") if getattr(layer, leaf)],
+                **described.get(layer.name, {}),
+            }
+            for layer in self.layers
+        }
+        tensors[BASE], base = weights.base or fingerprint.take(self.model, self._parameters().values())
+        ids = self._forward.class_token_ids
         description = {
-            "settings": {
-                "likelihood": self.likelihood,
-                "curvature": self._settings.curvature,
-                "fisher": self._settings.fisher,
-                "fisher_samples": self._settings.fisher_samples,
-                "seed": self._settings.seed,
-                "row_dtype": None if self._settings.row_dtype is None else str(self._settings.row_dtype).split(".")[1],
-                **factor_settings,
-            },
-            "class_token_ids": None
-            if self._forward.class_token_ids is None
-            else self._forward.class_token_ids.tolist(),
+            "settings": self.config.as_json(),
+            "class_token_ids": None if ids is None else ids.tolist(),
             "custom_forward": self._forward.function is not None,
-            "prior_precision": {name: float(value) for name, value in self._prior.items()},
+            "prior_precision": {name: float(self.prior[name]) for name in layers},
             "n_examples": fit.n_examples,
             "log_likelihood": fit.log_likelihood,
             "adapter_sha256": weights.digest or adapter_digest(self._parameters()),
+            "layers": layers,
+            "base_model": base,
         }
-        tensors, layers = archive.pack(fit.posterior, fit.factors)
-        for layer in self._layers:
-            layers[layer.name]["covers"] = [leaf for leaf in ("weight", "bias") if getattr(layer, leaf)]
-        tensors[BASE], base = weights.base or fingerprint.take(self.model, self._parameters().values())
-        storage.save(folder, tensors, {**description, "layers": layers, "base_model": base})
+        storage.save(folder, tensors, description)
 
     @classmethod
     @in_own_surroundings
@@ -365,41 +335,29 @@ class LaplaceLoRA:
         tensors, content = storage.load(folder)
         if content["custom_forward"] and forward is None:
             raise ValueError(f"{folder}: this posterior was fitted with its own forward; pass the same forward=...")
-        settings = dict(content["settings"])
-        row_dtype = settings.pop("row_dtype")
+        config = LaplaceConfig.from_json(content["settings"])
         with _errors_name(folder):
             place, same_weights = find_adapter(model, content)
-            covers = covered_by(model, content["layers"], place)
-        laplace = cls(
-            model,
-            forward=forward,
-            class_token_ids=content["class_token_ids"],
-            modules=covers,
-            row_dtype=None if row_dtype is None else getattr(torch, row_dtype),
-            **settings,
-        )
-        found = {layer.name: layer for layer in laplace._layers}
+            config = replace(config, modules=covered_by(model, content["layers"], place))
+        laplace = cls(model, forward, content["class_token_ids"], config=config)
+        stored = Stored(tensors, content["layers"], place.layers, {x.name: x.device for x in laplace.layers})
         with _errors_name(folder):
-            for stored, name in place.layers.items():
-                expected, shape = tuple(content["layers"][stored]["shape"]), found[name].shape
-                if expected != shape:
-                    raise ValueError(f"expected {name} of shape {list(expected)}, this model's has {list(shape)}")
+            shapes = {layer.name: layer.shape for layer in laplace.layers}
+            for name, found in place.layers.items():
+                if stored.shape(name) != shapes[found]:
+                    raise ValueError(
+                        f"expected {found} of shape {list(stored.shape(name))}, this model's has {list(shapes[found])}"
+                    )
             if not same_weights:
                 raise ValueError(
                     "the adapter's weights are not those the posterior was fitted to (another adapter, further "
                     "training, or a dtype that does not hold them)"
                 )
-            posterior, factors = archive.unpack(
-                tensors,
-                content["layers"],
-                place.layers,
-                {layer.name: layer.device for layer in laplace._layers},
-                exact=settings["curvature"] == "exact",
-            )
+            curvature = CURVATURES[config.curvature].unpack(stored)
             if content["version"] > 1:
-                count = sum(tensor["values"] for tensor in content["base_model"]["tensors"].values())
-                values = archive.stored_values(tensors, BASE, count)
                 base = content["base_model"]
+                count = sum(tensor["values"] for tensor in base["tensors"].values())
+                values = stored.tensor(BASE, (count,))
                 fingerprint.check(model, laplace._parameters().values(), place.adapters, values, base)
             else:
                 warnings.warn(
@@ -407,12 +365,15 @@ class LaplaceLoRA:
                     "that it is the right one, and save_pretrained again",
                     stacklevel=2,
                 )
-        laplace._fit = Fit(posterior, factors, content["n_examples"], content["log_likelihood"])
+        laplace._fit = Fit(curvature, content["n_examples"], content["log_likelihood"])
         laplace._weights = MeasuredWeights.of(laplace.model, laplace._parameters())
-        laplace._prior = laplace._per_layer(
-            {place.layers[stored]: value for stored, value in content["prior_precision"].items()}
-        )
+        laplace.prior_precision = {place.layers[name]: value for name, value in content["prior_precision"].items()}
         return laplace
+
+    @property
+    def likelihood(self) -> str:
+        """`classification` or `regression`."""
+        return self.config.likelihood
 
     @property
     def n_examples(self) -> int:
@@ -425,32 +386,51 @@ class LaplaceLoRA:
         return self._fitted("log_likelihood").log_likelihood
 
     @property
+    def prior(self) -> Prior:
+        """The prior over the weights, as it is now."""
+        return Prior(self._precision)
+
+    @property
     def prior_precision(self) -> Tensor | dict[str, Tensor]:
-        """The prior precision, 0-d float64, or one for each module. May be set; nothing is refitted."""
-        values = list(self._prior.values())
-        if all(value is values[0] for value in values):
-            return values[0]
-        return dict(self._prior)
+        """The prior precision, 0-d float64, or one for each module. Setting it (also to a `Prior`) refits nothing.
+
+        float64 tensors are kept as they are: what is changed in place counts at once.
+        """
+        return self._precision if isinstance(self._precision, Tensor) else dict(self._precision)
 
     @prior_precision.setter
-    def prior_precision(self, value: PriorPrecision) -> None:
-        self._prior = self._per_layer(value)
+    def prior_precision(self, value: PriorPrecision | Prior) -> None:
+        prior = Prior(value).over([layer.name for layer in self.layers])
+        given = value.precision if isinstance(value, Prior) else value
+        self._precision: Tensor | dict[str, Tensor] = prior.precision
+        if isinstance(given, Mapping) and any(isinstance(number, Tensor) for number in given.values()):
+            self._precision = {layer.name: as_precision(given[layer.name]) for layer in self.layers}
+        elif isinstance(given, Tensor):
+            self._precision = as_precision(given)
 
     @property
     def factors(self) -> dict[str, KroneckerFactors]:
         """`{module name: factors}`; modules that saw the same input share the same tensor for it."""
-        fit = self._fitted("factors")
-        if fit.factors is None:
-            raise RuntimeError('factors: curvature="exact" has no Kronecker factors')
-        return fit.factors
+        factors = self._fitted("factors").curvature.factors
+        if factors is None:
+            raise RuntimeError(f"factors: curvature={self.config.curvature!r} has no Kronecker factors")
+        return dict(factors)
 
     @property
-    def posterior(self) -> dict[str, KroneckerPosterior]:
-        """`{module name: its Gaussian}` under the current prior precision."""
-        posterior = self._fitted("posterior").posterior
-        if not isinstance(posterior, LayerwisePosterior):
-            raise RuntimeError('posterior: curvature="exact" couples all modules and has none for each')
-        return posterior.with_prior(self._prior)
+    def posterior(self) -> Posterior:
+        """The Gaussian over the weights under the current prior precision; as a mapping, `{module name: its own}`."""
+        curvature, prior = self._fitted("posterior").curvature, self.prior
+        if prior.requires_grad:  # whose graph serves once
+            return Posterior(curvature, prior)
+        if self._posterior is None or self._posterior.prior != prior:
+            self._posterior = Posterior(curvature, prior)
+        return self._posterior
+
+    def _gaussian(self) -> Posterior:
+        """The posterior without gradients of the prior."""
+        posterior = self.posterior
+        prior = posterior.prior
+        return Posterior(posterior.curvature, prior.detached()) if prior.requires_grad else posterior
 
     def _fitted(self, what: str) -> Fit:
         if self._fit is None:
@@ -460,9 +440,11 @@ class LaplaceLoRA:
         return self._fit
 
     def _predictor(self, fit: Fit) -> LogitPredictor:
-        return LogitPredictor(self.model, self._layers, self._forward, fit.posterior, self._settings.memory_budget)
+        whole = fit.curvature.whole_jacobians
+        return LogitPredictor(self.model, self.layers, self._forward, whole, self.config.memory_budget)
 
-    def _sampler(self, fit: Fit, what: str) -> HiddenSampler:
+    def _sampler(self, what: str) -> HiddenSampler:
+        self._fitted(what)
         if self.likelihood != "classification":
             raise ValueError(f"{what}: expected likelihood='classification' for a vocabulary, got {self.likelihood!r}")
         if self._forward.head is None:
@@ -470,39 +452,30 @@ class LaplaceLoRA:
                 f"{what}: expected a causal LM with an output head over a vocabulary and the default forward"
             )
         return HiddenSampler(
-            self.model,
-            self._layers,
-            self._forward,
-            fit.posterior,
-            self._detached_prior(),
-            self._settings.memory_budget,
-            self._pushforward,
+            self.model, self.layers, self._forward, self._gaussian(), self.config.memory_budget, self._pushforward
         )
 
-    def _per_layer(self, prior_precision: PriorPrecision) -> dict[str, Tensor]:
-        names = [layer.name for layer in self._layers]
-        if not isinstance(prior_precision, Mapping):
-            return dict.fromkeys(names, as_precision(prior_precision))
-        if set(prior_precision) != set(names):
-            difference = sorted(set(prior_precision) ^ set(names))
-            raise ValueError(
-                f"prior_precision: expected one number for each of {len(names)} modules; missing or unknown: "
-                f"{', '.join(difference[:3])}"
-            )
-        values = {name: prior_precision[name] for name in names}
-        if len({id(v) if isinstance(v, Tensor) else float(as_precision(v)) for v in values.values()}) == 1:
-            return dict.fromkeys(names, as_precision(values[names[0]]))
-        return {name: as_precision(value) for name, value in values.items()}
-
-    def _detached_prior(self) -> dict[str, Tensor]:
-        detached = {id(value): value.detach() for value in self._prior.values()}
-        return {name: detached[id(value)] for name, value in self._prior.items()}
-
     def _square_norms(self) -> dict[str, Tensor]:
-        return {layer.name: layer.matrix().double().square().sum() for layer in self._layers}
+        return {layer.name: layer.matrix().double().square().sum() for layer in self.layers}
 
     def _parameters(self) -> dict[str, Tensor]:
-        return {name: value for layer in self._layers for name, value in layer.parameters().items()}
+        return {name: value for layer in self.layers for name, value in layer.parameters().items()}
+
+
+def _signature() -> inspect.Signature:
+    """`LaplaceLoRA`'s, with every setting by its name."""
+    own = list(inspect.signature(LaplaceLoRA.__init__).parameters.values())[1:-1]
+    named = {parameter.name for parameter in own}
+    types = LaplaceConfig.__annotations__
+    settings = [
+        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=types[one.name])
+        for one in fields(LaplaceConfig)
+        if one.name not in named
+    ]
+    return inspect.Signature([*own, *settings])
+
+
+LaplaceLoRA.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -519,10 +492,8 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_positive(name: str, value: Any, optional: bool = False) -> None:
-    if value is None and optional:
-        return
+def _check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a positive int{' or None' if optional else ''}, got {value!r}")
+        raise TypeError(f"{name}: expected a positive int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bayesian_lora_kernels.curvature.fit import CurvatureFit, FitSettings
-from bayesian_lora_kernels.curvature.likelihood import MAX_EXACT_COLUMNS, Likelihood
+from bayesian_lora_kernels.config import LaplaceConfig
+from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS, MAX_EXACT_COLUMNS
+from bayesian_lora_kernels.curvature.passes import Passes, fit_curvature
 from bayesian_lora_kernels.model.alone import distance, logits_alone, logits_together, most_padded
 from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, slice_batch, to_device
 from bayesian_lora_kernels.model.capture import Capture, accumulate_dtype
@@ -83,8 +84,7 @@ def verify(
     layers: Sequence[LinearLayer],
     forward: Forward,
     given: nn.Module,
-    likelihood: Likelihood,
-    settings: FitSettings,
+    config: LaplaceConfig,
     batch: Any,
 ) -> Verification:
     """Compare on one or two examples of a batch; the model stays as it is.
@@ -93,8 +93,7 @@ def verify(
         layers: that carry the posterior.
         forward: from a batch to logits.
         given: the model as the user gave it.
-        likelihood: of labels.
-        settings: of fits.
+        config: of fits.
         batch: any; the example with most padding and one other are taken.
     """
     with torch.inference_mode(False):
@@ -105,7 +104,7 @@ def verify(
     found += _differences(layers, forward, given, batch, dtype)
     found += _in_float64(layers, forward, given, batch)
     found += _means(layers, forward, given, batch, MEANS.get(dtype, HALF))
-    found += _pieces(layers, forward, given, likelihood, settings, batch, PIECES.get(dtype, HALF))
+    found += _pieces(layers, forward, given, config, batch, PIECES.get(dtype, HALF))
     return Verification(tuple(found))
 
 
@@ -270,24 +269,23 @@ def _pieces(
     layers: Sequence[LinearLayer],
     forward: Forward,
     given: nn.Module,
-    likelihood: Likelihood,
-    settings: FitSettings,
+    config: LaplaceConfig,
     batch: Any,
     limit: float,
 ) -> list[Agreement]:
     """The curvature of the examples one at a time against that of all at once."""
     what = "fit of the examples in pieces against in one piece"
-    fisher = "exact" if inputs_and_labels(batch)[1] is None else "empirical"
+    fisher: Literal["exact", "empirical"] = "exact" if inputs_and_labels(batch)[1] is None else "empirical"
     if fisher == "exact":
         with measuring(given), torch.no_grad():
             logits = forward(batch, all_labels=True).logits
-        if logits.ndim != 2 or likelihood.exact_rank(logits.shape[1]) > MAX_EXACT_COLUMNS:
+        if logits.ndim != 2 or LIKELIHOODS[config.likelihood]().exact_rank(logits.shape[1]) > MAX_EXACT_COLUMNS:
             return [Agreement(what, "", None, limit, "so many logits need a batch with labels")]
-    plain = replace(settings, curvature="kfac", fisher=fisher, factors=replace(settings.factors, rank=None))
+    plain = replace(config, curvature="kfac", fisher=fisher, rank=None)
     traces = []
     for budget in (None, 1):
-        fit = CurvatureFit(given, layers, forward, likelihood, [batch], replace(plain, memory_budget=budget), False)
-        factors = fit.run().factors
+        passes = Passes(given, layers, forward, [batch], replace(plain, memory_budget=budget))
+        factors = fit_curvature(passes).curvature.factors
         assert factors is not None
         traces.append({name: torch.stack([f.a.diagonal().sum(), f.s.diagonal().sum()]) for name, f in factors.items()})
     worst, where = 0.0, ""

@@ -36,12 +36,12 @@ def log_likelihood(case: Case) -> float:
 
 def dense_curvature(laplace: blk.LaplaceLoRA, case: Case) -> torch.Tensor:
     """`[P, P]`, modules in the order of the model."""
-    if laplace._settings.curvature == "exact":
+    if laplace.config.curvature == "exact":
         logits, jacobian = jacobians(case)
         return ggn(flat(jacobian), output_fisher(logits, case.arguments.get("likelihood", "classification")))
     blocks = []
     for name, posterior in laplace.posterior.items():
-        if laplace._settings.curvature == "kfac":
+        if laplace.config.curvature == "kfac":
             factors = laplace.factors[name]
             s, a = dense_factor(factors.s, factors.tail_s), dense_factor(factors.a, factors.tail_a)
             blocks.append(torch.kron(s, a))

@@ -238,7 +238,7 @@ def test_masked_positions_do_not_count(fisher, way):
         truth = gradients.T @ gradients
     else:
         truth = ggn(rows[mask], softmax_fisher(logits[mask]))
-    store = laplace._fit.posterior.store
+    store = laplace.posterior.curvature.store
     r = torch.cat([store.rows(name) for name in store.names], dim=1)
     if fisher == "mc":
         runs = (300**0.5 * r).unflatten(0, (300, 3))

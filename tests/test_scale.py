@@ -53,7 +53,7 @@ def assert_same(one: blk.LaplaceLoRA, other: blk.LaplaceLoRA, case: Case, tolera
     assert evidence[0] == pytest.approx(evidence[1], rel=tolerance)
     batch = case.batch([0, 2, 3])
     assert relative(one.predict(batch).covariance, other.predict(batch).covariance) < tolerance
-    if one._settings.curvature != "exact":
+    if one.config.curvature != "exact":
         scale = max(float(f.s.abs().max()) for f in other.factors.values())
         for name, factors in one.factors.items():
             if factors.a.shape[1] == factors.a.shape[0]:
@@ -95,7 +95,7 @@ def test_twice_the_data_is_twice_the_curvature(model, curvature):
     twice.prior_precision = 1.4
     batch = case.batch()
     assert relative(2 * twice.predict(batch).covariance, once.predict(batch).covariance) < 1e-9
-    values = [laplace._fit.posterior.spectrum() for laplace in (once, twice)]
+    values = [laplace.posterior.curvature.spectrum() for laplace in (once, twice)]
     traces = [float(v @ multiplicity) for v, multiplicity in values]
     assert traces[1] == pytest.approx(2 * traces[0], rel=1e-10)
     if curvature == "kfac":
@@ -141,7 +141,7 @@ def test_trace_of_the_toy():
             assert trace == pytest.approx(naive, rel=tolerance)
             assert 14.0 <= trace <= 17.7
         for curvature in ("ekfac", "exact"):
-            values, multiplicity = fitted(case, loader, curvature=curvature)._fit.posterior.spectrum()
+            values, multiplicity = fitted(case, loader, curvature=curvature).posterior.curvature.spectrum()
             assert float(values @ multiplicity) == pytest.approx(exact, rel=1e-9)
             assert multiplicity.sum() == sum(j[0, 0].numel() for j in jacobian.values())
 

@@ -40,7 +40,7 @@ def test_round_trip(name, prior, tmp_path):
     laplace.optimize_prior_precision(per_module=prior == "per module")
     laplace.save_pretrained(tmp_path / "new" / "folder")
     again = blk.LaplaceLoRA.from_pretrained(build().model, tmp_path / "new" / "folder")
-    assert again._settings == laplace._settings
+    assert again.config.as_json() == laplace.config.as_json()
     assert (again.n_examples, again.log_likelihood) == (laplace.n_examples, laplace.log_likelihood)
     assert again.likelihood == laplace.likelihood
     assert again.prior_precision == laplace.prior_precision
@@ -52,7 +52,7 @@ def test_round_trip(name, prior, tmp_path):
     drawn = [x.sample_weights(2, torch.Generator().manual_seed(3)) for x in (laplace, again)]
     for parameter, value in drawn[0].items():
         assert torch.allclose(drawn[1][parameter], value, rtol=1e-9, atol=1e-12), parameter
-    if laplace._settings.curvature != "exact":
+    if laplace.config.curvature != "exact":
         for module, factors in laplace.factors.items():
             for key in ("a", "s", "tail_a", "tail_s"):
                 assert torch.equal(getattr(again.factors[module], key), getattr(factors, key))

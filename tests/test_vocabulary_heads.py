@@ -109,7 +109,7 @@ def check(case: Case, scale: float, cap: float | None, tolerance: float = 1e-5) 
     assert relative(posterior.covariance(indices), chosen) < tolerance
     # One sample of the weights gives one of the logits, exactly.
     state = torch.get_rng_state()
-    drawn = [laplace._fit.posterior.sample(8, laplace._detached_prior(), None) for _ in range(3)]
+    drawn = [laplace.posterior.sample(8, None) for _ in range(3)]
     weights = {name: torch.cat([d[name] for d in drawn])[:19] for name in drawn[0]}
     torch.set_rng_state(state)
     pushed = sum(torch.einsum("nvij,sij->snv", jacobian[m], weights[m]) for m in jacobian)

@@ -52,7 +52,7 @@ def weight_samples(laplace: blk.LaplaceLoRA, n: int) -> dict[str, Tensor]:
     state = torch.get_rng_state()
     parts = []
     for _ in range(math.ceil(n / 8)):
-        parts.append(laplace._fit.posterior.sample(8, laplace._detached_prior(), None))
+        parts.append(laplace.posterior.sample(8, None))
     torch.set_rng_state(state)
     return {name: torch.cat([part[name] for part in parts])[:n] for name in parts[0]}
 

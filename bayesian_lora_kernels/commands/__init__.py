@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from bayesian_lora_kernels.commands.errors import InputError
-from bayesian_lora_kernels.laplace import CURVATURES
+from bayesian_lora_kernels.posterior.curvature import CURVATURES
 from bayesian_lora_kernels.predictive.distribution import PROBABILITY_METHODS
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_commands(subparsers: _SubParsersAction[ArgumentParser]) -> None:
         "it into the adapter's folder.",
     )
     _shared(fit, 'JSON lines {"prompt": ..., "label": ...}; a label is one of the choices, or its index')
-    fit.add_argument("--curvature", choices=CURVATURES, default="kfac", help="default: kfac")
+    fit.add_argument("--curvature", choices=tuple(CURVATURES), default="kfac", help="default: kfac")
     fit.add_argument(
         "--rank", type=_rank, default=32, metavar="N", help="columns kept of a wide factor, or 'full'; default: 32"
     )

@@ -7,7 +7,7 @@ Signatures, tensor layouts and dictionary keys are that package's. What differs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.compat.lazy_jacobian import LazyJacobian
 from bayesian_lora_kernels.compat.untouched import BoxedForward, boxed
-from bayesian_lora_kernels.curvature.factors import FactorSettings, KroneckerSums, check_finite
+from bayesian_lora_kernels.config import LaplaceConfig
+from bayesian_lora_kernels.curvature.factors import KroneckerSums, check_finite
 from bayesian_lora_kernels.curvature.likelihood import Classification
 from bayesian_lora_kernels.model.batches import MASK_KEYS, to_device
 from bayesian_lora_kernels.model.capture import accumulate_dtype
@@ -126,9 +127,8 @@ def calculate_kronecker_factors(
         raise ValueError(f"scale: expected one of {', '.join(SCALES)}, got {scale!r}")
     layers = _matching_layers(model, target_module_keywords, exclude_bias)
     published = scale == "published"
-    rank_threshold = max(lr_threshold - 1, 0)
-    settings = FactorSettings("last" if published else "expand", n_kfac, rank_threshold, tail=False)
-    sums = KroneckerSums(settings, seed=0)
+    tokens: Literal["last", "expand"] = "last" if published else "expand"
+    sums = KroneckerSums(LaplaceConfig(tokens=tokens, rank=n_kfac, rank_threshold=max(lr_threshold - 1, 1), tail=False))
     forward = BoxedForward(model, forward_call, masked=not published)
     likelihood, generator = Classification(), torch.Generator(model_device(model)).manual_seed(0)
     rows: dict[str, int] = {}

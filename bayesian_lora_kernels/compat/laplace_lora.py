@@ -6,20 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from bayesian_lora_kernels.curvature.factors import KroneckerSums
+from bayesian_lora_kernels.curvature.kfac import KroneckerCurvature
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.model.batches import MASK_KEYS, inputs_and_labels
-from bayesian_lora_kernels.posterior.kronecker import KroneckerPosterior
-from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
+from bayesian_lora_kernels.posterior.curvature import register
+from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 
 STRUCTURES = {"kron": "kfac", "ekfac": "ekfac", "full": "exact"}
 SCALES = ("correct", "published")
+PUBLISHED = "kfac-published"  # the curvature's name in the engine and in files
 _HIDDEN = "hidden "
 
 
@@ -70,18 +73,16 @@ class Laplace:
         if scale == "published":
             if hessian_structure != "kron" or settings:
                 raise ValueError('scale="published": expected hessian_structure="kron" and no other settings')
-            settings = {"rank": None, "tail": False, "fisher": "exact"}
+            settings = {"rank": None, "tail": False, "fisher": "exact", "curvature": PUBLISHED}
         self.model, self.likelihood, self.scale = model, likelihood, scale
-        engine = _PublishedScale if scale == "published" else LaplaceLoRA
-        self.engine = engine(
+        self.engine = LaplaceLoRA(
             model,
             forward=_call_wrapper,
             likelihood=likelihood,
-            curvature=STRUCTURES[hessian_structure],
             modules=_without_saved_modules(model),
-            **settings,
+            **{"curvature": STRUCTURES[hessian_structure], **settings},
         )
-        self._layers = [layer.name for layer in self.engine._layers]
+        self._layers = [layer.name for layer in self.engine.layers]
         self.prior_precision = torch.ones(len(self._layers)) if prior_precision is None else prior_precision
         self.n_outputs: int | None = None
 
@@ -120,7 +121,7 @@ class Laplace:
     @property
     def mean(self) -> Tensor:
         """The weights that count, as one vector."""
-        return parameters_to_vector([p for layer in self.engine._layers for p in layer.parameters().values()]).detach()
+        return parameters_to_vector([p for layer in self.engine.layers for p in layer.parameters().values()]).detach()
 
     @property
     def n_data(self) -> int:
@@ -234,28 +235,24 @@ class Laplace:
     def sample(self, n_samples: int = 100) -> Tensor:
         """`[n_samples, n_params]` samples of the weights, in the order of `mean`."""
         samples = self.engine.sample_weights(n_samples)
-        names = [name for layer in self.engine._layers for name in layer.parameters()]
+        names = [name for layer in self.engine.layers for name in layer.parameters()]
         return torch.cat([samples[name].flatten(1) for name in names], dim=1)
 
 
 _UNUSED = {"loss", "link_approx", "n_samples", "verbose", "log_prior_prec_min", "log_prior_prec_max", "grid_size"}
 
 
-class _PublishedScale(LaplaceLoRA):
-    """A divided by the number of examples, whatever the number of tokens, and padding among them."""
+@register(PUBLISHED)
+class PublishedCurvature(KroneckerCurvature):
+    """K-FAC with A divided by the number of examples, whatever the number of tokens, and padding among them."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._forward.masked = False
+    masked: ClassVar[bool] = False
 
-    def fit(self, loader: Iterable[Any], progress: bool = True) -> LaplaceLoRA:
-        super().fit(loader, progress)
-        fit = self._fitted("fit")
-        assert fit.factors is not None
-        factors = {name: replace(f, a=f.a * (fit.input_rows[name] / fit.n_examples)) for name, f in fit.factors.items()}
-        posterior = {name: KroneckerPosterior.from_factors(f, 1.0) for name, f in factors.items()}
-        self._fit = replace(fit, factors=factors, posterior=LayerwisePosterior(posterior))
-        return self
+    @classmethod
+    def finish_factors(cls, sums: KroneckerSums, n_examples: int) -> dict[str, KroneckerFactors]:
+        """See `KroneckerCurvature`."""
+        rows = sums.input_rows
+        return {name: replace(f, a=f.a * (rows[name] / n_examples)) for name, f in sums.factors().items()}
 
 
 class _Prepared:

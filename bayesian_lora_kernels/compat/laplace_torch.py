@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.compat.untouched import BoxedForward, boxed
-from bayesian_lora_kernels.curvature.factors import FactorSettings, KroneckerSums, check_finite
+from bayesian_lora_kernels.config import LaplaceConfig
+from bayesian_lora_kernels.curvature.factors import KroneckerSums, check_finite
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.model.batches import MASK_KEYS
 from bayesian_lora_kernels.model.capture import Capture
@@ -205,7 +206,7 @@ class _Blk(CurvatureInterface, ABC):
         samples = kwargs.pop("mc_samples", getattr(self, "num_samples", 1))
         if kwargs or tokens not in ("expand", "reduce"):
             raise TypeError(f"kron: expected kfac_approx='expand' or 'reduce' and mc_samples, got {tokens!r}, {kwargs}")
-        sums = KroneckerSums(FactorSettings(tokens=tokens, rank=None, tail=False), seed=0)
+        sums = KroneckerSums(LaplaceConfig(tokens=tokens, rank=None, tail=False))
         with measuring(self.model):
             recorded = self._capture(x)
             loss, gradient = self._loss(recorded.logits, y)

@@ -7,10 +7,10 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from torch import Tensor
 
 from bayesian_lora_kernels import ops
-from bayesian_lora_kernels.model.capture import Capture, LayerInput
+from bayesian_lora_kernels.model.capture import Capture
+from bayesian_lora_kernels.model.jacobians import Jacobians
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.posterior.kronecker import KroneckerPosterior
-from bayesian_lora_kernels.predictive.jacobians import contraction, logit_gradients, narrow_layers, weight_jacobian
 
 
 class LazyJacobian(MutableMapping[str, Tensor]):
@@ -26,10 +26,8 @@ class LazyJacobian(MutableMapping[str, Tensor]):
     """
 
     def __init__(self, recorded: Capture, layers: Sequence[LinearLayer], indices: Tensor):
-        self._weight_gradients = narrow_layers(recorded)
-        self._inputs: dict[str, LayerInput] = dict(recorded.inputs)
-        self._gradients = logit_gradients(recorded, indices, self._weight_gradients)
-        self._layers = {layer.name: layer for layer in layers if layer.name in self._inputs}
+        self._jacobians = Jacobians(recorded, indices)
+        self._layers = {layer.name: layer for layer in layers if layer.name in self._jacobians.inputs}
         self._owner = {name: layer.name for layer in self._layers.values() for name in layer.parameters()}
         self._tensors: dict[str, Tensor | None] = dict.fromkeys(self._owner)
 
@@ -37,7 +35,7 @@ class LazyJacobian(MutableMapping[str, Tensor]):
         tensor = self._tensors[name]
         if tensor is None:
             layer = self._layers[self._owner[name]]
-            for part, value in layer.split(self._whole(layer.name)).items():
+            for part, value in layer.split(self._jacobians.matrix(layer.name)).items():
                 if part in self._owner and self._tensors.get(part) is None:
                     self._tensors[part] = value.to(layer.parameters()[part].dtype)
             tensor = self._tensors[name]
@@ -61,10 +59,6 @@ class LazyJacobian(MutableMapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"LazyJacobian({len(self)} parameters of {len(self._layers)} layers)"
 
-    def _whole(self, layer: str) -> Tensor:
-        gradients = self._gradients[layer]
-        return gradients if layer in self._weight_gradients else weight_jacobian(self._inputs[layer], gradients)
-
     def covariance(self, name: str, posterior: KroneckerPosterior) -> Tensor | None:
         """`[N, C, C]` of the layer that a parameter belongs to, without its Jacobian.
 
@@ -76,6 +70,5 @@ class LazyJacobian(MutableMapping[str, Tensor]):
         layer = self._layers[owner]
         if layer.shape != posterior.shape or not set(layer.parameters()) <= self._owner.keys():
             return None
-        narrow = owner in self._weight_gradients
-        a, g, mask = contraction(self._inputs[owner], self._gradients[owner], narrow, {})
+        a, g, mask = self._jacobians.contraction(owner)
         return ops.jacobian_covariance(a, g, posterior, mask=mask)

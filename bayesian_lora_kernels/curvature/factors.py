@@ -4,39 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.model.capture import LayerInput, accumulate_dtype
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 
-TOKENS = ("expand", "reduce", "last")
 FRESH_COLUMNS = 10
 # An update of a low-rank factor costs some small decompositions whatever its number of rows: gather rows first.
 ROWS_PER_COLUMN = 12
 
 
-@dataclass(frozen=True)
-class FactorSettings:
-    """How factors are kept; the meanings are LaplaceLoRA's."""
+def stream_columns(config: LaplaceConfig, width: int) -> int | None:
+    """Columns kept while streaming for a factor of this width; None if it is summed in full.
 
-    tokens: str = "expand"
-    rank: int | None = 32
-    rank_threshold: int = 256
-    tail: bool = True
-
-    def columns(self, width: int) -> int | None:
-        """Columns kept while streaming for a factor of this width; None if it is summed in full.
-
-        A stream needs twice the final rank and the fresh columns; where that is the whole width, the sum itself is
-        cheaper and exact.
-        """
-        if self.rank is None or width <= self.rank_threshold or 2 * self.rank + FRESH_COLUMNS >= width:
-            return None
-        return 2 * self.rank + FRESH_COLUMNS
+    A stream needs twice the final rank and the fresh columns; where that is the whole width, the sum itself is cheaper
+    and exact.
+    """
+    if config.rank is None or width <= config.rank_threshold or 2 * config.rank + FRESH_COLUMNS >= width:
+        return None
+    return 2 * config.rank + FRESH_COLUMNS
 
 
 class FactorSum:
@@ -75,35 +65,35 @@ class FactorSum:
         """Whether rows have been gathered that no update has seen."""
         return bool(self._rows)
 
-    def finish(self, scale: float, settings: FactorSettings) -> tuple[Tensor, Tensor]:
+    def finish(self, scale: float, config: LaplaceConfig) -> tuple[Tensor, Tensor]:
         """The factor times `scale`, and its tail eigenvalue."""
         assert self.matrix is not None
         zero = torch.zeros((), dtype=torch.float64, device=self.matrix.device)
         if self.columns is None:
-            return self._finish_full(scale, settings, zero)
-        assert settings.rank is not None
-        kept = self.matrix[:, : settings.rank] * scale**0.5
+            return self._finish_full(scale, config, zero)
+        assert config.rank is not None
+        kept = self.matrix[:, : config.rank] * scale**0.5
         tail = (self.trace * scale - kept.double().square().sum()).clamp_min(0)
-        return kept.contiguous(), tail / (self.width - settings.rank) if settings.tail else zero
+        return kept.contiguous(), tail / (self.width - config.rank) if config.tail else zero
 
-    def _finish_full(self, scale: float, settings: FactorSettings, zero: Tensor) -> tuple[Tensor, Tensor]:
+    def _finish_full(self, scale: float, config: LaplaceConfig, zero: Tensor) -> tuple[Tensor, Tensor]:
         assert self.matrix is not None
         matrix = ops.mirror_lower(self.matrix) * scale
-        if settings.rank is None or self.width <= settings.rank_threshold or settings.rank >= self.width:
+        if config.rank is None or self.width <= config.rank_threshold or config.rank >= self.width:
             return matrix, zero
         # Summed in full only because that was the cheaper way to the same low-rank factor.
         values, vectors = torch.linalg.eigh(matrix.double())
-        values, vectors = values[-settings.rank :].flip(0).clamp_min(0), vectors[:, -settings.rank :].flip(1)
-        tail = (matrix.double().diagonal().sum() - values.sum()).clamp_min(0) / (self.width - settings.rank)
-        return (vectors * values.sqrt()).to(matrix.dtype), tail if settings.tail else zero
+        values, vectors = values[-config.rank :].flip(0).clamp_min(0), vectors[:, -config.rank :].flip(1)
+        tail = (matrix.double().diagonal().sum() - values.sum()).clamp_min(0) / (self.width - config.rank)
+        return (vectors * values.sqrt()).to(matrix.dtype), tail if config.tail else zero
 
 
 class FactorSums:
     """All the sums of a model, updated together: a few grouped operations per batch, however many sums there are."""
 
-    def __init__(self, settings: FactorSettings, seed: int):
-        self.settings = settings
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, config: LaplaceConfig):
+        self.config = config
+        self.generator = torch.Generator().manual_seed(config.seed)
         self.sums: dict[Hashable, FactorSum] = {}
 
     def add(self, rows: Mapping[Hashable, tuple[Tensor, Tensor | None]]) -> list[Hashable]:
@@ -125,7 +115,7 @@ class FactorSums:
         ready: list[FactorSum] = []
         for key, (x, mask) in kept.items():
             if key not in self.sums:
-                self.sums[key] = FactorSum(x.shape[1], self.settings.columns(x.shape[1]))
+                self.sums[key] = FactorSum(x.shape[1], stream_columns(self.config, x.shape[1]))
             total = self.sums[key]
             total.trace += squares[key]
             if total.columns is None:
@@ -169,7 +159,7 @@ class FactorSums:
     def finish(self, scales: Mapping[Hashable, float]) -> dict[Hashable, tuple[Tensor, Tensor]]:
         """`{key: (factor, tail)}`, every factor multiplied by its scale."""
         self._update([total for total in self.sums.values() if total.waiting])
-        return {key: self.sums[key].finish(scale, self.settings) for key, scale in scales.items()}
+        return {key: self.sums[key].finish(scale, self.config) for key, scale in scales.items()}
 
 
 def square_sums(rows: Mapping[Hashable, tuple[Tensor, Tensor | None]]) -> dict[Hashable, float]:
@@ -198,9 +188,9 @@ class KroneckerSums:
     the layers part with the sum they had in common.
     """
 
-    def __init__(self, settings: FactorSettings, seed: int):
-        self.settings = settings
-        self._sums = FactorSums(settings, seed)
+    def __init__(self, config: LaplaceConfig):
+        self.config = config
+        self._sums = FactorSums(config)
         self._group: dict[str, int] = {}
         self._counts: dict[int, int] = {}
 
@@ -215,7 +205,7 @@ class KroneckerSums:
             if ("a", group) in names:
                 continue
             names["a", group] = name
-            x, counted = rows["a", group] = token_rows(a, mask, self.settings.tokens, mean=True)
+            x, counted = rows["a", group] = token_rows(a, mask, self.config.tokens, mean=True)
             if counted is not None and id(mask) not in counts:
                 counts[id(mask)] = int(counted.sum())
             self._counts[group] = self._counts.get(group, 0) + (len(x) if counted is None else counts[id(mask)])
@@ -225,7 +215,7 @@ class KroneckerSums:
         """Add one backward pass's output gradients; returns the layers whose gradient is not finite."""
         names: dict[Hashable, str] = {("s", name): name for name in gradients}
         rows: dict[Hashable, tuple[Tensor, Tensor | None]] = {
-            key: token_rows(gradients[name], inputs[name].mask, self.settings.tokens, mean=False)
+            key: token_rows(gradients[name], inputs[name].mask, self.config.tokens, mean=False)
             for key, name in names.items()
         }
         return [names[key] for key in self._sums.add(rows)]
@@ -287,6 +277,3 @@ def token_rows(x: Tensor, mask: Tensor | None, tokens: str, *, mean: bool) -> tu
         return total, counts_at_all
     count = t if mask is None else mask.sum(dim=1, keepdim=True).clamp_min(1)
     return total / count, counts_at_all
-
-
-__all__ = ["TOKENS", "FactorSettings", "KroneckerSums", "check_finite", "square_sums", "token_rows"]

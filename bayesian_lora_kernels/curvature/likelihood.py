@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bayesian_lora_kernels.model.forward import IGNORED_LABEL
 
-FISHERS = ("auto", "mc", "exact", "empirical")
 MAX_EXACT_COLUMNS = 16
 
 

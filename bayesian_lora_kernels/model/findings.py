@@ -11,7 +11,6 @@ from torch import Tensor
 from bayesian_lora_kernels.model.layouts import WHOLE, Layout, layouts
 from bayesian_lora_kernels.model.masks import RELATIONS, TokenMask, by_example
 
-CHECKS = ("first", "always", "off")
 CHECKED = {1, *(2 * 16**k for k in range(16))}  # which of the batches of a kind are checked: first often, then seldom
 SAME = "the same"
 ENOUGH = 4  # times that something was found, for it to be believed of batches that differ in the number of tokens

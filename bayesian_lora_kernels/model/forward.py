@@ -53,7 +53,7 @@ class Forward:
         function: `callable(model, batch) -> logits` or `(logits, mask)`, or None for the default.
         class_token_ids: `[C]`, restricts a causal LM's logits to these tokens.
         masked: whether padding is left out of what is captured.
-        check: when assumptions about the model are checked, of CHECKS.
+        check: when assumptions about the model are checked: `first`, `always` or `off` (see `LaplaceConfig`).
 
     Attributes:
         model: the one that runs.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-Modules = str | Sequence[str] | Mapping[str, Sequence[str]]
+from bayesian_lora_kernels.config import Modules
 
 
 @dataclass(frozen=True, eq=False)

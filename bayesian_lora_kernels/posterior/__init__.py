@@ -1,1 +1,1 @@
-"""Gaussians over weights: Kronecker-factored or in function space, their evidence, and files."""
+"""Gaussians over weights: what a curvature is, priors, the two together, their evidence, and files."""

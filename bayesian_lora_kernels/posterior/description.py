@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
+from bayesian_lora_kernels.config import LaplaceConfig
+from bayesian_lora_kernels.posterior.curvature import CURVATURES
 
 Check = Callable[[Any], bool]
 
@@ -25,11 +26,6 @@ def _is_text(value: Any) -> bool:
 
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
-
-
-def _is_float_dtype(value: Any) -> bool:
-    dtype = getattr(torch, value, None) if isinstance(value, str) else None
-    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 def _is_digest(value: Any) -> bool:
@@ -64,7 +60,6 @@ def _list_of(check: Check) -> Check:
     return lambda value: isinstance(value, list) and len(value) > 0 and all(check(item) for item in value)
 
 
-_AT_LEAST_1 = (_is_int(1), "a positive integer")
 _TOP: dict[str, tuple[Check, str]] = {
     "settings": (_is_object, "an object"),
     "class_token_ids": (_optional(_list_of(_is_int(0))), "null or a list of token ids"),
@@ -75,18 +70,6 @@ _TOP: dict[str, tuple[Check, str]] = {
     "adapter_sha256": (_is_digest, "a SHA-256 in hexadecimal"),
     "layers": (lambda value: _is_object(value) and len(value) > 0, "an object of one entry for each layer"),
     "tensors": (_is_object, "an object"),
-}
-_SETTINGS: dict[str, tuple[Check, str]] = {
-    "likelihood": (_is_text, "text"),
-    "curvature": (_is_text, "text"),
-    "fisher": (_is_text, "text"),
-    "fisher_samples": _AT_LEAST_1,
-    "seed": (_is_int(-(2**63)), "an integer"),
-    "row_dtype": (_optional(_is_float_dtype), "null or the name of a floating-point torch.dtype"),
-    "tokens": (_is_text, "text"),
-    "rank": (_optional(_is_int(1)), "null or a positive integer"),
-    "rank_threshold": _AT_LEAST_1,
-    "tail": (_is_bool, "true or false"),
 }
 _TENSORS: dict[str, tuple[Check, str]] = {
     "file": (_is_file_name, "the name of a safetensors file in the same folder"),
@@ -112,17 +95,15 @@ def check_description(content: Mapping[str, Any], version: int) -> None:
         ValueError: naming the first key that is missing, is not what it should be, or does not belong there.
     """
     _check("", content, _TOP)
-    _check("settings.", content["settings"], _SETTINGS)
-    unknown = sorted(set(content["settings"]) - set(_SETTINGS))
-    if unknown:
-        raise ValueError(f"settings.{unknown[0]}: expected no such key")
+    curvature = LaplaceConfig.from_json(content["settings"]).curvature
+    if curvature not in CURVATURES:
+        raise ValueError(
+            f"settings.curvature: expected one of {', '.join(CURVATURES)}, got {curvature!r}; import the module that "
+            "registers it first"
+        )
     _check("tensors.", content["tensors"], _TENSORS)
-    exact = content["settings"]["curvature"] == "exact"
     layers = content["layers"]
-    owner: tuple[Check, str] = (lambda value: _is_text(value) and value in layers, "the name of one of the layers")
     per_layer: dict[str, tuple[Check, str]] = {"shape": _SHAPE}
-    if not exact:
-        per_layer["input_factor"] = owner
     if version > 1:
         per_layer["covers"] = _COVERS
     for name, layer in layers.items():

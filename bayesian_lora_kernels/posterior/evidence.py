@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.posterior.exact import ExactPosterior
-from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
-
-Posterior = LayerwisePosterior | ExactPosterior
+from bayesian_lora_kernels.posterior.curvature import Curvature
+from bayesian_lora_kernels.posterior.posterior import Posterior
+from bayesian_lora_kernels.posterior.prior import Prior
 
 LOG_RANGE = (math.log(1e-8), math.log(1e12))
 GRID = 33
@@ -30,50 +29,40 @@ class PriorPrecisionWarning(UserWarning):
     """The evidence has no maximum inside the range that was searched."""
 
 
-def log_evidence(
-    log_likelihood: float,
-    posterior: Posterior,
-    square_norms: Mapping[str, Tensor],
-    prior: Mapping[str, Tensor],
-) -> Tensor:
+def log_evidence(log_likelihood: float, posterior: Posterior, square_norms: Mapping[str, Tensor]) -> Tensor:
     """Log marginal likelihood, 0-d float64, differentiable in the prior precisions.
 
     Args:
         log_likelihood: of the labels at the MAP weights, summed over the data set.
         posterior: of the weights.
         square_norms: `{layer: ||theta||^2}` of the MAP weights.
-        prior: `{layer: prior precision}`, 0-d each.
     """
-    n_parameters = posterior.n_parameters
-    device = next(iter(prior.values())).device
+    prior, n_parameters = posterior.prior, posterior.curvature.n_parameters
+    device = prior[next(iter(n_parameters))].device
     log_prior = torch.stack(
         [
-            0.5 * n_parameters[name] * precision.to(device).log()
-            - 0.5 * precision.to(device) * square_norms[name].to(device)
-            for name, precision in prior.items()
+            0.5 * n * prior[name].to(device).log() - 0.5 * prior[name].to(device) * square_norms[name].to(device)
+            for name, n in n_parameters.items()
         ]
     ).sum()
-    return log_likelihood + log_prior - 0.5 * posterior.logdet(prior).to(device)
+    return log_likelihood + log_prior - 0.5 * posterior.logdet.to(device)
 
 
-def maximise_evidence(posterior: Posterior, square_norms: Mapping[str, Tensor], per_module: bool) -> dict[str, float]:
-    """`{layer: prior precision}` of the largest evidence, one for all layers or one each.
+def maximise_evidence(curvature: Curvature, square_norms: Mapping[str, Tensor], per_module: bool) -> Prior:
+    """The prior of the largest evidence, one precision for all layers or one each.
 
-    With independent layers or one precision this is a search in one variable over the eigenvalues. The exact
-    posterior couples its layers: there a quasi-Newton search starts from the shared optimum.
+    With independent layers or one precision this is a search in one variable over the eigenvalues. Where the curvature
+    couples its layers, a quasi-Newton search starts from the shared optimum.
 
     Warns:
         PriorPrecisionWarning: if the maximum lies at the end of the range, for instance because all weights are zero.
     """
-    names = list(posterior.n_parameters)
-    if per_module and isinstance(posterior, LayerwisePosterior):
-        return {name: _maximise_shared(*posterior.spectrum([name]), float(square_norms[name]), name) for name in names}
+    names = list(curvature.shapes)
+    if per_module and curvature.independent_layers:
+        return Prior({n: _maximise_shared(*curvature.spectrum([n]), float(square_norms[n]), n) for n in names})
     total = float(sum(float(norm) for norm in square_norms.values()))
-    shared = _maximise_shared(*posterior.spectrum(), total, "the model")
-    if not per_module:
-        return dict.fromkeys(names, shared)
-    assert isinstance(posterior, ExactPosterior)
-    return _climb(posterior, square_norms, dict.fromkeys(names, shared))
+    shared = _maximise_shared(*curvature.spectrum(), total, "the model")
+    return _climb(curvature, square_norms, dict.fromkeys(names, shared)) if per_module else Prior(shared)
 
 
 def _maximise_shared(values: Tensor, multiplicity: Tensor, square_norm: float, where: str) -> float:
@@ -116,9 +105,7 @@ def _warn_at_the_end(log_precision: float, where: str) -> None:
         )
 
 
-def _climb(
-    posterior: ExactPosterior, square_norms: Mapping[str, Tensor], start: Mapping[str, float]
-) -> dict[str, float]:
+def _climb(curvature: Curvature, square_norms: Mapping[str, Tensor], start: Mapping[str, float]) -> Prior:
     """Quasi-Newton in the log-precisions.
 
     MacKay's fixed point would need thousands of steps: its convergence is linear, and slow wherever the data determine
@@ -134,7 +121,7 @@ def _climb(
 
     def negative() -> Tensor:
         with torch.enable_grad():
-            value = -log_evidence(0.0, posterior, square_norms, precisions())
+            value = -log_evidence(0.0, Posterior(curvature, Prior(precisions())), square_norms)
         (logs.grad,) = torch.autograd.grad(value, logs)
         return value.detach()
 
@@ -142,4 +129,4 @@ def _climb(
     found = {name: float(value.detach()) for name, value in precisions().items()}
     for name, value in found.items():
         _warn_at_the_end(math.log(value), name)
-    return found
+    return Prior(found)

@@ -8,14 +8,15 @@ thus splits into four blocks, and K-FAC and EKFAC differ only in the numbers tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bayesian_lora_kernels.posterior.prior import as_precision
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 
 
@@ -60,6 +61,15 @@ class KroneckerFactors:
     def trace(self) -> Tensor:
         """Trace of `A (x) S`, tails included: 0-d float64."""
         return _factor_trace(self.a, self.tail_a) * _factor_trace(self.s, self.tail_s)
+
+    def bases(self) -> tuple[Eigenbasis, Eigenbasis]:
+        """The eigendecompositions of S and A."""
+        return eigenbasis(self.s, self.tail_s), eigenbasis(self.a, self.tail_a)
+
+    def decomposed(self) -> KroneckerDecomposition:
+        """`A (x) S` in its eigenbases."""
+        s, a = self.bases()
+        return KroneckerDecomposition(s.vectors, a.vectors, kronecker_eigenvalues(s, a))
 
 
 def _is_full(factor: Tensor) -> bool:
@@ -117,22 +127,55 @@ def kronecker_eigenvalues(s: Eigenbasis, a: Eigenbasis) -> Blocks:
 
 
 @dataclass(frozen=True)
-class KroneckerPosterior:
+class KroneckerDecomposition:
+    """The curvature of one weight matrix `W [d_out, d_in]` in the eigenbases of its two factors.
+
+    Attributes:
+        basis_s: `[d_out, k_s]` orthonormal columns.
+        basis_a: `[d_in, k_a]` orthonormal columns.
+        curvature: eigenvalues of the curvature on the four blocks, float64.
+    """
+
+    basis_s: Tensor
+    basis_a: Tensor
+    curvature: Blocks
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_out, d_in)`."""
+        return self.basis_s.shape[0], self.basis_a.shape[0]
+
+    @property
+    def complement(self) -> tuple[int, int]:
+        """Dimensions outside the kept columns, `(d_out - k_s, d_in - k_a)`."""
+        return self.shape[0] - self.basis_s.shape[1], self.shape[1] - self.basis_a.shape[1]
+
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of the curvature and their multiplicities, both `[m]` float64."""
+        n_s, n_a = self.complement
+        sizes = (1, n_a, n_s, n_s * n_a)
+        present = [(block.reshape(-1), size) for block, size in zip(self.curvature, sizes, strict=True) if size]
+        return (
+            torch.cat([block for block, _ in present]),
+            torch.cat([torch.full_like(block, size) for block, size in present]),
+        )
+
+    def with_prior(self, prior_precision: Tensor) -> KroneckerPosterior:
+        """The posterior under a prior precision, 0-d float64 and positive."""
+        return KroneckerPosterior(self.basis_s, self.basis_a, self.curvature, prior_precision.to(self.basis_a.device))
+
+
+@dataclass(frozen=True)
+class KroneckerPosterior(KroneckerDecomposition):
     """Gaussian over one weight matrix `W [d_out, d_in]` with precision `curvature + prior_precision * I`.
 
     The curvature is the sum over the data set of the negative log-likelihood's Gauss-Newton matrix; nothing is divided
     by the number of examples.
 
     Attributes:
-        basis_s: `[d_out, k_s]` orthonormal columns.
-        basis_a: `[d_in, k_a]` orthonormal columns.
-        curvature: eigenvalues of the curvature on the four blocks, float64.
         prior_precision: 0-d float64, positive; may require a gradient.
     """
 
-    basis_s: Tensor
-    basis_a: Tensor
-    curvature: Blocks
     prior_precision: Tensor
 
     @classmethod
@@ -148,37 +191,12 @@ class KroneckerPosterior:
                 raise ValueError(
                     f"KroneckerFactors.{name}: expected [d, d] or [d, k] with k < d, got {list(factor.shape)}"
                 )
-        s, a = eigenbasis(factors.s, factors.tail_s), eigenbasis(factors.a, factors.tail_a)
-        return cls(s.vectors, a.vectors, kronecker_eigenvalues(s, a), as_precision(prior_precision, factors.a.device))
-
-    def with_prior(self, prior_precision: float | Tensor) -> KroneckerPosterior:
-        """The same curvature under another prior precision."""
-        return replace(self, prior_precision=as_precision(prior_precision, self.basis_a.device))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(d_out, d_in)`."""
-        return self.basis_s.shape[0], self.basis_a.shape[0]
-
-    @property
-    def complement(self) -> tuple[int, int]:
-        """Dimensions outside the kept columns, `(d_out - k_s, d_in - k_a)`."""
-        return self.shape[0] - self.basis_s.shape[1], self.shape[1] - self.basis_a.shape[1]
+        return factors.decomposed().with_prior(as_precision(prior_precision, factors.a.device))
 
     @cached_property
     def precision_blocks(self) -> Blocks:
         """Eigenvalues of the posterior precision on the four blocks, float64."""
         return self.curvature.map(lambda block: block + self.prior_precision)
-
-    def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues of the curvature and their multiplicities, both `[m]` float64."""
-        n_s, n_a = self.complement
-        sizes = (1, n_a, n_s, n_s * n_a)
-        present = [(block.reshape(-1), size) for block, size in zip(self.curvature, sizes, strict=True) if size]
-        return (
-            torch.cat([block for block, _ in present]),
-            torch.cat([torch.full_like(block, size) for block, size in present]),
-        )
 
     def logdet(self) -> Tensor:
         """Log-determinant of the posterior precision: 0-d float64, differentiable in the prior precision."""
@@ -244,33 +262,3 @@ class KroneckerPosterior:
         size = math.prod(self.shape)
         identity = torch.eye(size, dtype=torch.float64, device=self.basis_a.device).reshape(size, *self.shape)
         return self.apply(lambda block: block, identity).reshape(size, size)
-
-
-def as_precision(value: float | Tensor, device: torch.device | None = None) -> Tensor:
-    """A prior precision as a 0-d float64 tensor on `device`; gradients pass through.
-
-    Raises:
-        TypeError: if it is not a number at all.
-        ValueError: if it is not one finite positive number.
-    """
-    try:
-        tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = type(value).__name__
-        raise TypeError(f"prior_precision: expected one positive number, got {kind} {value!r}") from error
-    if tensor.numel() != 1:
-        raise ValueError(f"prior_precision: expected one positive number, got a tensor of shape {list(tensor.shape)}")
-    tensor = tensor.reshape(())
-    if not (torch.isfinite(tensor) and tensor > 0):
-        raise ValueError(f"prior_precision: expected a finite positive number, got {tensor.item()}")
-    return tensor
-
-
-def identity_of(prior: Mapping[str, Tensor]) -> tuple[Any, ...] | None:
-    """Equal for the same tensors with the same content: a key under which something made from them may be kept, along
-    with the tensors themselves, so that no other takes their address. None where nothing should be kept: gradients are
-    wanted, or changes are not counted (inference mode).
-    """
-    if torch.is_inference_mode_enabled() or any(v.requires_grad or v.is_inference() for v in prior.values()):
-        return None
-    return tuple((name, value.data_ptr(), value._version) for name, value in prior.items())

@@ -22,8 +22,7 @@ from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring, uninterrupted
 from bayesian_lora_kernels.model.memory import default_budget
 from bayesian_lora_kernels.model.output_map import OutputMap, read_output_map
-from bayesian_lora_kernels.posterior.exact import ExactPosterior
-from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
+from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.predictive.pushforward import Pushforward
 
 # Weights are drawn in blocks of this size whatever the memory, so that the same generator gives the same samples.
@@ -68,7 +67,6 @@ class HiddenSampler:
         layers: that carry the posterior.
         forward: from a batch to logits; must have an output head.
         posterior: of the layers' weights.
-        prior: precision of each layer.
         memory_budget: bytes; None: half of what is free. Examples and samples run in pieces within it.
         pushforward: how derivatives are taken; is shared so that they are tried once.
 
@@ -81,13 +79,12 @@ class HiddenSampler:
         model: nn.Module,
         layers: Sequence[LinearLayer],
         forward: Forward,
-        posterior: LayerwisePosterior | ExactPosterior,
-        prior: Mapping[str, Tensor],
+        posterior: Posterior,
         memory_budget: int | None,
         pushforward: Pushforward,
     ):
         self.model, self.layers, self.forward = model, layers, forward
-        self.posterior, self.prior, self.memory_budget = posterior, prior, memory_budget
+        self.posterior, self.memory_budget = posterior, memory_budget
         self.pushforward = pushforward
         self.states = HiddenStates(forward)
         self._inner = [layer for layer in layers if not forward.in_head(layer.name)]
@@ -141,10 +138,7 @@ class HiddenSampler:
         with measuring(self.model), differentiable_attention(self.model), torch.no_grad():
             self.model.eval()  # checkpointing, which `measuring` leaves on, has nothing to do with these derivatives
             while (missing := n - sum(map(len, parts))) > 0:
-                drawn = [
-                    self.posterior.sample(BLOCK, self.prior, generator)
-                    for _ in range(min(blocks, -(-missing // BLOCK)))
-                ]
+                drawn = [self.posterior.sample(BLOCK, generator) for _ in range(min(blocks, -(-missing // BLOCK)))]
                 weights = {name: torch.cat([part[name] for part in drawn])[:missing] for name in drawn[0]}
                 parts.append(self._push(batch, weights, examples, samples, every))
         return Deviations.join(parts)
@@ -200,7 +194,7 @@ class HiddenSampler:
             rows = min(rows, max(CPU_ROWS // tokens, 1))
         examples = max(1, min(size, rows // BLOCK))
         # Weights of a sample are there several times while they are drawn: noise, deviations, in the model's dtype.
-        weights = 4 * 4 * sum(self.posterior.n_parameters.values())
+        weights = 4 * 4 * sum(self.posterior.curvature.n_parameters.values())
         return examples, max(1, min(rows // examples, max(budget // max(weights, 1), BLOCK)))
 
     def _at(self, batch: Any, hidden: Tensor, every: bool) -> Tensor:

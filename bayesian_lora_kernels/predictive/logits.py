@@ -5,23 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.model.batches import batch_size, to_device
 from bayesian_lora_kernels.model.capture import Capture, accumulate_dtype
 from bayesian_lora_kernels.model.forward import Forward, model_device
+from bayesian_lora_kernels.model.jacobians import Jacobians
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.memory import examples_within, frugal_examples
 from bayesian_lora_kernels.model.pieces import captures
-from bayesian_lora_kernels.posterior.exact import ExactPosterior
-from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
-from bayesian_lora_kernels.predictive.jacobians import contraction, logit_gradients, narrow_layers
+from bayesian_lora_kernels.posterior.posterior import Posterior
 
 MAX_LOGITS = 4096
 
@@ -35,7 +33,7 @@ class LogitPredictor:
         model: stays as it is.
         layers: that carry the posterior.
         forward: from a batch to logits.
-        posterior: of the layers' weights.
+        whole: whether the posteriors want every Jacobian itself (`Curvature.whole_jacobians`).
         memory_budget: bytes for captured inputs and gradients; a batch that needs more runs in pieces.
     """
 
@@ -44,18 +42,18 @@ class LogitPredictor:
         model: nn.Module,
         layers: Sequence[LinearLayer],
         forward: Forward,
-        posterior: LayerwisePosterior | ExactPosterior,
+        whole: bool,
         memory_budget: int | None,
     ):
         self.model, self.layers, self.forward = model, layers, forward
-        self.posterior, self.memory_budget = posterior, memory_budget
+        self.whole, self.memory_budget = whole, memory_budget
 
     def predict(
-        self, batch: Any, outputs: Outputs, priors: Sequence[Mapping[str, Tensor]]
+        self, batch: Any, outputs: Outputs, posteriors: Sequence[Posterior]
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Means `[N, C]`, one covariance `[N, C, C]` per set of prior precisions, and the indices of the logits.
+        """Means `[N, C]`, one covariance `[N, C, C]` for each posterior, and the indices of the logits.
 
-        The Jacobian is formed once, whatever the number of priors.
+        The Jacobian is formed once, whatever the number of posteriors.
 
         Raises:
             ValueError: for logits with a token dimension, indices out of range, too many logits at once, or values
@@ -71,26 +69,25 @@ class LogitPredictor:
             outputs = torch.as_tensor(outputs)
         if isinstance(outputs, Tensor) and outputs.ndim == 2 and len(outputs) != size:
             raise ValueError(f"outputs: expected one row for each of {size} examples, got {list(outputs.shape)}")
-        exact = isinstance(self.posterior, ExactPosterior)
         count = outputs if isinstance(outputs, int) else None
         count = outputs.shape[-1] if isinstance(outputs, Tensor) and outputs.ndim else count
-        step = examples_within(self.memory_budget, batch, self.layers, outputs=count or 8, weight_gradients=exact)
-        if not exact:  # which goes over all of its rows for every piece
+        step = examples_within(self.memory_budget, batch, self.layers, outputs=count or 8, weight_gradients=self.whole)
+        if not self.whole:  # the exact curvature goes over all of its rows for every piece
             step = min(step, frugal_examples(batch, self.layers))
         parts = []
         with measuring(self.model):
             for rows, recorded in captures(self.layers, self.forward, batch, step):
                 chosen = outputs[rows] if isinstance(outputs, Tensor) and outputs.ndim == 2 else outputs
-                parts.append(self._piece(recorded, chosen, priors))
+                parts.append(self._piece(recorded, chosen, posteriors))
         means = torch.cat([mean for mean, _, _ in parts])
-        covariances = [torch.cat([part[1][i] for part in parts]) for i in range(len(priors))]
+        covariances = [torch.cat([part[1][i] for part in parts]) for i in range(len(posteriors))]
         indices = parts[0][2]
         if indices is not None and indices.ndim == 2:
             indices = torch.cat([part[2] for part in parts if part[2] is not None])
         return means, covariances, indices
 
     def _piece(
-        self, recorded: Capture, outputs: Outputs, priors: Sequence[Mapping[str, Tensor]]
+        self, recorded: Capture, outputs: Outputs, posteriors: Sequence[Posterior]
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         logits = recorded.logits
         if logits.ndim != 2:
@@ -101,54 +98,11 @@ class LogitPredictor:
         if not torch.isfinite(logits).all():
             raise ValueError("predict: the logits are not finite (NaN or infinity)")
         indices, per_example = choose_logits(logits.detach(), outputs)
-        if isinstance(self.posterior, ExactPosterior):
-            jacobians = logit_gradients(recorded, per_example, recorded.inputs)
-            count = per_example.shape[1]
-            jacobians |= {
-                name: zero[:, None].expand(-1, count, -1, -1) for name, zero in recorded.without_gradient().items()
-            }
-            covariances = [self.posterior.covariance(jacobians, prior) for prior in priors]
-        else:
-            covariances = self._layerwise(recorded, per_example, self.posterior, priors)
+        jacobians = Jacobians(recorded, per_example, self.whole)
+        covariances = [posterior.covariance(jacobians) for posterior in posteriors]
         dtype = accumulate_dtype(logits)
         mean = logits.detach().gather(1, per_example).to(dtype)
         return mean, [covariance.to(logits.device, dtype) for covariance in covariances], indices
-
-    def _layerwise(
-        self,
-        recorded: Capture,
-        indices: Tensor,
-        posterior: LayerwisePosterior,
-        priors: Sequence[Mapping[str, Tensor]],
-    ) -> list[Tensor]:
-        """Sum over layers of the covariance contractions, one grouped operation per device and prior.
-
-        A layer with fewer inputs than tokens hands over its weight gradient: its wide output gradients never pile up.
-        """
-        narrow = narrow_layers(recorded)
-        gradients = logit_gradients(recorded, indices, narrow)
-        units: dict[Hashable, Tensor] = {}
-        parts = {
-            name: contraction(recorded.inputs[name], gradient, name in narrow, units)
-            for name, gradient in gradients.items()
-        }
-        devices: dict[torch.device, list[str]] = {}
-        for name, (a, _, _) in parts.items():
-            devices.setdefault(a.device, []).append(name)
-        covariances = []
-        for prior in priors:
-            layers = posterior.with_prior(prior)
-            sums = [
-                ops.grouped_jacobian_covariance(
-                    [parts[name][0] for name in names],
-                    [parts[name][1] for name in names],
-                    [layers[name] for name in names],
-                    masks=[parts[name][2] for name in names],
-                )
-                for names in devices.values()
-            ]
-            covariances.append(torch.stack([one.to(sums[0].device) for one in sums]).sum(dim=0))
-        return covariances
 
 
 def choose_logits(logits: Tensor, outputs: Outputs) -> tuple[Tensor | None, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from bayesian_lora_kernels.curvature.likelihood import Likelihood
 from bayesian_lora_kernels.model.batches import check_loader, inputs_and_labels
+from bayesian_lora_kernels.posterior.curvature import Curvature
 from bayesian_lora_kernels.posterior.evidence import minimise_on_grid
+from bayesian_lora_kernels.posterior.posterior import Posterior
+from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.logits import LogitPredictor
 
@@ -21,9 +24,9 @@ GRID = 17
 
 
 def minimise_nll(
-    predictor: LogitPredictor, likelihood: Likelihood, loader: Iterable[Any], names: Sequence[str]
-) -> float:
-    """The shared prior precision with the smallest negative log-likelihood of the predictive.
+    predictor: LogitPredictor, likelihood: Likelihood, loader: Iterable[Any], curvature: Curvature
+) -> Prior:
+    """The prior of one precision with the smallest negative log-likelihood of the predictive.
 
     Classification: the probit predictive. Regression: the Gaussian with the logits' variance and the unit noise. Each
     batch is captured once for all precisions of a round.
@@ -38,12 +41,12 @@ def minimise_nll(
 
     def nll(log_precisions: Tensor) -> Tensor:
         totals, seen = torch.zeros(len(log_precisions), dtype=torch.float64), False
-        priors = [dict.fromkeys(names, precision) for precision in log_precisions.exp()]
+        posteriors = [Posterior(curvature, Prior(precision)) for precision in log_precisions.exp()]
         for index, batch in enumerate(loader):
             labels = inputs_and_labels(batch)[1]
             if labels is None:
                 raise ValueError(f"val_loader: expected labels, batch {index} has none")
-            mean, covariances, _ = predictor.predict(batch, None, priors)
+            mean, covariances, _ = predictor.predict(batch, None, posteriors)
             labels = likelihood.check_labels(mean, labels.to(mean.device))
             totals += torch.stack([_nll(likelihood, mean, c, labels) for c in covariances]).cpu()
             seen = True
@@ -51,7 +54,7 @@ def minimise_nll(
             raise ValueError("val_loader: expected at least one batch, got none")
         return totals
 
-    return math.exp(minimise_on_grid(nll, "the model", ROUNDS, GRID))
+    return Prior(math.exp(minimise_on_grid(nll, "the model", ROUNDS, GRID)))
 
 
 def _nll(likelihood: Likelihood, mean: Tensor, covariance: Tensor, labels: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ chosen tokens is exact too, by one backward pass each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,7 +42,6 @@ class VocabularyPosterior:
         batch: on the model's device, without labels.
         hidden: see above.
         output_map: of the head.
-        prior: precision of each layer.
     """
 
     def __init__(
@@ -53,9 +51,8 @@ class VocabularyPosterior:
         batch: Any,
         hidden: Tensor,
         output_map: OutputMap,
-        prior: Mapping[str, Tensor],
     ):
-        self._sampler, self._predictor, self._batch, self._prior = sampler, predictor, batch, prior
+        self._sampler, self._predictor, self._batch = sampler, predictor, batch
         self._map = output_map
         self._kept: Deviations | None = None
         self._mean: Tensor | None = None
@@ -161,7 +158,7 @@ class VocabularyPosterior:
             ValueError: for indices out of range, of another shape, or more than 4096.
         """
         indices = self._check_indices(torch.as_tensor(indices), "indices", (1, 2))
-        return self._predictor.predict(self._batch, indices, [self._prior])[1][0]
+        return self._predictor.predict(self._batch, indices, [self._sampler.posterior])[1][0]
 
     @in_own_surroundings
     def top(self, k: int) -> LogitPosterior:
@@ -210,7 +207,7 @@ class VocabularyPosterior:
         return indices.long()
 
 
-def vocabulary_posterior(sampler: HiddenSampler, batch: Any, memory_budget: int | None) -> VocabularyPosterior:
+def vocabulary_posterior(sampler: HiddenSampler, batch: Any) -> VocabularyPosterior:
     """The posterior over the vocabulary for one batch.
 
     Raises:
@@ -221,8 +218,9 @@ def vocabulary_posterior(sampler: HiddenSampler, batch: Any, memory_budget: int 
     output_map = sampler.output_map(batch)
     capped = output_map.softcap is not None
     forward = UncappedForward(sampler.forward, output_map.scale) if capped else sampler.forward.whole_vocabulary()
-    predictor = LogitPredictor(sampler.model, sampler.layers, forward, sampler.posterior, memory_budget)
-    return VocabularyPosterior(sampler, predictor, batch, hidden, output_map, sampler.prior)
+    whole = sampler.posterior.curvature.whole_jacobians
+    predictor = LogitPredictor(sampler.model, sampler.layers, forward, whole, sampler.memory_budget)
+    return VocabularyPosterior(sampler, predictor, batch, hidden, output_map)
 
 
 def relative_error(n: int) -> float:

@@ -1,0 +1,189 @@
+"""Kronecker-factored curvature, layer by layer: K-FAC, and EKFAC with eigenvalues of its own.
+
+Sources: Martens, Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate curvature"; George et al.
+2018, "Fast approximate natural gradient descent in a Kronecker factored eigenbasis".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.curvature.eigenvalues import EigenvalueSum
+from bayesian_lora_kernels.curvature.factors import KroneckerSums, check_finite
+from bayesian_lora_kernels.curvature.passes import Passes
+from bayesian_lora_kernels.model.jacobians import Jacobians
+from bayesian_lora_kernels.posterior.curvature import Curvature, joined_spectra, register
+from bayesian_lora_kernels.posterior.kronecker import (
+    Blocks,
+    Eigenbasis,
+    KroneckerDecomposition,
+    KroneckerFactors,
+    KroneckerPosterior,
+    kronecker_eigenvalues,
+)
+from bayesian_lora_kernels.posterior.prior import Prior
+from bayesian_lora_kernels.posterior.stored import Stored
+
+
+@register("kfac")
+class KroneckerCurvature(Curvature):
+    """`A (x) S` of every layer, in the eigenbases of the two factors.
+
+    Args:
+        layers: `{layer: A (x) S, or what is put in its place, decomposed}`.
+        factors: `{layer: A and S}`; layers with one input share the tensor of their A.
+    """
+
+    whole_jacobians: ClassVar[bool] = False
+    factors: Mapping[str, KroneckerFactors]
+
+    def __init__(self, layers: Mapping[str, KroneckerDecomposition], factors: Mapping[str, KroneckerFactors]):
+        self._layers, self.factors = dict(layers), dict(factors)
+
+    @classmethod
+    def measure(cls, data: Passes) -> KroneckerCurvature:
+        """One pass for the factors."""
+        factors = cls.measure_factors(data)
+        bases = {name: one.bases() for name, one in factors.items()}
+        values = cls.measure_eigenvalues(data, factors, bases)
+        layers = {}
+        for layer in data.layers:
+            s, a = bases[layer.name]
+            layers[layer.name] = KroneckerDecomposition(s.vectors, a.vectors, values[layer.name])
+        return cls(layers, factors)
+
+    @classmethod
+    def measure_factors(cls, data: Passes) -> dict[str, KroneckerFactors]:
+        """A as a mean over tokens, S as a sum over the data set."""
+        sums = KroneckerSums(data.config)
+        for index, recorded in data.captures("curvature"):
+            data.check_clear(index)
+            check_finite("input", sums.add_inputs(recorded.inputs), f" in batch {index}")
+            for gradients in data.backward(recorded):
+                check_finite("output gradient", sums.add_gradients(gradients, recorded.inputs), f" in batch {index}")
+        factors = cls.finish_factors(sums, data.n_examples)
+        data.check_called(factors)
+        return factors
+
+    @classmethod
+    def finish_factors(cls, sums: KroneckerSums, n_examples: int) -> dict[str, KroneckerFactors]:
+        """The factors on their scale, from what was summed over the data."""
+        return sums.factors()
+
+    @classmethod
+    def measure_eigenvalues(
+        cls,
+        data: Passes,
+        factors: Mapping[str, KroneckerFactors],
+        bases: Mapping[str, tuple[Eigenbasis, Eigenbasis]],
+    ) -> dict[str, Blocks]:
+        """The curvature's eigenvalues in the bases of S and A: here the products of theirs."""
+        return {name: kronecker_eigenvalues(s, a) for name, (s, a) in bases.items()}
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """See `Curvature`."""
+        return {name: one.shape for name, one in self._layers.items()}
+
+    def spectrum(self, layers: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
+        """See `Curvature`."""
+        return joined_spectra([self._layers[name].spectrum() for name in layers or self._layers])
+
+    def prepare(self, prior: Prior) -> dict[str, KroneckerPosterior]:
+        """The Gaussian of every layer."""
+        return {name: one.with_prior(prior[name]) for name, one in self._layers.items()}
+
+    def covariance(self, jacobians: Jacobians, prior: Prior, prepared: Mapping[str, KroneckerPosterior]) -> Tensor:
+        """The sum over layers of their contractions, one grouped operation per device."""
+        devices: dict[torch.device, list[tuple[Tensor, Tensor, KroneckerPosterior, Tensor | None]]] = {}
+        for name in jacobians.inputs:
+            a, g, mask = jacobians.contraction(name)
+            devices.setdefault(a.device, []).append((a, g, prepared[name], mask))
+        sums = []
+        for parts in devices.values():
+            a_, g_, posteriors, masks = (list(column) for column in zip(*parts, strict=True))
+            sums.append(ops.grouped_jacobian_covariance(a_, g_, posteriors, masks=masks))
+        return torch.stack([one.to(sums[0].device) for one in sums]).sum(dim=0)
+
+    def sample(
+        self, n: int, prior: Prior, prepared: Mapping[str, KroneckerPosterior], generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """See `Curvature`."""
+        return {name: layer.sample(n, generator) for name, layer in prepared.items()}
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+        """A factor that several layers share is there once, under the name of the first of them, its `input_factor`."""
+        tensors: dict[str, Tensor] = {}
+        described: dict[str, dict[str, Any]] = {}
+        shared: dict[int, str] = {}
+        for name, one in self._layers.items():
+            factors = self.factors[name]
+            parts = {
+                "basis_s": one.basis_s,
+                "basis_a": one.basis_a,
+                **one.curvature._asdict(),
+                "s": factors.s,
+                "tail_s": factors.tail_s,
+                "tail_a": factors.tail_a.clone(),  # layers with one input share it; safetensors wants each its own
+            }
+            tensors |= {f"{name}.{key}": value for key, value in parts.items()}
+            owner = shared.setdefault(id(factors.a), name)
+            if owner == name:
+                tensors[f"{name}.a"] = factors.a
+            described[name] = {"input_factor": owner}
+        return tensors, described
+
+    @classmethod
+    def unpack(cls, stored: Stored) -> KroneckerCurvature:
+        """See `Curvature`."""
+        layers, factors, inputs = {}, {}, {}
+        for name, description in stored.layers.items():
+            device, (d_out, d_in) = stored.device(name), stored.shape(name)
+            owner = description.get("input_factor")
+            if not isinstance(owner, str) or owner not in stored.layers:
+                raise ValueError(f"layers.{name}.input_factor: expected the name of one of the layers, got {owner!r}")
+            if stored.shape(owner)[1] != d_in:
+                raise ValueError(
+                    f"{owner}.a: expected the input factor of {name}, of {d_in} rows, got {stored.shape(owner)[1]}"
+                )
+            if owner not in inputs:
+                inputs[owner] = stored.tensor(f"{owner}.a", (d_in, None))
+            inputs[owner] = inputs[owner].to(device)
+            basis_s = stored.tensor(f"{name}.basis_s", (d_out, None)).to(device)
+            basis_a = stored.tensor(f"{name}.basis_a", (d_in, None)).to(device)
+            k_s, k_a = basis_s.shape[1], basis_a.shape[1]
+            sizes: tuple[tuple[int, ...], ...] = ((k_s, k_a), (k_s,), (k_a,), ())  # of the four blocks
+            blocks = [stored.tensor(f"{name}.{key}", size) for key, size in zip(Blocks._fields, sizes, strict=True)]
+            s = stored.tensor(f"{name}.s", (d_out, None)).to(device)
+            tail_s, tail_a = (stored.tensor(f"{name}.{key}", ()).to(device) for key in ("tail_s", "tail_a"))
+            found = stored.names[name]
+            layers[found] = KroneckerDecomposition(basis_s, basis_a, Blocks(*(block.to(device) for block in blocks)))
+            factors[found] = KroneckerFactors(inputs[owner], s, tail_a, tail_s)
+        return cls(layers, factors)
+
+
+@register("ekfac")
+class EigenvalueCorrectedCurvature(KroneckerCurvature):
+    """K-FAC's eigenbases, with the curvature's own eigenvalues along them, from a second pass."""
+
+    passes: ClassVar[int] = 2
+
+    @classmethod
+    def measure_eigenvalues(
+        cls,
+        data: Passes,
+        factors: Mapping[str, KroneckerFactors],
+        bases: Mapping[str, tuple[Eigenbasis, Eigenbasis]],
+    ) -> dict[str, Blocks]:
+        """Second moments of the gradients along the bases."""
+        sums = {name: EigenvalueSum(s, a, factors[name], data.config.tail) for name, (s, a) in bases.items()}
+        for _, recorded in data.captures("eigenvalues", weight_gradients=True):
+            for gradients in data.backward(recorded, weight_gradients=list(sums)):
+                for name, gradient in gradients.items():
+                    sums[name].add(gradient)
+        return {name: total.eigenvalues() for name, total in sums.items()}

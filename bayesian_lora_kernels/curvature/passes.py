@@ -1,0 +1,233 @@
+"""Passes over the data of one fit: from a loader to captures and gradients, which a curvature is measured from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bayesian_lora_kernels.config import LaplaceConfig
+from bayesian_lora_kernels.curvature.factors import check_finite, square_sums
+from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
+from bayesian_lora_kernels.model.batches import batch_size, check_loader, to_device
+from bayesian_lora_kernels.model.capture import Capture
+from bayesian_lora_kernels.model.forward import Forward, model_device
+from bayesian_lora_kernels.model.layers import LinearLayer
+from bayesian_lora_kernels.model.measuring import measuring
+from bayesian_lora_kernels.model.memory import default_budget, examples_within
+from bayesian_lora_kernels.model.pieces import captures
+from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit found."""
+
+    curvature: Curvature
+    n_examples: int
+    log_likelihood: float | None
+
+
+@dataclass
+class _Totals:
+    n_examples: int = 0
+    positions: Tensor | int = 0  # that carry a loss
+    log_likelihood: Tensor | None = None
+    labelled: bool = True
+
+
+class Passes:
+    """The model, its layers and the data stay the same over the passes of a fit.
+
+    Attributes:
+        layers: to measure.
+        config: settings of the fit.
+        n_examples: in the data, after the first pass.
+        log_likelihood: of the labels, summed over the data, after the first pass; None without labels.
+
+    Args:
+        model: stays as it is.
+        layers: see above.
+        forward: from a batch to logits.
+        loader: any iterable of batches.
+        config: see above.
+        progress: whether to show a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[LinearLayer],
+        forward: Forward,
+        loader: Iterable[Any],
+        config: LaplaceConfig,
+        progress: bool = False,
+    ):
+        self.model, self.layers, self.forward = model, layers, forward
+        self.loader, self.config, self.progress = loader, config, progress
+        self.likelihood = LIKELIHOODS[config.likelihood]()
+        self._totals: _Totals | None = None
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return model_device(self.model)
+
+    @property
+    def memory_budget(self) -> int:
+        """Bytes."""
+        return self.config.memory_budget or default_budget(self.device)
+
+    @property
+    def n_examples(self) -> int:
+        """See the class."""
+        return 0 if self._totals is None else self._totals.n_examples
+
+    @property
+    def log_likelihood(self) -> float | None:
+        """See the class."""
+        if self._totals is None or not self._totals.labelled or self._totals.log_likelihood is None:
+            return None
+        return float(self._totals.log_likelihood)
+
+    def captures(self, what: str, weight_gradients: bool = False) -> Iterator[tuple[int, Capture]]:
+        """One pass: every batch, in pieces that fit the memory budget, with its labels checked; the first pass counts.
+
+        Args:
+            what: the name of the pass, for the progress bar.
+            weight_gradients: whether `backward` will be asked for those, for the memory.
+
+        Yields:
+            The number of the batch, and the captured forward pass of a piece of it.
+
+        Raises:
+            ValueError: for an empty loader, bad labels, logits that are not finite; the batch is named.
+        """
+        totals = _Totals()
+        for index, batch in enumerate(tqdm(self.loader, desc=what, unit="batch", disable=not self.progress)):
+            try:
+                batch = to_device(batch, self.device)
+                size = batch_size(batch)
+                if size == 0:
+                    continue
+                step = size
+                if size:
+                    step = examples_within(
+                        self.config.memory_budget, batch, self.layers, weight_gradients=weight_gradients
+                    )
+                for _, recorded in captures(self.layers, self.forward, batch, step or 1, all_labels=True):
+                    self._count(recorded, totals)
+                    yield index, recorded
+            except (ValueError, TypeError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"batch {index}: {error}") from error
+        if totals.n_examples == 0:
+            raise ValueError("loader: expected at least one batch with at least one example, got none")
+        if int(totals.positions) == 0:
+            raise ValueError(
+                "mask: expected at least one position that carries a loss, got none in all of the data (a mask of all "
+                "False, or labels that are all -100)"
+            )
+        self._totals = self._totals or totals
+
+    def weight_gradients(self, what: str) -> Iterator[dict[str, Tensor]]:
+        """One pass: gradients `{layer: [N, d_out, d_in]}` whose outer products `g g^T` add up to the curvature.
+
+        Each is of some examples and one column of their Fisher; zero for a layer that was not called.
+
+        Raises:
+            ValueError: as `captures`; for a gradient that is not finite, and for a layer that was never called.
+        """
+        names = [layer.name for layer in self.layers]
+        called: set[str] = set()
+        for index, recorded in self.captures(what, weight_gradients=True):
+            called |= recorded.inputs.keys()
+            for gradients in self.backward(recorded, weight_gradients=names):
+                gradients |= recorded.without_gradient()
+                squares = square_sums({name: (gradients[name].flatten(start_dim=1), None) for name in names})
+                bad = [name for name in names if not math.isfinite(squares[name])]
+                check_finite("gradient", bad, f" in batch {index}")
+                yield gradients
+        self.check_called(called)
+
+    def backward(self, recorded: Capture, weight_gradients: Collection[str] = ()) -> Iterator[dict[str, Tensor]]:
+        """The gradients of each column of the Fisher, one after the other; see `Capture.backward`."""
+        logits, mask, labels, _ = recorded.result
+        if logits.device not in self._generators:
+            self._generators[logits.device] = torch.Generator(logits.device).manual_seed(self.config.seed)
+        for cotangent, last in self.likelihood.cotangents(
+            logits,
+            mask,
+            labels,
+            fisher=self.config.fisher,
+            samples=self.config.fisher_samples,
+            generator=self._generators[logits.device],
+        ):
+            yield recorded.backward(cotangent, weight_gradients=weight_gradients, retain_graph=not last)
+
+    def check_clear(self, index: int) -> None:
+        """Whether it is known of every layer which of its rows are padding, as a factor of the inputs demands.
+
+        Raises:
+            ValueError: if it is not; `index` is the number of the batch.
+        """
+        for name, reason in self.forward.findings.unclear.items():
+            raise ValueError(
+                f"batch {index}: {name}: {reason}, so that its factor A would count padding; pass batches without "
+                "padding (one example each, or of equal length), or curvature='exact'"
+            )
+
+    def check_called(self, called: Collection[str]) -> None:
+        """Whether every layer was called.
+
+        Raises:
+            ValueError: if one was not.
+        """
+        missing = [layer.name for layer in self.layers if layer.name not in called]
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}: never called by forward, so the "
+                "data say nothing about it (an adapter that is merged, disabled or not active?); leave it out with "
+                "modules=..."
+            )
+
+    def _count(self, recorded: Capture, totals: _Totals) -> None:
+        logits, mask, labels, _ = recorded.result
+        if not torch.isfinite(logits if mask is None else logits[mask]).all():
+            raise ValueError("the logits are not finite (NaN or infinity)")
+        self.likelihood.check_logits(logits)
+        totals.n_examples += len(logits)
+        totals.positions = totals.positions + (len(logits) if mask is None else mask.sum())
+        if labels is None:
+            totals.labelled = False
+            return
+        labels = self.likelihood.check_labels(logits, labels)
+        recorded.result = recorded.result._replace(labels=labels)
+        added = self.likelihood.log_likelihood(logits, labels, mask)
+        totals.log_likelihood = added if totals.log_likelihood is None else totals.log_likelihood + added
+
+
+def fit_curvature(passes: Passes) -> Fit:
+    """Measure the curvature that the configuration names.
+
+    Raises:
+        TypeError: for a loader that is a single batch.
+        ValueError: for an empty loader, bad labels, logits, inputs or gradients that are not finite, a layer that is
+            never called; the batch and the module are named.
+    """
+    kind = CURVATURES[passes.config.curvature]
+    check_loader(passes.loader)
+    if kind.passes > 1 and isinstance(passes.loader, Iterator):
+        raise ValueError(
+            f"loader: {passes.config.curvature.upper()} goes over the data twice, expected an iterable that can start "
+            "again (a DataLoader or a list), got an iterator"
+        )
+    with measuring(passes.model):
+        curvature = kind.measure(passes)
+    return Fit(curvature, passes.n_examples, passes.log_likelihood)

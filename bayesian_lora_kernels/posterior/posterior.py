@@ -1,0 +1,80 @@
+"""The posterior over the weights of a model: a curvature and a prior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesian_lora_kernels.model.jacobians import Jacobians
+from bayesian_lora_kernels.posterior.curvature import Curvature
+from bayesian_lora_kernels.posterior.kronecker import KroneckerPosterior
+from bayesian_lora_kernels.posterior.prior import Prior
+from bayesian_lora_kernels.surroundings import in_own_surroundings
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior(Mapping[str, KroneckerPosterior]):
+    """Gaussian around the MAP weights whose precision is `curvature + prior precision`; it never changes.
+
+    As a mapping, `{module name: its own Gaussian}`, where the curvature leaves modules independent. What follows from
+    the two values is computed once, when it is first needed.
+
+    Attributes:
+        curvature: of the data.
+        prior: over the same modules.
+
+    Raises:
+        ValueError: for a prior over other modules.
+    """
+
+    curvature: Curvature
+    prior: Prior
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prior", self.prior.over(list(self.curvature.shapes)))
+
+    @cached_property
+    @in_own_surroundings
+    def prepared(self) -> Any:
+        """See `Curvature.prepare`."""
+        with torch.inference_mode(False):
+            return self.curvature.prepare(self.prior)
+
+    @cached_property
+    @in_own_surroundings
+    def logdet(self) -> Tensor:
+        """Log-determinant of the precision, 0-d float64, with the gradient of the prior precision if it has one."""
+        with torch.inference_mode(False):
+            return self.curvature.logdet(self.prior)
+
+    @in_own_surroundings
+    def covariance(self, jacobians: Jacobians) -> Tensor:
+        """`J Sigma J^T [N, C, C]`, in float32 or float64."""
+        return self.curvature.covariance(jacobians, self.prior, self.prepared)
+
+    @in_own_surroundings
+    def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Zero-mean samples of the weights' deviations from the MAP, `{module: [n, d_out, d_in]}`."""
+        return self.curvature.sample(n, self.prior, self.prepared, generator)
+
+    def __getitem__(self, module: str) -> KroneckerPosterior:
+        return self._by_module()[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_module())
+
+    def __len__(self) -> int:
+        return len(self._by_module())
+
+    def _by_module(self) -> Mapping[str, KroneckerPosterior]:
+        if not isinstance(self.prepared, Mapping):
+            raise RuntimeError(
+                f"posterior: {type(self.curvature).__name__} has no Gaussian for each module; use the methods of the "
+                "whole (logdet, covariance, sample)"
+            )
+        return self.prepared
