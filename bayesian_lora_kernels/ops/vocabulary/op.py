@@ -120,7 +120,7 @@ def vocabulary_probs(
         TypeError, ValueError, RuntimeError: as ``vocabulary_logsumexp``; ``logsumexp`` of another shape, dtype or
             device, ``scratch_bytes`` negative or no integer.
 
-    Source: METHOD section 6 (posterior predictive by samples of the linearised network).
+    Source: Immer et al. 2021 (posterior predictive by samples of the linearised network); docs/vocabulary.md.
     """
     where = "vocabulary_probs"
     check_impl(where, impl)

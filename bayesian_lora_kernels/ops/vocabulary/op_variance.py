@@ -43,7 +43,7 @@ def vocabulary_variance(weight: Tensor, factor: Tensor, *, impl: str = "auto") -
         ValueError: a wrong shape or device, an unknown ``impl``.
         RuntimeError: an explicit ``impl`` cannot run; the message says why.
 
-    Source: METHOD section 6 (d).
+    Source: Immer et al. 2021 (covariance ``J Sigma J^T`` of the linearised network's logits, here with ``J = W J_h``).
     """
     check_impl("vocabulary_variance", impl)
     _validate(weight, factor)
