@@ -6,7 +6,7 @@ into two bfloat16 halves where X is bfloat16. And NaN or infinity in a counted r
 then NaN.
 
 Launches, for all streams of a dtype and padded width together: norms, fresh columns, stack, Gram, Gram-Schmidt, Omega;
-R, the touch (Z, Y), C, K; the l x l algebra (one launch where the native extension has it), B. First batches go through
+R, the touch (Z, Y), C, K; ``nystrom_eigh`` (one launch where the native extension has it), B. First batches go through
 the touch twice, as in the reference. Batches with at most as many rows as columns are a few products in PyTorch each.
 
 Bytes and operations per stream, X of M rows and d columns of b bytes, L = l padded to a power of two: X twice, ``2 M
@@ -31,8 +31,8 @@ from ..device import architecture, in_vectors, int64_table, multiprocessors, on_
 from ..masking import zero_masked
 from ..shipped import Shipped
 from ..tuning import choose_configuration
-from . import algebra, reference
 from . import columns as around
+from . import nystrom, reference
 from .touch import back_project_kernel, project_kernel, touch_kernel
 
 WIDEST = 128  # columns of B before and after
@@ -184,10 +184,10 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values[0].flip(-1), vectors[0].flip(-1)
 
 
-def _small_algebra(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
+def _nystrom_eigh(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
     if not _is_native(core):
-        return reference.small_algebra(core, gram, rounding)
-    return algebra.small_algebra(core, gram, rounding, check_errors=False)
+        return reference.nystrom_eigh(core, gram, rounding)
+    return nystrom.nystrom_eigh(core, gram, rounding, check_errors=False)
 
 
 class _Update:
@@ -299,7 +299,7 @@ class _Update:
         eps = torch.finfo(torch.float32).eps
         columns = max(min(stream.out.shape) for stream in self.streams)
         core, gram = core[:, :columns, :columns], gram[:, :columns, :columns]
-        combination = _small_algebra(core, gram, eps)
+        combination = _nystrom_eigh(core, gram, eps)
         norms = (combination * (gram @ combination)).sum(-2).clamp(min=0.0).sqrt()
         terms = gram.diagonal(dim1=-2, dim2=-1).sqrt()[:, None, :] @ combination.abs()
         kept = norms[:, None, :] > eps * terms

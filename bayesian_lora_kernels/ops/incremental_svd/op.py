@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..checks import accumulation_dtype, check_device, check_mask, check_same_length, check_tensor, describe
 from ..dispatch import check_impl, choose
-from .fresh import choose_rows, draw_numbers
 from .implementations import register_all
+from .sparse_signs import choose_rows, draw_numbers
 
 register_all()
 
@@ -41,8 +41,8 @@ def incremental_svd(
             Half of the columns, where there are fewer columns than that.
         generator: where the choice of rows and signs comes from, on any device; None: PyTorch's global
             generator.
-        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"`` (the reference, with its small algebra in the
-            native extension).
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"`` (the reference, with its Nystroem
+            eigendecompositions in the native extension).
 
     Returns:
         ``[d, columns]``, orthogonal columns by descending norm, zero columns where the rank is smaller;
