@@ -27,8 +27,8 @@ from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
 from bayesian_lora_kernels.posterior.weights import MeasuredWeights, adapter_digest, covered_by, find_adapter
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.hidden_samples import HiddenSampler
+from bayesian_lora_kernels.predictive.jvp import JacobianVectorProduct
 from bayesian_lora_kernels.predictive.logits import LogitPredictor, Outputs
-from bayesian_lora_kernels.predictive.pushforward import Pushforward
 from bayesian_lora_kernels.predictive.scoring import TokenScores, score_tokens
 from bayesian_lora_kernels.predictive.tuning import minimise_nll
 from bayesian_lora_kernels.predictive.vocabulary import SAMPLES, VocabularyPosterior, vocabulary_posterior
@@ -129,7 +129,7 @@ class LaplaceLoRA:
         )
         self._fit: Fit | None = None
         self._weights: MeasuredWeights | None = None
-        self._pushforward = Pushforward()
+        self._jvp = JacobianVectorProduct()
         self._prior = self._per_layer(prior_precision)
 
     @in_own_surroundings
@@ -476,7 +476,7 @@ class LaplaceLoRA:
             fit.posterior,
             self._detached_prior(),
             self._settings.memory_budget,
-            self._pushforward,
+            self._jvp,
         )
 
     def _per_layer(self, prior_precision: PriorPrecision) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from bayesian_lora_kernels.model.memory import default_budget
 from bayesian_lora_kernels.model.output_map import OutputMap, read_output_map
 from bayesian_lora_kernels.posterior.exact import ExactPosterior
 from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
-from bayesian_lora_kernels.predictive.pushforward import Pushforward
+from bayesian_lora_kernels.predictive.jvp import JacobianVectorProduct
 
 # Weights are drawn in blocks of this size whatever the memory, so that the same generator gives the same samples.
 BLOCK = 8
@@ -70,7 +70,7 @@ class HiddenSampler:
         posterior: of the layers' weights.
         prior: precision of each layer.
         memory_budget: bytes; None: half of what is free. Examples and samples run in pieces within it.
-        pushforward: how derivatives are taken; is shared so that they are tried once.
+        jvp: how derivatives are taken; is shared so that they are tried once.
 
     Raises:
         ValueError: for a model without an output head.
@@ -84,11 +84,11 @@ class HiddenSampler:
         posterior: LayerwisePosterior | ExactPosterior,
         prior: Mapping[str, Tensor],
         memory_budget: int | None,
-        pushforward: Pushforward,
+        jvp: JacobianVectorProduct,
     ):
         self.model, self.layers, self.forward = model, layers, forward
         self.posterior, self.prior, self.memory_budget = posterior, prior, memory_budget
-        self.pushforward = pushforward
+        self.jvp = jvp
         self.states = HiddenStates(forward)
         self._inner = [layer for layer in layers if not forward.in_head(layer.name)]
 
@@ -166,7 +166,7 @@ class HiddenSampler:
                 for i in range(0, total, samples):
                     some = {k: d[i : i + samples] for k, d in deviations.items()}
                     # PyTorch's derivatives of functions leave their levels behind if they are interrupted.
-                    rows.append(uninterrupted(partial(self.pushforward, function, parameters, some)))
+                    rows.append(uninterrupted(partial(self.jvp, function, parameters, some)))
                 columns.append(torch.cat(rows))
             else:  # nothing but the head is adapted
                 still = function({})
