@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels import ops
-from bayesian_lora_kernels.model.capture import LayerInput, accumulate_dtype
+from bayesian_lora_kernels.model.capture import LayerInput
+from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 
 TOKENS = ("expand", "reduce", "last")

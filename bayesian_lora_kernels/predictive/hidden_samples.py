@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, slice_batch, to_device
-from bayesian_lora_kernels.model.capture import accumulate_dtype
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.hidden import HiddenStates, differentiable_attention
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring, uninterrupted
 from bayesian_lora_kernels.model.memory import default_budget
 from bayesian_lora_kernels.model.output_map import OutputMap, read_output_map
+from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.exact import ExactPosterior
 from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
 from bayesian_lora_kernels.predictive.jvp import JacobianVectorProduct

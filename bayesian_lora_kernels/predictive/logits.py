@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.model.batches import batch_size, to_device
-from bayesian_lora_kernels.model.capture import Capture, accumulate_dtype
+from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.memory import examples_within, frugal_examples
 from bayesian_lora_kernels.model.pieces import captures
+from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.exact import ExactPosterior
 from bayesian_lora_kernels.posterior.layerwise import LayerwisePosterior
 from bayesian_lora_kernels.predictive.jacobians import contraction, logit_gradients, narrow_layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import accumulation_dtype, check_device, check_tensor
+from ..checks import accumulate_dtype, check_device, check_tensor
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 
@@ -59,7 +59,7 @@ def _validate(weight: Tensor, factor: Tensor) -> None:
 
 def _validate_and_allocate(weight: Tensor, factor: Tensor) -> Tensor:
     _validate(weight, factor)
-    return factor.new_empty((factor.shape[0], weight.shape[0]), dtype=accumulation_dtype(weight, factor))
+    return factor.new_empty((factor.shape[0], weight.shape[0]), dtype=accumulate_dtype(weight, factor))
 
 
 @torch.library.custom_op(
