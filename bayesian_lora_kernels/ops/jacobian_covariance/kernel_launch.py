@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..device import int64_table, on_device
+from ..device import int64_table, is_aligned, on_device
 from ..kernel_types import TYPES
 from . import kernel
 from .routes import side_by_side
@@ -129,7 +129,7 @@ def grouped_jacobian_covariance(
         key = tuple(
             None if x is None else (x.shape, x.stride(), x.dtype) for x in (a[i], g[i], mask, basis_s[i], basis_a[i])
         )
-        groups.setdefault((*key, a[i].data_ptr() % 16, g[i].data_ptr() % 16), []).append(i)
+        groups.setdefault((*key, is_aligned(a[i]), is_aligned(g[i])), []).append(i)
     total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
     with on_device(out):
         for members in groups.values():
@@ -315,7 +315,7 @@ def _launch(
     sizes = (examples, outputs, rows, tokens, width, tiles, per_program, splits, row_blocks, k_)
     shared = {
         "DTYPE": TYPES[wide.dtype],
-        "ALIGNED": wide.data_ptr() % 16 == 0,
+        "ALIGNED": is_aligned(wide),
         "MASKED": mask is not None,
         "REST": rest,
         "C_": c_,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import SCRATCH_BYTES, architecture, multiprocessors, on_device
+from ..device import SCRATCH_BYTES, architecture, is_aligned, multiprocessors, on_device
 from ..kernel_types import TYPES
 from ..shipped import Shipped
 from ..tuning import choose_configuration
@@ -202,7 +202,7 @@ def configurations(name: str, dtype: torch.dtype, width: int, strided: bool = Fa
 
 def is_strided(x: Tensor) -> bool:
     """Whether the compiler does not see at launch that rows of ``x`` are pieces of 16 aligned bytes."""
-    return x.stride(1) != 1 or x.stride(0) % 16 != 0 or x.data_ptr() % 16 != 0
+    return x.stride(1) != 1 or x.stride(0) % 16 != 0 or not is_aligned(x)
 
 
 def choose_splits(tiles: int, rows: int, programs: int) -> int:
