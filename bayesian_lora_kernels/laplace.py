@@ -30,8 +30,8 @@ from bayesian_lora_kernels.posterior.stored import Stored
 from bayesian_lora_kernels.posterior.weights import MeasuredWeights, adapter_digest, covered_by, find_adapter
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.hidden_samples import HiddenSampler
+from bayesian_lora_kernels.predictive.jvp import JacobianVectorProduct
 from bayesian_lora_kernels.predictive.logits import LogitPredictor, Outputs
-from bayesian_lora_kernels.predictive.pushforward import Pushforward
 from bayesian_lora_kernels.predictive.scoring import TokenScores, score_tokens
 from bayesian_lora_kernels.predictive.tuning import minimise_nll
 from bayesian_lora_kernels.predictive.vocabulary import SAMPLES, VocabularyPosterior, vocabulary_posterior
@@ -93,7 +93,7 @@ class LaplaceLoRA:
         self._fit: Fit | None = None
         self._posterior: Posterior | None = None  # of the fit, under the prior
         self._weights: MeasuredWeights | None = None
-        self._pushforward = Pushforward()
+        self._jvp = JacobianVectorProduct()
         self.prior_precision = self.config.prior_precision
 
     @in_own_surroundings
@@ -452,7 +452,7 @@ class LaplaceLoRA:
                 f"{what}: expected a causal LM with an output head over a vocabulary and the default forward"
             )
         return HiddenSampler(
-            self.model, self.layers, self._forward, self._gaussian(), self.config.memory_budget, self._pushforward
+            self.model, self.layers, self._forward, self._gaussian(), self.config.memory_budget, self._jvp
         )
 
     def _square_norms(self) -> dict[str, Tensor]:

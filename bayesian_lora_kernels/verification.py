@@ -15,13 +15,14 @@ from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS, MAX_EXACT_CO
 from bayesian_lora_kernels.curvature.passes import Passes, fit_curvature
 from bayesian_lora_kernels.model.alone import distance, logits_alone, logits_together, most_padded
 from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, slice_batch, to_device
-from bayesian_lora_kernels.model.capture import Capture, accumulate_dtype
+from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.containers import map_tensors
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
 from bayesian_lora_kernels.model.measuring import measuring, undone
 from bayesian_lora_kernels.model.memory import free_bytes
 from bayesian_lora_kernels.model.pieces import captures
+from bayesian_lora_kernels.ops.checks import accumulate_dtype
 
 LOGITS = 3  # of an example, whose Jacobians are compared
 JACOBIAN = {torch.float64: 1e-8, torch.float32: 1e-3}

@@ -46,13 +46,13 @@ inline void check_small_eigh(const at::Tensor& matrices, const at::Tensor& eigen
   check_result(where, "eigenvectors", eigenvectors, matrices.sizes(), "matrices", matrices);
 }
 
-inline void check_small_algebra(const at::Tensor& core, const at::Tensor& gram, double rounding,
-                                const at::Tensor& combination) {
-  const char* where = "small_algebra";
+inline void check_nystrom_eigh(const at::Tensor& core, const at::Tensor& gram, double rounding,
+                               const at::Tensor& combination) {
+  const char* where = "nystrom_eigh";
   check_small(where, "core", core);
-  TORCH_CHECK_TYPE(core.scalar_type() == at::kDouble, "small_algebra: expected core of dtype float64, got ",
+  TORCH_CHECK_TYPE(core.scalar_type() == at::kDouble, "nystrom_eigh: expected core of dtype float64, got ",
                    core.scalar_type());
-  TORCH_CHECK_VALUE(rounding >= 0 && rounding < 1, "small_algebra: expected rounding in [0, 1), got ", rounding);
+  TORCH_CHECK_VALUE(rounding >= 0 && rounding < 1, "nystrom_eigh: expected rounding in [0, 1), got ", rounding);
   check_like(where, "gram", gram, core.sizes(), "core", core);
   check_result(where, "combination", combination, core.sizes(), "core", core);
   at::assert_no_overlap(combination, gram);

@@ -43,8 +43,8 @@ pybind11::dict build_info() {
 TORCH_LIBRARY(bayesian_lora_kernels_native, m) {
   // Returns [L], int32: the number of sweeps, or a negative number that csrc/small_eigh.h names.
   m.def("small_eigh(Tensor matrices, Tensor(a!) eigenvalues, Tensor(b!) eigenvectors) -> Tensor");
-  // Likewise, sweeps of both diagonalisations; csrc/small_algebra.h.
-  m.def("small_algebra(Tensor core, Tensor gram, float rounding, Tensor(a!) combination) -> Tensor");
+  // Likewise, sweeps of both diagonalisations; csrc/nystrom_eigh.h.
+  m.def("nystrom_eigh(Tensor core, Tensor gram, float rounding, Tensor(a!) combination) -> Tensor");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

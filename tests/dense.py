@@ -158,7 +158,7 @@ def fisher_columns(logits: Tensor) -> Tensor:
 def kfac_factors(
     examples: Sequence[Tokens], names: Sequence[str], tokens: str, columns: Callable[[Tokens], Sequence[Tensor]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """`{module: (A, S)}`, METHOD's table in naive loops."""
+    """`{module: (A, S)}`, docs/method.md's table in naive loops."""
     result = {}
     for name in names:
         inputs: list[Tensor] = []

@@ -1,4 +1,4 @@
-// csrc/small_eigh.h and small_algebra.h with a team of threads that meet at barriers, as a CUDA block does, against the
+// csrc/small_eigh.h and nystrom_eigh.h with a team of threads that meet at barriers, as a CUDA block does, against the
 // same with one thread: results must be equal to the bit. Under ThreadSanitizer a missing barrier is a reported race even
 // where nothing went wrong. Prints one line per case.
 #include <atomic>
@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/small_algebra.h"
+#include "../csrc/nystrom_eigh.h"
 
 struct Shared {
   explicit Shared(int size) : meet(size) {}
@@ -41,7 +41,7 @@ using Numbers = std::vector<double>;
 
 struct Result {
   Numbers values, vectors, combination;
-  int eigh = 0, algebra = 0;
+  int eigh = 0, nystrom = 0;
   bool operator==(const Result&) const = default;
 };
 
@@ -58,15 +58,15 @@ void as_team(int width, int height, const Run& run) {
 // Width 0: the team of one that the CPU build uses.
 Result solve(const Numbers& core, const Numbers& gram, int n, int width, int height) {
   Result result{Numbers(n), Numbers(n * n), Numbers(n * n)};
-  Numbers memory(blk::small_algebra_size(n)), vectors(n * n), scratch(n * n);
+  Numbers memory(blk::nystrom_eigh_size(n)), vectors(n * n), scratch(n * n);
   std::vector<int> order(n);
   const auto w = blk::make_workspace(memory.data() + n, vectors.data(), order.data(), n);
   const auto run = [&](const auto& team) {
     const int eigh = blk::small_eigh(team, core.data(), result.values.data(), result.vectors.data(), w, n);
     team.sync();
-    const int algebra = blk::small_algebra(team, core.data(), gram.data(), 1e-7, result.combination.data(),
-                                           scratch.data(), memory.data(), w, n);
-    if (team.rank() == 0) result.eigh = eigh, result.algebra = algebra;
+    const int nystrom = blk::nystrom_eigh(team, core.data(), gram.data(), 1e-7, result.combination.data(),
+                                          scratch.data(), memory.data(), w, n);
+    if (team.rank() == 0) result.eigh = eigh, result.nystrom = nystrom;
   };
   if (width == 0) {
     run(blk::SerialTeam{});
@@ -94,7 +94,7 @@ int main() {
     const Result expected = solve(core, gram, n, 0, 0);
     for (const auto& [width, height] : {std::pair{1, 1}, {2, 1}, {1, 3}, {3, 2}}) {
       const Result found = solve(core, gram, n, width, height);
-      const bool equal = found == expected && found.eigh >= 0 && found.algebra >= 0;
+      const bool equal = found == expected && found.eigh >= 0 && found.nystrom >= 0;
       std::printf("n = %d, %d lanes, %d rows: %s\n", n, width, height, equal ? "equal" : "DIFFERENT");
       all_equal &= equal;
     }

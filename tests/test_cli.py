@@ -62,8 +62,8 @@ def test_bad_use(arguments, capsys):
 
 def test_paths_are_checked_before_the_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("bayesian_lora_kernels.demo.run.run_demo", lambda *_, **__: pytest.fail("it began"))
-    assert cli.main(["demo", "--quick", "--json", str(tmp_path / "no" / "x.json")]) == 1
-    assert "expected a file in a folder that exists" in capsys.readouterr().err
+    assert cli.main(["demo", "--quick", "--json", str(tmp_path / "no" / "x.json")]) == 2
+    assert f"blk demo: --json {tmp_path}/no/x.json: the folder {tmp_path}/no does not exist" in capsys.readouterr().err
 
 
 def test_demo_says_which_package_is_missing(tmp_path, capsys, monkeypatch):
@@ -122,5 +122,5 @@ def test_bench_shows_no_time_of_what_is_wrong(capsys, monkeypatch):
 
 
 def test_bench_on_a_device_that_is_not_there(capsys):
-    assert cli.main(["bench", "--quick", "--device", "nowhere"]) == 1
-    assert capsys.readouterr().err.startswith("blk bench: ")
+    assert cli.main(["bench", "--quick", "--device", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("blk bench: --device nowhere: ")

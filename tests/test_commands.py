@@ -204,7 +204,7 @@ def test_evaluate(made: Path, fitted: Path, capsys: Any, method: str) -> None:
 def test_a_plot_that_cannot_be(fitted: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--plot d.txt: expected a name that ends in .png" in error_of(capsys, "evaluate", "--plot", "d.txt")
     assert "the folder nowhere does not exist" in error_of(capsys, "evaluate", "--plot", "nowhere/d.png")
-    monkeypatch.setattr("bayesian_lora_kernels.commands.evaluation.find_spec", lambda name: None)
+    monkeypatch.setattr("bayesian_lora_kernels.commands.output.find_spec", lambda name: None)
     assert "needs matplotlib; pip install matplotlib" in error_of(capsys, "evaluate", "--plot", "d.png")
 
 

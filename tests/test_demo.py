@@ -9,8 +9,8 @@ import random
 import pytest
 import torch
 
+from bayesian_lora_kernels.commands.doctor import TOLERANCE, examine, format_report
 from bayesian_lora_kernels.demo import sentences
-from bayesian_lora_kernels.demo.doctor import TOLERANCE, examine, format_report
 from bayesian_lora_kernels.demo.methods import NAMES, SETS, Outcome, compare_methods
 from bayesian_lora_kernels.demo.report import conclusions, format_table
 from bayesian_lora_kernels.demo.results import Run, Statistic, make_run, measure

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bayesian_lora_kernels import ops
-from bayesian_lora_kernels.ops.incremental_svd.fresh import choose_rows, draw_numbers
+from bayesian_lora_kernels.ops.incremental_svd.sparse_signs import choose_rows, draw_numbers
 
 WIDTH, KEPT = 192, 8
 COLUMNS = 2 * KEPT + 10

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 import bayesian_lora_kernels as blk
-from bayesian_lora_kernels.predictive.pushforward import METHODS, Pushforward
+from bayesian_lora_kernels.predictive.jvp import METHODS, JacobianVectorProduct
 
 MODELS = {"llama": lambda: llama(classes=None), "gpt2": lambda: gpt2(), "seq2seq": seq2seq}
 SETTINGS = {
@@ -94,7 +94,7 @@ def test_every_derivative_gives_the_same_samples(method):
     laplace = fitted(case)
     noise = torch.Generator().manual_seed(5)
     expected = laplace.predict(case.batch(), "vocabulary").sample(3, noise)
-    laplace._pushforward = Pushforward(method)
+    laplace._jvp = JacobianVectorProduct(method)
     posterior = laplace.predict(case.batch(), "vocabulary")
     found = posterior.sample(3, noise.manual_seed(5))
     deviation, truth = found - posterior.mean, expected - posterior.mean
@@ -135,7 +135,7 @@ def test_a_model_without_forward_mode():
     assert relative(posterior.hidden, states) < 1e-10
     assert relative(drawn.hidden, pushed) < 1e-9
     assert posterior.method == "double-backward"
-    assert "setup_context" in laplace._pushforward.reasons["forward"]
+    assert "setup_context" in laplace._jvp.reasons["forward"]
 
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -1,4 +1,4 @@
-"""What the user gave cannot be used: one line that says what it is and what to do."""
+"""Why a command stops: one line that says what is wrong, and what to do."""
 
 from __future__ import annotations
 
@@ -7,12 +7,31 @@ from contextlib import contextmanager
 
 import torch
 
+FAILED, BAD_USE = 1, 2
 
-class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line."""
+
+class CommandError(Exception):
+    """The command cannot go on. The message is one line."""
+
+    code = FAILED
 
     def __init__(self, message: object):
         super().__init__(" ".join(str(message).split()))
+
+
+class InputError(CommandError):
+    """Something the user gave cannot be used."""
+
+    code = BAD_USE
+
+
+@contextmanager
+def as_failures(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds, as a `CommandError`."""
+    try:
+        yield
+    except kinds as error:
+        raise CommandError(error) from error
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,38 @@ from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.adapter import choose_device, context_length, open_adapter, pad_token
 from bayesian_lora_kernels.commands.dataset import Example, batches, read_examples
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
+from bayesian_lora_kernels.commands.options import add_adapter, add_model, positive
 from bayesian_lora_kernels.commands.tokens import choice_tokens, token_text, tokenise_prompts
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
+
+
+def add_job_options(parser: ArgumentParser, *, labelled: bool) -> None:
+    """What `load_job` reads."""
+    lines = (
+        'JSON lines {"prompt": ..., "label": ...}; a label is one of the choices, or its index'
+        if labelled
+        else 'JSON lines {"prompt": ...}; labels may be there'
+    )
+    add_adapter(parser)
+    parser.add_argument("data", type=Path, metavar="DATA.jsonl", help=lines)
+    parser.add_argument(
+        "--choices",
+        nargs="+",
+        required=True,
+        metavar="CHOICE",
+        help="what the model chooses between, written as it follows the prompt (' A' if a space comes first); each "
+        "stands for the token that it begins with",
+    )
+    add_model(parser)
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
+    parser.add_argument(
+        "--max-length",
+        type=positive,
+        metavar="N",
+        help="tokens in a prompt, of which a longer one keeps the last; default: what the model is made for",
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +109,7 @@ def load_job(args: Namespace, *, labelled: bool, posterior: Path | None = None) 
     """Check the arguments that all commands have, read the data, load the model.
 
     Args:
-        args: as `commands.add_commands` defines them.
+        args: as `add_job_options` defines them.
         labelled: whether every example needs a label.
         posterior: folder of a fitted posterior, whose choices must be these.
 
@@ -94,10 +122,6 @@ def load_job(args: Namespace, *, labelled: bool, posterior: Path | None = None) 
     repeated = next((choice for i, choice in enumerate(choices) if choice in choices[:i]), None)
     if repeated is not None:
         raise InputError(f"--choices: {repeated!r} is there twice")
-    if args.json is not None:
-        output.check_file(args.json, "--json")
-        if args.json.exists() and args.data.exists() and args.json.samefile(args.data):
-            raise InputError(f"--json {args.json}: this is the file of examples")
     folder = open_adapter(args.adapter, args.base)
     if posterior is not None and not (posterior / JSON_NAME).is_file():
         raise InputError(f"{posterior}: no posterior ({JSON_NAME}) in it; run blk fit first")

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
 from bayesian_lora_kernels.posterior.storage import write_text
+
+PICTURES = (".png", ".pdf", ".svg")
+SOURCES = {"data": "the file of examples", "text": "the text"}
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -37,12 +42,29 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def check_file(path: Path, option: str) -> None:
-    """Before long work: can a file be written there?
+def check_outputs(args: Namespace) -> None:
+    """Before long work: can the files be written that `--html`, `--plot` and `--json` name?
 
     Raises:
-        InputError: if the path is a folder, or its own folder is absent or read-only.
+        InputError: if one cannot, or is what the command reads.
     """
+    options = vars(args)
+    for name in ("html", "plot", "json"):
+        path = options.get(name)
+        if path is None:
+            continue
+        _check_file(path, f"--{name}")
+        for key, what in SOURCES.items():
+            source = options.get(key)
+            if source is not None and path.exists() and source.exists() and path.samefile(source):
+                raise InputError(f"--{name} {path}: this is {what}")
+        if name == "plot" and path.suffix.lower() not in PICTURES:
+            raise InputError(f"--plot {path}: expected a name that ends in {', '.join(PICTURES)}")
+        if name == "plot" and find_spec("matplotlib") is None:
+            raise InputError("--plot: needs matplotlib; pip install matplotlib")
+
+
+def _check_file(path: Path, option: str) -> None:
     if path.is_dir():
         raise InputError(f"{option} {path}: expected a file, this is a folder")
     if not path.parent.is_dir():
@@ -64,13 +86,17 @@ def check_folder(path: Path, option: str) -> None:
         raise InputError(f"{option}{path}: the folder {existing} cannot be written to")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """One JSON document."""
-    with as_input_errors("--json: "):
-        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path | None, content: Any) -> None:
+    """One JSON document, if there is a place for it."""
+    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_json_lines(path: Path, rows: Sequence[Any]) -> None:
-    """One JSON document per line."""
-    with as_input_errors("--json: "):
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_json_lines(path: Path | None, rows: Sequence[Any]) -> None:
+    """One JSON document per line, if there is a place for them."""
+    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is not None:
+        with as_input_errors("--json: "):
+            write_text(path, text)

@@ -20,11 +20,11 @@ from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.factors import KroneckerSums, check_finite
 from bayesian_lora_kernels.curvature.likelihood import Classification
 from bayesian_lora_kernels.model.batches import MASK_KEYS, to_device
-from bayesian_lora_kernels.model.capture import accumulate_dtype
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers, linear_layer
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.pieces import capture
+from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior
 from bayesian_lora_kernels.predictive.logits import choose_logits
 

@@ -187,7 +187,7 @@ class _Blk(CurvatureInterface, ABC):
         """Kronecker factors of one batch of a data set of N examples, padding left out.
 
         `S` is a sum over the batch, `A` a mean over its valid tokens times its share of the examples, so that batches
-        add up to METHOD's factors if texts are equally long on average in each.
+        add up to the factors of docs/method.md if texts are equally long on average in each.
 
         Args:
             x: inputs, as the model takes them; an `attention_mask` in a mapping tells padding.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.config import LaplaceConfig
-from bayesian_lora_kernels.model.capture import LayerInput, accumulate_dtype
+from bayesian_lora_kernels.model.capture import LayerInput
+from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 
 FRESH_COLUMNS = 10

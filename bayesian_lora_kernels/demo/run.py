@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +54,7 @@ def run_demo(settings: DemoSettings, seeds: int, seed: int, out: Path, progress:
     out.mkdir(parents=True, exist_ok=True)
     start = perf_counter()
     seconds = {}
-    with _few_threads(), _quiet_libraries():
+    with _few_threads():
         only = None if settings.modules is None else (*CLASSES, *FOREIGN, *settings.modules)
         modules = read_standard_library(
             only, lambda files: tqdm(files, desc="reading the standard library", unit="file", disable=not progress)
@@ -70,7 +69,7 @@ def run_demo(settings: DemoSettings, seeds: int, seed: int, out: Path, progress:
     seconds["total"] = perf_counter() - start
     content = as_json(runs, results, settings, seconds)
     save_figure(figure, out / PLOT_NAME)
-    write_text(out / JSON_NAME, json.dumps(content, indent=2) + "\n")
+    write_text(out / JSON_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     print(_heading(settings, seeds))
     print(format_table(results, settings))
@@ -156,12 +155,3 @@ def _few_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Without the notes that transformers and PEFT address to their own developers."""
-    with warnings.catch_warnings():
-        for library in ("transformers", "peft"):
-            warnings.filterwarnings("ignore", category=FutureWarning, module=library)
-        yield

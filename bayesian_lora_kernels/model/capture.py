@@ -20,6 +20,7 @@ from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.layouts import Layout
 from bayesian_lora_kernels.model.masks import Scopes, TokenMask
 from bayesian_lora_kernels.model.measuring import hooked, undo_when_measured
+from bayesian_lora_kernels.ops.checks import accumulate_dtype
 
 NOTHING = 8  # times the machine's precision
 Receive = Callable[[str, int, Tensor], None]
@@ -346,11 +347,6 @@ class Capture:
             if call in parts:
                 g[:, start:stop] = parts[call]
         return g
-
-
-def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _joined(masks: Sequence[Tensor | None], tokens: Sequence[Tensor]) -> Tensor | None:

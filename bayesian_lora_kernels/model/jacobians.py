@@ -7,7 +7,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.model.capture import Capture, LayerInput, accumulate_dtype
+from bayesian_lora_kernels.model.capture import Capture, LayerInput
+from bayesian_lora_kernels.ops.checks import accumulate_dtype
 
 
 class Jacobians:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.batches import reversed_batch
-from bayesian_lora_kernels.model.capture import Capture, accumulate_dtype
+from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.layers import LinearLayer
+from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.surroundings import callers_surroundings
 
 FACTORS = tuple(sign * 2.0**k for k in (0, 1, -1, 2, -2, 3, -3) for sign in (1, -1))

@@ -58,7 +58,7 @@ def check_same_length(where: str, expected: int, value: object) -> None:
         raise ValueError(f"{where}: expected {expected} entries, got {len(value)}")
 
 
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of sums and results: float64 if any input is float64, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 

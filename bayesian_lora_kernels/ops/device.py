@@ -47,11 +47,16 @@ def int64_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return table.to(device, non_blocking=True)
 
 
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether it begins at a multiple of 16 bytes, which Triton sees of a pointer at launch."""
+    return tensor.data_ptr() % 16 == 0
+
+
 def in_vectors(matrix: Tensor) -> bool:
     """Whether the rows of ``matrix: [M, d]`` are pieces of 16 aligned bytes, which a kernel then loads at once."""
     vector = 16 // matrix.element_size()
     strides = matrix.stride(1) == 1 and matrix.stride(0) % vector == 0
-    return strides and matrix.shape[1] % vector == 0 and matrix.data_ptr() % 16 == 0
+    return strides and matrix.shape[1] % vector == 0 and is_aligned(matrix)
 
 
 def triton_refuses(*tensors: Tensor) -> str | None:

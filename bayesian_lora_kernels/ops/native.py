@@ -19,7 +19,7 @@ MAX_N = 128  # largest matrix that the operators take; kMaxN in csrc/small_eigh.
 # What the operators return in place of a number of sweeps; kNotFinite in csrc/small_eigh.h. Lower: not converged.
 _NOT_FINITE = -1
 
-_OPERATORS = ("small_eigh", "small_algebra")
+_OPERATORS = ("small_eigh", "nystrom_eigh")
 _ADVICE = (
     "to build it, have a C++ compiler and PyTorch installed and run pip install --no-build-isolation on the source"
 )
@@ -117,12 +117,14 @@ def small_eigh(eigenvalues: Tensor, eigenvectors: Tensor, matrices: Tensor, *, c
         _check_outcome("small_eigh", info)
 
 
-def small_algebra(
+def nystrom_eigh(
     combination: Tensor, core: Tensor, gram: Tensor, rounding: float, *, check_errors: bool = True
 ) -> None:
-    """Write ``W: [L, l, l]``: ``Y W`` has orthogonal, descending columns, and ``Y W (Y W)^T = Y C^+ Y^T``.
+    """Eigendecomposition of Nystroem approximations ``Y C^+ Y^T`` from matrices of the sketch's size.
 
-    As ``ops.incremental_svd.reference.small_algebra``, with ``small_eigh``'s Jacobi solver, for all entries in one
+    Write ``W: [L, l, l]``: ``Y W`` has orthogonal, descending columns, and ``Y W (Y W)^T = Y C^+ Y^T``.
+
+    As ``ops.incremental_svd.reference.nystrom_eigh``, with ``small_eigh``'s Jacobi solver, for all entries in one
     launch. Deterministic; the result of one entry does not depend on the others.
 
     Args:
@@ -142,10 +144,10 @@ def small_algebra(
 
     Source: Nystroem approximation of Tropp et al. 2017 and of Frangella, Tropp and Udell 2021.
     """
-    _require("small_algebra")
-    info: Tensor = torch.ops.bayesian_lora_kernels_native.small_algebra(core, gram, rounding, combination)
+    _require("nystrom_eigh")
+    info: Tensor = torch.ops.bayesian_lora_kernels_native.nystrom_eigh(core, gram, rounding, combination)
     if check_errors:
-        _check_outcome("small_algebra", info)
+        _check_outcome("nystrom_eigh", info)
 
 
 def _require(operation: str) -> None:

@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
 
 @dataclass(frozen=True)
 class KroneckerFactors:
-    """The two factors of one module's curvature `A (x) S`, on the scale of METHOD: A a mean, S a sum over the data set.
+    """The two factors of one module's curvature `A (x) S`, scaled as in docs/method.md: A a mean, S a sum.
 
     Attributes:
         a: input factor `[d_in, d_in]`, or `[d_in, k]`, k < d_in, with `a a^T` the low-rank estimate.

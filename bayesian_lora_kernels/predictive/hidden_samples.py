@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, slice_batch, to_device
-from bayesian_lora_kernels.model.capture import accumulate_dtype
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.hidden import HiddenStates, differentiable_attention
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring, uninterrupted
 from bayesian_lora_kernels.model.memory import default_budget
 from bayesian_lora_kernels.model.output_map import OutputMap, read_output_map
+from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.posterior import Posterior
-from bayesian_lora_kernels.predictive.pushforward import Pushforward
+from bayesian_lora_kernels.predictive.jvp import JacobianVectorProduct
 
 # Weights are drawn in blocks of this size whatever the memory, so that the same generator gives the same samples.
 BLOCK = 8
@@ -68,7 +68,7 @@ class HiddenSampler:
         forward: from a batch to logits; must have an output head.
         posterior: of the layers' weights.
         memory_budget: bytes; None: half of what is free. Examples and samples run in pieces within it.
-        pushforward: how derivatives are taken; is shared so that they are tried once.
+        jvp: how derivatives are taken; is shared so that they are tried once.
 
     Raises:
         ValueError: for a model without an output head.
@@ -81,11 +81,11 @@ class HiddenSampler:
         forward: Forward,
         posterior: Posterior,
         memory_budget: int | None,
-        pushforward: Pushforward,
+        jvp: JacobianVectorProduct,
     ):
         self.model, self.layers, self.forward = model, layers, forward
         self.posterior, self.memory_budget = posterior, memory_budget
-        self.pushforward = pushforward
+        self.jvp = jvp
         self.states = HiddenStates(forward)
         self._inner = [layer for layer in layers if not forward.in_head(layer.name)]
 
@@ -160,7 +160,7 @@ class HiddenSampler:
                 for i in range(0, total, samples):
                     some = {k: d[i : i + samples] for k, d in deviations.items()}
                     # PyTorch's derivatives of functions leave their levels behind if they are interrupted.
-                    rows.append(uninterrupted(partial(self.pushforward, function, parameters, some)))
+                    rows.append(uninterrupted(partial(self.jvp, function, parameters, some)))
                 columns.append(torch.cat(rows))
             else:  # nothing but the head is adapted
                 still = function({})

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.batches import batch_size, to_device
-from bayesian_lora_kernels.model.capture import Capture, accumulate_dtype
+from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.jacobians import Jacobians
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.memory import examples_within, frugal_examples
 from bayesian_lora_kernels.model.pieces import captures
+from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.posterior import Posterior
 
 MAX_LOGITS = 4096

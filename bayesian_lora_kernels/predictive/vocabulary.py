@@ -69,8 +69,8 @@ class VocabularyPosterior:
 
     @property
     def method(self) -> str:
-        """How the samples' derivatives are taken, with the error of an inexact one; see `Pushforward`."""
-        return self._sampler.pushforward.describe()
+        """How the samples' derivatives are taken, with the error of an inexact one; see `JacobianVectorProduct`."""
+        return self._sampler.jvp.describe()
 
     @in_own_surroundings
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:

@@ -18,7 +18,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 
 def all_cases() -> list[Case]:
-    """The rows of GPU.md in order of importance, then the same kernels in other dtypes."""
+    """The rows of docs/performance.md in order of importance, then the same kernels in other dtypes."""
     of_addmm = (Target("triton", times=1.5, over="addmm"), Target("triton", times=1.75, over="addmm"))
     einsum = Target("triton", times=3, over="einsum fp32")
     peer = Target("triton", times=100, over="bayesian_lora")

@@ -61,8 +61,8 @@ class Provider:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure of GPU.md for `provider`: at most `microseconds`, at least `times` as fast as `over`, or at most
-    `memory` times the peak memory of `over`.
+    """A figure of docs/performance.md for `provider`: at most `microseconds`, at least `times` as fast as `over`, or
+    at most `memory` times the peak memory of `over`.
     """
 
     provider: str
@@ -85,8 +85,8 @@ class Case(ABC):
 
     Args:
         dtype: of the inputs.
-        floor_us: the floor of GPU.md on its H100, in microseconds.
-        targets: figures of GPU.md.
+        floor_us: the floor of docs/performance.md on its H100, in microseconds.
+        targets: figures of docs/performance.md.
         extras: whether the slow baselines are measured too: a compiled reference, another package.
     """
 

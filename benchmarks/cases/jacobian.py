@@ -27,7 +27,7 @@ class Posterior:
 
 
 def subtractive_covariance(a: Tensor, g: Tensor, posterior: Posterior) -> Tensor:
-    """The form of METHOD.md section 4, from explicit Jacobians, term by term."""
+    """The usual form, which subtracts the kept part from the whole (docs/method.md), from explicit Jacobians."""
     kept, rest_a, rest_s, rest = (1 / block for block in posterior.precision_blocks)
     q_s, q_a = posterior.basis_s, posterior.basis_a
     if q_a.shape[0] == q_a.shape[1]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import sparse_signs
+
 # Columns of the table, int64. Loaded in place everywhere: the compiler forgets hints on the result of a call.
 FIELDS = (
     *("x", "mask", "basis", "out", "rows", "signs", "height", "width", "stride_xm", "stride_xd", "stride_mask"),
@@ -20,7 +22,7 @@ NUMBER_OF_FIELDS = tl.constexpr(len(FIELDS))
 X, MASK, BASIS, OUT, ROWS, SIGNS, HEIGHT, WIDTH = (tl.constexpr(i) for i in range(8))
 STRIDE_XM, STRIDE_XD, STRIDE_MASK, BASIS_COLUMNS, STRIDE_B0, STRIDE_B1 = (tl.constexpr(i) for i in range(8, 14))
 STRIDE_O0, STRIDE_O1, COLUMNS, KEPT, FIRST_M, FIRST_D, OUT_COLUMNS = (tl.constexpr(i) for i in range(14, 21))
-ROWS_PER_COLUMN = tl.constexpr(16)
+NONZEROS_PER_COLUMN = tl.constexpr(sparse_signs.NONZEROS_PER_COLUMN)
 # A column of the basis counts as filled above this share of the largest squared norm: float32's eps, squared.
 _FILLED = tl.constexpr(1.4210854715202004e-14)
 
@@ -75,8 +77,8 @@ def fresh_kernel(
     largest = tl.zeros([BN], dtype=tl.float32)
     if wanted:
         x_ptr = tl.load(row_ptr + X).to(tl.pointer_type(DTYPE))
-        rows_ptr = tl.load(row_ptr + ROWS).to(tl.pointer_type(tl.int64)) + column * ROWS_PER_COLUMN
-        signs_ptr = tl.load(row_ptr + SIGNS).to(tl.pointer_type(tl.float32)) + column * ROWS_PER_COLUMN
+        rows_ptr = tl.load(row_ptr + ROWS).to(tl.pointer_type(tl.int64)) + column * NONZEROS_PER_COLUMN
+        signs_ptr = tl.load(row_ptr + SIGNS).to(tl.pointer_type(tl.float32)) + column * NONZEROS_PER_COLUMN
         width = tl.load(row_ptr + WIDTH)
         stride_xm, stride_xd = tl.load(row_ptr + STRIDE_XM), tl.load(row_ptr + STRIDE_XD)
         first_d = tl.load(row_ptr + FIRST_D)
@@ -84,7 +86,7 @@ def fresh_kernel(
             o_d = (start + tl.arange(0, BN)).to(tl.int64)
             m_d = o_d < width
             b_sum = tl.zeros([BN], dtype=tl.float32)
-            for i in tl.static_range(ROWS_PER_COLUMN):
+            for i in tl.static_range(NONZEROS_PER_COLUMN):
                 sign = tl.load(signs_ptr + i)
                 p_x = x_ptr + tl.load(rows_ptr + i) * stride_xm + o_d * stride_xd
                 # A sign of 0 stands for a row that may hold anything.

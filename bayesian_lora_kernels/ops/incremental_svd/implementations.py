@@ -19,7 +19,7 @@ _WIDEST = 128
 
 
 def native_is_faster(count: int, columns: int) -> bool:
-    """Whether the native small algebra of ``count`` entries of ``columns`` columns beats PyTorch's on this CPU.
+    """Whether the native ``nystrom_eigh`` of ``count`` entries of ``columns`` columns beats PyTorch's on this CPU.
 
     Measured on one x86 core, in microseconds (minima of interleaved runs, C and K of a stream): PyTorch takes about
     105 for its calls and 0.16 l^2 an entry, one after another; the extension 1 + l / 48 times that, on all threads.
@@ -85,5 +85,5 @@ def register_all() -> None:
         ),
     ):
         register(name, "reference", Implementation(f"{_FOLDER}.reference", name))
-        register(name, "native", Implementation(f"{_FOLDER}.algebra", name, *native_rules))
+        register(name, "native", Implementation(f"{_FOLDER}.nystrom", name, *native_rules))
         register(name, "triton", Implementation(f"{_FOLDER}.kernel", name, *triton_rules))

@@ -6,7 +6,7 @@ into two bfloat16 halves where X is bfloat16. And NaN or infinity in a counted r
 then NaN.
 
 Launches, for all streams of a dtype and padded width together: norms, fresh columns, stack, Gram, Gram-Schmidt, Omega;
-R, the touch (Z, Y), C, K; the l x l algebra (one launch where the native extension has it), B. First batches go through
+R, the touch (Z, Y), C, K; ``nystrom_eigh`` (one launch where the native extension has it), B. First batches go through
 the touch twice, as in the reference. Batches with at most as many rows as columns are a few products in PyTorch each.
 
 Bytes and operations per stream, X of M rows and d columns of b bytes, L = l padded to a power of two: X twice, ``2 M
@@ -28,15 +28,15 @@ from torch import Tensor
 
 from .. import native
 from ..device import architecture, in_vectors, int64_table, multiprocessors, on_device
+from ..kernel_types import TYPES
 from ..masking import zero_masked
 from ..shipped import Shipped
 from ..tuning import choose_configuration
-from . import algebra, reference
 from . import columns as around
+from . import nystrom, reference
 from .touch import back_project_kernel, project_kernel, touch_kernel
 
 WIDEST = 128  # columns of B before and after
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Parts of the rows in the kernels around the touch; their sums are added in order.
 _PARTS = 8
 # Rows per step of the kernels around the touch, by padded width, and warps: all that fits the registers.
@@ -184,10 +184,10 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values[0].flip(-1), vectors[0].flip(-1)
 
 
-def _small_algebra(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
+def _nystrom_eigh(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
     if not _is_native(core):
-        return reference.small_algebra(core, gram, rounding)
-    return algebra.small_algebra(core, gram, rounding, check_errors=False)
+        return reference.nystrom_eigh(core, gram, rounding)
+    return nystrom.nystrom_eigh(core, gram, rounding, check_errors=False)
 
 
 class _Update:
@@ -245,7 +245,7 @@ class _Update:
         around.norms_kernel[(count, _PARTS)](self.table, parts, BN=_STEP[block], BL=block, **self._options())
         around.fresh_kernel[(count, block)](
             *(self.table, parts, fresh, present),
-            DTYPE=_DTYPES[self.kind.dtype],
+            DTYPE=TYPES[self.kind.dtype],
             PARTS=_PARTS,
             BN=1024,
             BL=block,
@@ -299,7 +299,7 @@ class _Update:
         eps = torch.finfo(torch.float32).eps
         columns = max(min(stream.out.shape) for stream in self.streams)
         core, gram = core[:, :columns, :columns], gram[:, :columns, :columns]
-        combination = _small_algebra(core, gram, eps)
+        combination = _nystrom_eigh(core, gram, eps)
         norms = (combination * (gram @ combination)).sum(-2).clamp(min=0.0).sqrt()
         terms = gram.diagonal(dim1=-2, dim2=-1).sqrt()[:, None, :] @ combination.abs()
         kept = norms[:, None, :] > eps * terms
@@ -320,7 +320,7 @@ class _Update:
 
     def _launch(self, one: Configuration, count: int, height: int, width: int) -> None:
         common = {
-            "DTYPE": _DTYPES[self.kind.dtype],
+            "DTYPE": TYPES[self.kind.dtype],
             "CONTIGUOUS": self.kind.contiguous,
             "HAS_MASK": self.kind.has_mask,
             "HALVES": self.halves,
@@ -355,9 +355,6 @@ class _Update:
         )
 
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
 def shipped(architecture: str) -> list[Shipped]:
     """What an update launches: every dtype and padded width, many rows (in either layout) and few; masked, which is
     more code than unmasked.
@@ -365,19 +362,19 @@ def shipped(architecture: str) -> list[Shipped]:
     found = []
     for block in (16, 32, 64, 128):
         found += _shipped_around(block)
-        for dtype, name in _NAMES.items():
+        for dtype in TYPES:
             for programs, contiguous in ((1000, True), (1, True), (1000, False)):
                 for one in configurations(architecture, dtype, block, programs, contiguous):
-                    found += _shipped_touch(one, dtype, name, block, contiguous)
+                    found += _shipped_touch(one, dtype, block, contiguous)
     return list({one.name: one for one in found}.values())  # configurations share kernels
 
 
-def _shipped_touch(one: Configuration, dtype: torch.dtype, name: str, block: int, contiguous: bool) -> list[Shipped]:
-    halves = dtype == torch.bfloat16
+def _shipped_touch(one: Configuration, dtype: torch.dtype, block: int, contiguous: bool) -> list[Shipped]:
+    name, halves = TYPES[dtype].name, dtype == torch.bfloat16
     x_type = {"z_ptr": "*fp32", "high_ptr": "*bf16" if halves else "*fp32", "low_ptr": "*bf16" if halves else "*fp32"}
     types = {"table_ptr": "*i64", "omega_ptr": f"*{name}", "r_ptr": "*fp32", "y_ptr": "*fp32", **x_type}
     sizes = {"modules": "i32", "projections": "i32", "products": "i32", "counters_ptr": "*i32"}
-    constants = {"DTYPE": _DTYPES[dtype], "CONTIGUOUS": contiguous, "HAS_MASK": True, "HALVES": halves, "BL": block}
+    constants = {"DTYPE": TYPES[dtype], "CONTIGUOUS": contiguous, "HAS_MASK": True, "HALVES": halves, "BL": block}
     project = {"PRECISION": "tf32x3" if dtype == torch.float32 else "ieee", "BM": one.block_m, "BK": one.block_k}
     suffix = f" w{one.num_warps} s{one.num_stages}" + ("" if contiguous else " strided")
     if one.fused:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import accumulation_dtype, check_device, check_mask, check_same_length, check_tensor, describe
+from ..checks import accumulate_dtype, check_device, check_mask, check_same_length, check_tensor, describe
 from ..dispatch import check_impl, choose
-from .fresh import choose_rows, draw_numbers
 from .implementations import register_all
+from .sparse_signs import choose_rows, draw_numbers
 
 register_all()
 
@@ -41,8 +41,8 @@ def incremental_svd(
             Half of the columns, where there are fewer columns than that.
         generator: where the choice of rows and signs comes from, on any device; None: PyTorch's global
             generator.
-        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"`` (the reference, with its small algebra in the
-            native extension).
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"`` (the reference, with its Nystroem
+            eigendecompositions in the native extension).
 
     Returns:
         ``[d, columns]``, orthogonal columns by descending norm, zero columns where the rank is smaller;
@@ -64,7 +64,7 @@ def incremental_svd(
     _validate(where, basis, x, mask)
     with torch.no_grad():
         if basis is None:
-            basis = x.new_zeros((x.shape[1], 0), dtype=accumulation_dtype(x))
+            basis = x.new_zeros((x.shape[1], 0), dtype=accumulate_dtype(x))
         rows, signs = choose_rows(draw_numbers(columns, x.device, generator), x.shape[0], mask)
         return _incremental_svd(basis, x, mask, rows, signs, fresh, impl)
 
@@ -121,7 +121,7 @@ def grouped_incremental_svd(
         numbers = draw_numbers(sum(widths), xs[0].device, generator).split(widths, dim=1)
         chosen = [choose_rows(numbers[i], xs[i].shape[0], masks[i]) for i in range(count)]
         filled = [
-            x.new_zeros((x.shape[1], 0), dtype=accumulation_dtype(x)) if basis is None else basis
+            x.new_zeros((x.shape[1], 0), dtype=accumulate_dtype(x)) if basis is None else basis
             for basis, x in zip(bases, xs, strict=True)
         ]
         rows, signs = [pair[0] for pair in chosen], [pair[1] for pair in chosen]
@@ -146,13 +146,13 @@ def _validate(where: str, basis: Tensor | None, x: Tensor, mask: Tensor | None) 
     check_tensor(f"{where}: x", x, ("M", "d"))
     check_mask(f"{where}: mask", mask, x, (x.shape[0],))
     if basis is not None:
-        check_tensor(f"{where}: basis", basis, (x.shape[1], "l"), (accumulation_dtype(x),))
+        check_tensor(f"{where}: basis", basis, (x.shape[1], "l"), (accumulate_dtype(x),))
         check_device(f"{where}: basis", basis, x.device)
 
 
 def _validate_and_allocate(where: str, basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
     _validate(where, basis, x, mask)
-    return x.new_empty((x.shape[1], rows.shape[0]), dtype=accumulation_dtype(x))
+    return x.new_empty((x.shape[1], rows.shape[0]), dtype=accumulate_dtype(x))
 
 
 def _validate_and_allocate_all(

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..masking import zero_masked
 
 Eigh = Callable[[Tensor], Any]
-Algebra = Callable[[Tensor, Tensor, float], Tensor]
+NystromEigh = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def is_direct(rows: int, columns: int) -> bool:
@@ -37,14 +37,14 @@ def incremental_svd(
     rows: Tensor,
     signs: Tensor,
     fresh: int,
-    algebra: Algebra | None = None,
+    nystrom: NystromEigh | None = None,
 ) -> None:
     """Write to ``out: [d, columns]`` the update of ``basis: [d, l]`` by the counted rows of ``x: [M, d]``.
 
-    ``rows`` and ``signs``, ``[columns, 16]``, choose the fresh columns; the last ``fresh`` test
-    columns are such. ``algebra``: another implementation of ``small_algebra``.
+    ``rows`` and ``signs``, ``[columns, 16]``, are the sparse sign matrix; the last ``fresh`` test
+    columns come from it. ``nystrom``: another implementation of ``nystrom_eigh``.
     """
-    grouped_incremental_svd([out], [basis], [x], [mask], [rows], [signs], fresh, algebra)
+    grouped_incremental_svd([out], [basis], [x], [mask], [rows], [signs], fresh, nystrom)
 
 
 def grouped_incremental_svd(
@@ -55,14 +55,14 @@ def grouped_incremental_svd(
     rows: Sequence[Tensor],
     signs: Sequence[Tensor],
     fresh: int,
-    algebra: Algebra | None = None,
+    nystrom: NystromEigh | None = None,
 ) -> None:
     """``incremental_svd`` for each entry.
 
-    The small algebra of all entries of one size is one batch, which saves the calls and, on a GPU, all but one wait for
-    the eigensolvers. Until then each entry keeps its ``Y``, as large as its basis.
+    The Nystroem eigendecompositions of all entries of one size are one batch, which saves the calls and, on a GPU, all
+    but one wait for the eigensolvers. Until then each entry keeps its ``Y``, as large as its basis.
     """
-    algebra = algebra or small_algebra
+    nystrom = nystrom or nystrom_eigh
     sketches: dict[tuple[int, torch.dtype], list[tuple[Tensor, _Sketch]]] = {}
     for out, basis, x, mask, chosen, sign in zip(outs, bases, xs, masks, rows, signs, strict=True):
         if out.numel() == 0:
@@ -79,7 +79,7 @@ def grouped_incremental_svd(
         core = torch.stack([sketch.core for _, sketch in entries])
         gram = torch.stack([sketch.gram for _, sketch in entries])
         _check_finite(core)
-        for (out, sketch), combination in zip(entries, algebra(core, gram, torch.finfo(dtype).eps), strict=True):
+        for (out, sketch), combination in zip(entries, nystrom(core, gram, torch.finfo(dtype).eps), strict=True):
             _write(out, _combine(sketch.y, combination))
 
 
@@ -167,10 +167,12 @@ def _test_columns(basis: Tensor, x: Tensor, rows: Tensor, signs: Tensor, fresh: 
     return torch.linalg.qr(stacked).Q
 
 
-def small_algebra(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
-    """``W: [..., l, l]`` with ``Y W`` orthogonal, descending, and ``Y W (Y W)^T = Y C^+ Y^T``.
+def nystrom_eigh(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
+    """Eigendecomposition of the Nystroem approximation ``Y C^+ Y^T`` from matrices of the sketch's size.
 
-    ``core`` is ``C``, ``gram`` is ``Y^T Y``, all in float64; ``rounding`` is that of the data.
+    ``W: [..., l, l]`` with ``Y W`` orthogonal, descending, and ``Y W (Y W)^T = Y C^+ Y^T``: its columns are the
+    eigenvectors times the roots of the eigenvalues. ``core`` is ``C``, ``gram`` is ``Y^T Y``, all in float64;
+    ``rounding`` is that of the data.
 
     Both are scaled so that ``C`` has a unit diagonal: the threshold of the pseudo-inverse then compares
     directions, not sizes, and a massive activation does not wipe out the others.

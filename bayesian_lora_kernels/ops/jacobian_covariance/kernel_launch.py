@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from ..device import int64_table, on_device
+from ..device import int64_table, is_aligned, on_device
+from ..kernel_types import TYPES
 from . import kernel
 from .routes import side_by_side
 
@@ -18,8 +18,6 @@ from .routes import side_by_side
 _WORKSPACE = 1 << 25
 # Programs per launch beyond which a program takes several tiles: 8 per multiprocessor of an H100.
 _PROGRAMS = 1056
-
-_TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def grouped_jacobian_covariance(
         key = tuple(
             None if x is None else (x.shape, x.stride(), x.dtype) for x in (a[i], g[i], mask, basis_s[i], basis_a[i])
         )
-        groups.setdefault((*key, a[i].data_ptr() % 16, g[i].data_ptr() % 16), []).append(i)
+        groups.setdefault((*key, is_aligned(a[i]), is_aligned(g[i])), []).append(i)
     total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
     with on_device(out):
         for members in groups.values():
@@ -295,7 +293,7 @@ def _launch(
         table, table if covariance.maps is None else covariance.maps, projected, projected[0].numel(),
         narrow_outputs, tokens, narrow.shape[-1], rows,
         n_stride, c_stride, *narrow.stride()[-2:], *mask_strides, examples,
-        DTYPE=_TRITON[narrow.dtype], MASKED=mask is not None, MAPPED=covariance.maps is not None,
+        DTYPE=TYPES[narrow.dtype], MASKED=mask is not None, MAPPED=covariance.maps is not None,
         PLANES=planes, T_=t_, R_=r_,
         num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
@@ -316,8 +314,8 @@ def _launch(
     tensors = (unit, covariance.relative, covariance.largest, z, partial)
     sizes = (examples, outputs, rows, tokens, width, tiles, per_program, splits, row_blocks, k_)
     shared = {
-        "DTYPE": _TRITON[wide.dtype],
-        "ALIGNED": wide.data_ptr() % 16 == 0,
+        "DTYPE": TYPES[wide.dtype],
+        "ALIGNED": is_aligned(wide),
         "MASKED": mask is not None,
         "REST": rest,
         "C_": c_,

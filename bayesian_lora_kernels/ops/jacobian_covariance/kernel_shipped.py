@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton.language as tl
-
+from ..kernel_types import TYPES
 from ..shipped import Shipped
 from . import kernel
 from .kernel_launch import configuration, kept_configuration, narrow_tokens
 
-_TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+_TYPES = {kind.name: kind for kind in TYPES.values()}
 # Outputs and directions of the narrow side: one row of each class that `configuration` knows, and how many are kept (a
 # loop whose length is known at run time: 16 stands for all).
 _SIZES = ((1, 8, 16), (4, 4, 0), (4, 4, 16), (4, 8, 0), (4, 8, 16), (32, 8, 16), (64, 8, 0), (64, 8, 16))

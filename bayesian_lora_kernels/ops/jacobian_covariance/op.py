@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..checks import accumulation_dtype, check_device, check_mask, check_same_length, check_tensor, describe
+from ..checks import accumulate_dtype, check_device, check_mask, check_same_length, check_tensor, describe
 from ..dispatch import Implementation, check_impl, choose, register
 from .routes import kernel_refuses, kernel_suits
 
@@ -184,7 +184,7 @@ def _validate_posterior(where: str, a: Tensor, g: Tensor, basis_s: Tensor, basis
 
 
 def _allocate(a: Tensor, g: Tensor) -> Tensor:
-    return a.new_empty((a.shape[0], g.shape[1], g.shape[1]), dtype=accumulation_dtype(a, g))
+    return a.new_empty((a.shape[0], g.shape[1], g.shape[1]), dtype=accumulate_dtype(a, g))
 
 
 def _validate_and_allocate(a: Tensor, g: Tensor, mask: Tensor | None) -> Tensor:
@@ -204,7 +204,7 @@ def _validate_all_and_allocate(
     _validate_all(a, g, masks)
     for i, posterior in enumerate(zip(*posteriors, strict=True)):
         _validate_posterior(f"grouped_jacobian_covariance: entry {i}", a[i], g[i], *posterior)
-    return _allocate(a[0], g[0]).to(accumulation_dtype(*a, *g))
+    return _allocate(a[0], g[0]).to(accumulate_dtype(*a, *g))
 
 
 @torch.library.custom_op(

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import SCRATCH_BYTES, architecture, multiprocessors, on_device
+from ..device import SCRATCH_BYTES, architecture, is_aligned, multiprocessors, on_device
+from ..kernel_types import TYPES
 from ..shipped import Shipped
 from ..tuning import choose_configuration
 from .tiles import lower_tile, lower_tile_in_bands, narrow_product, store_symmetric, tile_product
@@ -201,7 +202,7 @@ def configurations(name: str, dtype: torch.dtype, width: int, strided: bool = Fa
 
 def is_strided(x: Tensor) -> bool:
     """Whether the compiler does not see at launch that rows of ``x`` are pieces of 16 aligned bytes."""
-    return x.stride(1) != 1 or x.stride(0) % 16 != 0 or x.data_ptr() % 16 != 0
+    return x.stride(1) != 1 or x.stride(0) % 16 != 0 or not is_aligned(x)
 
 
 def choose_splits(tiles: int, rows: int, programs: int) -> int:
@@ -295,13 +296,11 @@ def _launch(
         )
 
 
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _SIZES = ("rows", "width", "rows_per_split", "stride_xm", "stride_o0")
 
 
-def _shipped_product(
-    configuration: Configuration, dtype: torch.dtype, name: str, has_mask: bool, strided: bool
-) -> Shipped:
+def _shipped_product(configuration: Configuration, dtype: torch.dtype, has_mask: bool, strided: bool) -> Shipped:
+    name = TYPES[dtype].name
     tile = f"{configuration.block_m}x{configuration.block_d}x{configuration.block_d}"
     types = {"out_ptr": "*fp32", "x_ptr": f"*{name}", "mask_ptr": "*u8", "scale": "fp32"}
     types |= {size: "i32" for size in (*_SIZES, "stride_mask")}
@@ -338,13 +337,13 @@ def _shipped_product(
 def shipped(architecture: str) -> list[Shipped]:
     """What ``outer_product`` launches: every dtype, width class and layout, with masks and without."""
     found = []
-    for dtype, name in _TYPES.items():
+    for dtype in TYPES:
         for width in (16, 32, 64, 4096):
             for has_mask, strided in ((False, False), (True, False), (True, True)):
                 if dtype == torch.float16 and (has_mask or strided):  # compiles to what bfloat16 does
                     continue
                 for configuration in configurations(architecture, dtype, width, strided):
-                    found.append(_shipped_product(configuration, dtype, name, has_mask, strided))
+                    found.append(_shipped_product(configuration, dtype, has_mask, strided))
     for block, warps in ((16, 4), (32, 4), (64, 4), (128, 8)):
         found.append(
             Shipped(

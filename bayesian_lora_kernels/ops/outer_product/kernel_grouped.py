@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import in_vectors, int64_table, multiprocessors, on_device
+from ..kernel_types import TYPES
 from ..shipped import Shipped
 from .kernel import PRECISION, choose_splits
 from .kernel import outer_product as outer_product_alone
@@ -176,7 +177,6 @@ _FLOAT32 = {
     64: Configuration(32, 4, 3),
     128: Configuration(16, 8, 4),
 }
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 # Elements loaded one by one take an address each: smaller steps, or registers spill.
@@ -263,7 +263,7 @@ def _launch(one: _Class, table: Tensor, rows: int, accumulate: bool) -> None:
     grouped_outer_product_kernel[(modules, splits)](
         table,
         parts,
-        DTYPE=_DTYPES[one.dtype],
+        DTYPE=TYPES[one.dtype],
         CONTIGUOUS=one.contiguous,
         HAS_MASK=one.has_mask,
         ACCUMULATE=accumulate and splits == 1,
@@ -293,7 +293,7 @@ def _launch(one: _Class, table: Tensor, rows: int, accumulate: bool) -> None:
 def shipped(architecture: str) -> list[Shipped]:
     """What ``grouped_outer_product`` launches: every dtype, width class and layout, with masks and without."""
     found = []
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+    for dtype, kind in TYPES.items():
         for block in (16, 32, 64, 128):
             for has_mask, contiguous in ((False, True), (True, True), (True, False)):
                 if dtype == torch.float16 and has_mask:  # compiles to what bfloat16 does
@@ -303,12 +303,12 @@ def shipped(architecture: str) -> list[Shipped]:
                 chosen = configuration(dtype, block, contiguous)
                 found.append(
                     Shipped(
-                        f"grouped_outer_product {name} {chosen.block_m}x{block}x{block}"
+                        f"grouped_outer_product {kind.name} {chosen.block_m}x{block}x{block}"
                         + (" mask" if has_mask else "")
                         + ("" if contiguous else " strided"),
                         grouped_outer_product_kernel,
                         {"table_ptr": "*i64", "parts_ptr": "*fp32"},
-                        {"DTYPE": _DTYPES[dtype], "CONTIGUOUS": contiguous, "HAS_MASK": has_mask, "SPLIT": False}
+                        {"DTYPE": kind, "CONTIGUOUS": contiguous, "HAS_MASK": has_mask, "SPLIT": False}
                         | {"ACCUMULATE": True, "PRECISION": PRECISION[dtype], "BM": chosen.block_m, "BD": block},
                         chosen.num_warps,
                         chosen.num_stages,

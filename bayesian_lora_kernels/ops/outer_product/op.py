@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import accumulation_dtype, check_device, check_mask, check_same_length, check_tensor, describe
+from ..checks import accumulate_dtype, check_device, check_mask, check_same_length, check_tensor, describe
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 
@@ -179,7 +179,7 @@ def _validate(where: str, x: Tensor, mask: Tensor | None, out: Tensor | None) ->
     if out is None:
         return
     width = x.shape[1]
-    check_tensor(f"{where}: out", out, (width, width), (accumulation_dtype(x),))
+    check_tensor(f"{where}: out", out, (width, width), (accumulate_dtype(x),))
     check_device(f"{where}: out", out, x.device)
     _check_own_memory(f"{where}: out", out)
 
@@ -205,12 +205,12 @@ def _validate_all(xs: Sequence[Tensor], masks: Sequence[Tensor | None], outs: Se
 
 def _validate_and_allocate(x: Tensor, mask: Tensor | None) -> Tensor:
     _validate("outer_product", x, mask, None)
-    return x.new_empty((x.shape[1], x.shape[1]), dtype=accumulation_dtype(x))
+    return x.new_empty((x.shape[1], x.shape[1]), dtype=accumulate_dtype(x))
 
 
 def _validate_and_allocate_all(xs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
     _validate_all(xs, masks, None)
-    return [x.new_empty((x.shape[1], x.shape[1]), dtype=accumulation_dtype(x)) for x in xs]
+    return [x.new_empty((x.shape[1], x.shape[1]), dtype=accumulate_dtype(x)) for x in xs]
 
 
 @torch.library.custom_op(

@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import in_vectors, int64_table, multiprocessors, on_device
+from ..kernel_types import TYPES
 from ..shipped import Shipped
 
 _FIELDS = tl.constexpr(7)  # x, mask, rows, width, and the strides of x and of the mask
 _ELEMENTS = {torch.bfloat16: 4096, torch.float16: 4096, torch.float32: 2048}  # of a step: two or four vectors a thread
 _WIDTHS = (16, 256)  # columns of a step
 _WARPS = 4
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def grouped_square_sum(out: Tensor, xs: Sequence[Tensor], masks: Sequence[Tensor
             square_sum_kernel[(len(members), parts)](
                 table[first : first + len(members)],
                 partial,
-                DTYPE=_DTYPES[dtype],
+                DTYPE=TYPES[dtype],
                 CONTIGUOUS=contiguous,
                 HAS_MASK=has_mask,
                 BM=block_m,
@@ -119,14 +119,13 @@ def _inverse(order: Sequence[int]) -> list[int]:
 
 def shipped(architecture: str) -> list[Shipped]:
     """Every dtype and step, in vectors as in a model and in any strides, masked."""
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    kinds = [(dtype, name, contiguous) for dtype, name in names.items() for contiguous in (True, False)]
+    kinds = [(dtype, kind.name, contiguous) for dtype, kind in TYPES.items() for contiguous in (True, False)]
     return [
         Shipped(
             f"square_sum {name} {_rows(dtype, contiguous, width)}x{width}{'' if contiguous else ' strided'}",
             square_sum_kernel,
             {"table_ptr": "*i64", "parts_ptr": "*fp64"},
-            {"DTYPE": _DTYPES[dtype], "CONTIGUOUS": contiguous, "HAS_MASK": True}
+            {"DTYPE": TYPES[dtype], "CONTIGUOUS": contiguous, "HAS_MASK": True}
             | {"BM": _rows(dtype, contiguous, width), "BD": width},
             _WARPS,
             2,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import accumulation_dtype
+from ..checks import accumulate_dtype
 from ..masking import counted_rows
 
 
@@ -17,4 +17,4 @@ def grouped_square_sum(out: Tensor, xs: Sequence[Tensor], masks: Sequence[Tensor
     """
     for i, (x, mask) in enumerate(zip(xs, masks, strict=True)):
         rows = counted_rows(x, mask)
-        out[i] = torch.linalg.vector_norm(rows, dim=1, dtype=accumulation_dtype(x)).double().square().sum()
+        out[i] = torch.linalg.vector_norm(rows, dim=1, dtype=accumulate_dtype(x)).double().square().sum()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import accumulation_dtype, check_device, check_tensor, describe
+from ..checks import accumulate_dtype, check_device, check_tensor, describe
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 
@@ -120,7 +120,7 @@ def vocabulary_probs(
         TypeError, ValueError, RuntimeError: as ``vocabulary_logsumexp``; ``logsumexp`` of another shape, dtype or
             device, ``scratch_bytes`` negative or no integer.
 
-    Source: METHOD section 6 (posterior predictive by samples of the linearised network).
+    Source: Immer et al. 2021 (posterior predictive by samples of the linearised network); docs/vocabulary.md.
     """
     where = "vocabulary_probs"
     check_impl(where, impl)
@@ -234,11 +234,11 @@ def _allocate_logsumexp(weight: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _allocate_probs(weight: Tensor, hidden: Tensor) -> Tensor:
-    return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=accumulation_dtype(weight, hidden))
+    return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=accumulate_dtype(weight, hidden))
 
 
 def _allocate_statistics(weight: Tensor, hidden: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, examples = accumulation_dtype(weight, hidden), hidden.shape[0]
+    dtype, examples = accumulate_dtype(weight, hidden), hidden.shape[0]
     counts = (examples, examples, 0 if targets is None else examples)
     entropy, information, log_prob = (hidden.new_empty(count, dtype=dtype) for count in counts)
     return entropy, information, log_prob

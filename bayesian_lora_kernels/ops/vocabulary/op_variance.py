@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import accumulation_dtype, check_device, check_tensor
+from ..checks import accumulate_dtype, check_device, check_tensor
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 
@@ -43,7 +43,7 @@ def vocabulary_variance(weight: Tensor, factor: Tensor, *, impl: str = "auto") -
         ValueError: a wrong shape or device, an unknown ``impl``.
         RuntimeError: an explicit ``impl`` cannot run; the message says why.
 
-    Source: METHOD section 6 (d).
+    Source: Immer et al. 2021 (covariance ``J Sigma J^T`` of the linearised network's logits, here with ``J = W J_h``).
     """
     check_impl("vocabulary_variance", impl)
     _validate(weight, factor)
@@ -59,7 +59,7 @@ def _validate(weight: Tensor, factor: Tensor) -> None:
 
 def _validate_and_allocate(weight: Tensor, factor: Tensor) -> Tensor:
     _validate(weight, factor)
-    return factor.new_empty((factor.shape[0], weight.shape[0]), dtype=accumulation_dtype(weight, factor))
+    return factor.new_empty((factor.shape[0], weight.shape[0]), dtype=accumulate_dtype(weight, factor))
 
 
 @torch.library.custom_op(

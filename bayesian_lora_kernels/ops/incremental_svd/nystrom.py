@@ -1,4 +1,4 @@
-"""The reference with its small algebra in the native extension (csrc/small_algebra.h), one call for all entries."""
+"""The reference with ``nystrom_eigh`` of the native extension (csrc/nystrom_eigh.h), one call for all entries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def incremental_svd(
     out: Tensor, basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor, signs: Tensor, fresh: int
 ) -> None:
     """As ``reference.incremental_svd``."""
-    reference.incremental_svd(out, basis, x, mask, rows, signs, fresh, small_algebra)
+    reference.incremental_svd(out, basis, x, mask, rows, signs, fresh, nystrom_eigh)
 
 
 def grouped_incremental_svd(
@@ -28,11 +28,11 @@ def grouped_incremental_svd(
     fresh: int,
 ) -> None:
     """As ``reference.grouped_incremental_svd``."""
-    reference.grouped_incremental_svd(outs, bases, xs, masks, rows, signs, fresh, small_algebra)
+    reference.grouped_incremental_svd(outs, bases, xs, masks, rows, signs, fresh, nystrom_eigh)
 
 
-def small_algebra(core: Tensor, gram: Tensor, rounding: float, check_errors: bool = True) -> Tensor:
-    """As ``reference.small_algebra``, for ``[L, l, l]``; ``check_errors`` as ``native.small_algebra``."""
+def nystrom_eigh(core: Tensor, gram: Tensor, rounding: float, check_errors: bool = True) -> Tensor:
+    """As ``reference.nystrom_eigh``, for ``[L, l, l]``; ``check_errors`` as ``native.nystrom_eigh``."""
     combination = torch.empty_like(core, memory_format=torch.contiguous_format)
-    native.small_algebra(combination, core, gram, rounding, check_errors=check_errors)
+    native.nystrom_eigh(combination, core, gram, rounding, check_errors=check_errors)
     return combination

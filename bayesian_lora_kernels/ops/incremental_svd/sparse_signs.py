@@ -1,4 +1,6 @@
-"""The random choice of an incremental update: which rows make a fresh test column, with which signs.
+"""The random columns of the test matrix: ``X^T S`` with a sparse sign matrix S (Martinsson and Tropp 2020, section 9).
+
+Each column of S has a few entries of 1 or -1; here in rows drawn with replacement among those that count.
 
 Drawn before the operation and handed to it, so that every implementation computes from the same numbers, and
 without asking the device how many rows count.
@@ -9,20 +11,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A fresh column is a signed sum of this many counted rows: a sample of the batch's own range. Gaussian
+# So a column of the test matrix is a signed sum of this many rows: a sample of the batch's own range. Gaussian
 # columns, which ignore that range, are clearly worse at the same number of columns.
-ROWS_PER_COLUMN = 16
+NONZEROS_PER_COLUMN = 16
 
 
 def draw_numbers(columns: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """``[2, columns, ROWS_PER_COLUMN]`` float64, uniform in [0, 1), from ``generator`` or the global one."""
+    """``[2, columns, NONZEROS_PER_COLUMN]`` float64, uniform in [0, 1), from ``generator`` or the global one."""
     source = device if generator is None else generator.device
-    numbers = torch.rand((2, columns, ROWS_PER_COLUMN), dtype=torch.float64, device=source, generator=generator)
+    numbers = torch.rand((2, columns, NONZEROS_PER_COLUMN), dtype=torch.float64, device=source, generator=generator)
     return numbers.to(device, non_blocking=True)
 
 
 def choose_rows(numbers: Tensor, rows: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Row numbers (int64) and signs (float32, 1 or -1), each ``[columns, ROWS_PER_COLUMN]``.
+    """Row numbers (int64) and signs (float32, 1 or -1), each ``[columns, NONZEROS_PER_COLUMN]``.
 
     Rows are drawn with replacement among those that ``mask: [rows]`` counts. Where none counts, the
     signs are 0.

@@ -1,7 +1,7 @@
-// bayesian_lora_kernels_native::small_algebra on the CPU: the matrices are shared out among PyTorch's threads.
+// bayesian_lora_kernels_native::nystrom_eigh on the CPU: the matrices are shared out among PyTorch's threads.
 #include "checks.h"
 #include "multiversion.h"
-#include "small_algebra.h"
+#include "nystrom_eigh.h"
 
 #include <ATen/Parallel.h>
 
@@ -12,12 +12,12 @@ namespace {
 
 BLK_MULTIVERSION int solve(const double* core, const double* gram, double rounding, double* combination,
                            double* scratch, double* scale, const Workspace<double>& w, int n) {
-  return small_algebra(SerialTeam{}, core, gram, rounding, combination, scratch, scale, w, n);
+  return nystrom_eigh(SerialTeam{}, core, gram, rounding, combination, scratch, scale, w, n);
 }
 
-at::Tensor small_algebra_cpu(const at::Tensor& core, const at::Tensor& gram, double rounding,
-                             const at::Tensor& combination) {
-  check_small_algebra(core, gram, rounding, combination);
+at::Tensor nystrom_eigh_cpu(const at::Tensor& core, const at::Tensor& gram, double rounding,
+                            const at::Tensor& combination) {
+  check_nystrom_eigh(core, gram, rounding, combination);
   const at::Tensor c = core.contiguous(), k = gram.contiguous();
   const at::Tensor info = at::empty({c.size(0)}, c.options().dtype(at::kInt));
   const int n = static_cast<int>(c.size(1));
@@ -28,9 +28,9 @@ at::Tensor small_algebra_cpu(const at::Tensor& core, const at::Tensor& gram, dou
   // a few tens of microseconds of work per task, below which waking a thread costs more than it brings
   const int64_t grain = 1 + 4096 / (n * n * n + 1);
   at::parallel_for(0, c.size(0), grain, [&](int64_t begin, int64_t end) {
-    std::vector<double> memory(small_algebra_size(n) + 2 * n * n);
+    std::vector<double> memory(nystrom_eigh_size(n) + 2 * n * n);
     std::vector<int> order(n);
-    double* vectors = memory.data() + small_algebra_size(n);
+    double* vectors = memory.data() + nystrom_eigh_size(n);
     const auto w = make_workspace(memory.data() + n, vectors, order.data(), n);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * n * n;
@@ -44,4 +44,4 @@ at::Tensor small_algebra_cpu(const at::Tensor& core, const at::Tensor& gram, dou
 }  // namespace
 }  // namespace blk
 
-TORCH_LIBRARY_IMPL(bayesian_lora_kernels_native, CPU, m) { m.impl("small_algebra", blk::small_algebra_cpu); }
+TORCH_LIBRARY_IMPL(bayesian_lora_kernels_native, CPU, m) { m.impl("nystrom_eigh", blk::nystrom_eigh_cpu); }

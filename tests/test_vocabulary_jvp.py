@@ -10,7 +10,7 @@ from dense import relative, rows_of
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bayesian_lora_kernels.predictive.pushforward import METHODS, Pushforward
+from bayesian_lora_kernels.predictive.jvp import METHODS, JacobianVectorProduct
 
 
 class NoForwardMode(torch.autograd.Function):
@@ -117,14 +117,14 @@ def truth(parameters, v):
 def test_the_first_method_that_works_is_taken_and_right(name, caplog):
     cube, method = CUBES[name]
     function, parameters, v = problem(cube)
-    push = Pushforward()
+    jvp = JacobianVectorProduct()
     with caplog.at_level(logging.INFO):
-        found = push(function, parameters, v)
-    assert push.method == method
-    assert list(push.reasons) == list(METHODS[: METHODS.index(method)])
+        found = jvp(function, parameters, v)
+    assert jvp.method == method
+    assert list(jvp.reasons) == list(METHODS[: METHODS.index(method)])
     assert relative(found.flatten(1), truth(parameters, v)) < (1e-7 if method == "differences" else 1e-12)
     assert (method in caplog.text or "differences" in caplog.text) == (method != "forward")
-    again = push(function, parameters, {n: d[2:4] for n, d in v.items()})
+    again = jvp(function, parameters, {n: d[2:4] for n, d in v.items()})
     assert relative(again, found[2:4]) < 1e-7
     assert all(p.grad is None and not p.requires_grad for p in parameters.values())
 
@@ -133,8 +133,8 @@ def test_the_first_method_that_works_is_taken_and_right(name, caplog):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_right_where_all_work(method, dtype):
     function, parameters, v = problem(lambda x: x**3, dtype)
-    push = Pushforward(method)
-    found = push(function, parameters, v)
+    jvp = JacobianVectorProduct(method)
+    found = jvp(function, parameters, v)
     assert found.dtype == dtype
     exact = 1e-12 if dtype == torch.float64 else 1e-5
     inexact = 1e-7 if dtype == torch.float64 else 3e-3
@@ -144,23 +144,23 @@ def test_every_method_is_right_where_all_work(method, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_central_differences_know_their_error(dtype):
     function, parameters, v = problem(BackwardOnce.apply, dtype)
-    push = Pushforward("differences")
-    found = push(function, parameters, v).double().flatten(1)
+    jvp = JacobianVectorProduct("differences")
+    found = jvp(function, parameters, v).double().flatten(1)
     expected = truth(parameters, v)
     error = float((found[0] - expected[0]).norm() / expected[0].norm())
-    assert 0 < push.error < (1e-2 if dtype == torch.float32 else 1e-6)
-    assert error < 3 * push.error + torch.finfo(dtype).eps
-    assert f"{push.error:.1e}" in push.describe()
+    assert 0 < jvp.error < (1e-2 if dtype == torch.float32 else 1e-6)
+    assert error < 3 * jvp.error + torch.finfo(dtype).eps
+    assert f"{jvp.error:.1e}" in jvp.describe()
 
 
 def test_a_deviation_of_zero_and_a_constant_function():
     function, parameters, v = problem(lambda x: x**3)
     zero = {name: torch.zeros_like(d) for name, d in v.items()}
     for method in METHODS:
-        assert not Pushforward(method)(function, parameters, zero).any()
+        assert not JacobianVectorProduct(method)(function, parameters, zero).any()
     for method in METHODS:
-        assert not Pushforward(method)(lambda p: torch.ones(3), parameters, v).any()
-    assert not Pushforward()(lambda p: torch.ones(3), parameters, v).any()
+        assert not JacobianVectorProduct(method)(lambda p: torch.ones(3), parameters, v).any()
+    assert not JacobianVectorProduct()(lambda p: torch.ones(3), parameters, v).any()
 
 
 def test_nothing_works():
@@ -169,9 +169,9 @@ def test_nothing_works():
 
     _, parameters, v = problem(torch.sin)
     with pytest.raises(RuntimeError, match=r"forward: no such kernel.*differences: no such kernel"):
-        Pushforward()(broken, parameters, v)
+        JacobianVectorProduct()(broken, parameters, v)
 
 
 def test_an_unknown_method():
     with pytest.raises(ValueError, match="expected one of forward, forward-single"):
-        Pushforward("reverse")
+        JacobianVectorProduct("reverse")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
-from importlib.util import find_spec
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from bayesian_lora_kernels.commands import output
+from bayesian_lora_kernels.commands import options, output
 from bayesian_lora_kernels.commands.adapter import choose_device, context_length, open_adapter
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
-from bayesian_lora_kernels.commands.evaluation import FORMATS
 from bayesian_lora_kernels.commands.highlight import ScoredToken, draw, html
 from bayesian_lora_kernels.commands.job import check_vocabulary
 from bayesian_lora_kernels.commands.tokens import Text, tokenise_text
@@ -22,13 +20,48 @@ from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.posterior.storage import JSON_NAME, write_text
 
 
-def run(args: Namespace) -> None:
+def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
+    """What `blk score` takes."""
+    parser = subparsers.add_parser(
+        "score",
+        help="how sure the model is of each token of a text",
+        description="For every token of a text its log-probability given those before it, of the adapter alone (MAP) "
+        "and with the posterior that blk fit wrote (Laplace), the entropy of what could stand there, and the part of "
+        "it that more data would remove: the mutual information between token and weights, in nats.",
+    )
+    options.add_adapter(parser)
+    parser.add_argument("text", type=Path, metavar="TEXT-FILE", help="UTF-8 text")
+    options.add_model(parser)
+    parser.add_argument(
+        "--window",
+        type=options.positive,
+        default=512,
+        metavar="N",
+        help="tokens that the model reads at once; of a longer text, windows overlap by half; default: 512",
+    )
+    parser.add_argument(
+        "--samples",
+        type=options.positive,
+        default=64,
+        metavar="N",
+        help="posterior samples, half of them mirrored; default: 64",
+    )
+    parser.add_argument("--seed", type=options.seed, default=0, help="of the samples; default: 0")
+    options.add_posterior(parser)
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write the text with each token coloured by mutual information"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="the same as a picture, PNG, PDF or SVG")
+    options.add_json(parser, "also write the results to this file, as JSON")
+    return parser
+
+
+def run(args: Namespace) -> int:
     """Score, print, draw, write.
 
     Raises:
         InputError: for whatever the user has to put right.
     """
-    _check_outputs(args)
     folder = open_adapter(args.adapter, args.base)
     posterior = args.posterior or args.adapter
     if not (posterior / JSON_NAME).is_file():
@@ -53,25 +86,25 @@ def run(args: Namespace) -> None:
         with as_input_errors("--plot: "):
             draw(tokens, args.plot)
     means = {name: sum(getattr(token, name) for token in scored) / len(scored) for name in _MEASURES}
-    if args.json is not None:
-        result = {
-            "command": "score",
-            "adapter": str(args.adapter),
-            "base": folder.base,
-            "posterior": str(posterior),
-            "text": str(args.text),
-            "n_tokens": len(tokens),
-            "n_samples": args.samples,
-            "window": limit,
-            "seed": args.seed,
-            "means": means,
-            "tokens": [token._asdict() for token in tokens],
-        }
-        output.write_json(args.json, result)
+    result = {
+        "command": "score",
+        "adapter": str(args.adapter),
+        "base": folder.base,
+        "posterior": str(posterior),
+        "text": str(args.text),
+        "n_tokens": len(tokens),
+        "n_samples": args.samples,
+        "window": limit,
+        "seed": args.seed,
+        "means": means,
+        "tokens": [token._asdict() for token in tokens],
+    }
+    output.write_json(args.json, result)
     print(_report(args.text, tokens, means, len(scored)))
     for path in (args.html, args.plot):
         if path is not None:
             print(f"text with colours written to {path}")
+    return 0
 
 
 _MEASURES = {
@@ -127,18 +160,3 @@ def _read(path: Path) -> str:
         raise InputError(f"{path}: not UTF-8 text: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _check_outputs(args: Namespace) -> None:
-    for option in ("html", "plot", "json"):
-        path = getattr(args, option)
-        if path is None:
-            continue
-        output.check_file(path, f"--{option}")
-        if path.exists() and args.text.exists() and path.samefile(args.text):
-            raise InputError(f"--{option} {path}: this is the text")
-    if args.plot is not None:
-        if args.plot.suffix.lower() not in FORMATS:
-            raise InputError(f"--plot {args.plot}: expected a name that ends in {', '.join(FORMATS)}")
-        if find_spec("matplotlib") is None:
-            raise InputError("--plot: needs matplotlib; pip install matplotlib")

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from bayesian_lora_kernels.commands import output
+from bayesian_lora_kernels.commands import options, output
 from bayesian_lora_kernels.commands.errors import as_input_errors
-from bayesian_lora_kernels.commands.job import load_job
+from bayesian_lora_kernels.commands.job import add_job_options, load_job
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.model.layers import find_layers
+from bayesian_lora_kernels.posterior.curvature import CURVATURES
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 
 
-def run(args: Namespace) -> None:
+def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
+    """What `blk fit` takes."""
+    parser = subparsers.add_parser(
+        "fit",
+        help="fit a Laplace posterior to an adapter",
+        description="Fit a Laplace posterior to a PEFT adapter, choose its prior precision by the evidence, and write "
+        "it into the adapter's folder.",
+    )
+    add_job_options(parser, labelled=True)
+    parser.add_argument("--curvature", choices=tuple(CURVATURES), default="kfac", help="default: kfac")
+    parser.add_argument(
+        "--rank", type=_rank, default=32, metavar="N", help="columns kept of a wide factor, or 'full'; default: 32"
+    )
+    parser.add_argument("--per-module", action="store_true", help="one prior precision for each module")
+    parser.add_argument(
+        "--modules", type=_pattern, metavar="REGEX", help="modules to fit; default: every trainable linear one"
+    )
+    parser.add_argument("--seed", type=options.seed, default=0, help="of everything random; default: 0")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: the adapter's folder")
+    options.add_json(parser, "also write the results to this file, as JSON")
+    return parser
+
+
+def run(args: Namespace) -> int:
     """Fit and save.
 
     Raises:
@@ -63,9 +89,9 @@ def run(args: Namespace) -> None:
         "prior_precision": _numbers(laplace.prior_precision),
         "seconds": seconds,
     }
-    if args.json is not None:
-        output.write_json(args.json, result)
+    output.write_json(args.json, result)
     print(_report(result))
+    return 0
 
 
 def _report(result: Mapping[str, Any]) -> str:
@@ -100,3 +126,15 @@ def _precision(precision: float | Mapping[str, float]) -> str:
     if isinstance(precision, Mapping):
         return f"{min(precision.values()):.4g} to {max(precision.values()):.4g}, one for each module"
     return f"{precision:.4g}"
+
+
+def _rank(text: str) -> int | None:
+    return None if text == "full" else options.positive(text)
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from error
+    return text

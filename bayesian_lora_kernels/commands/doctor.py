@@ -1,21 +1,62 @@
-"""What this machine can run, and whether the reference path gets a small problem right."""
+"""`blk doctor`: what this machine can run, and whether it gets a small problem right, and the user's own model."""
 
 from __future__ import annotations
 
 import platform
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from bayesian_lora_kernels.commands import output
+from bayesian_lora_kernels.commands.adapter import choose_device, context_length, open_adapter, pad_token
+from bayesian_lora_kernels.commands.dataset import batches, read_examples
+from bayesian_lora_kernels.commands.errors import FAILED, InputError, as_input_errors
+from bayesian_lora_kernels.commands.job import check_vocabulary
+from bayesian_lora_kernels.commands.options import Subparsers, add_device, add_json
+from bayesian_lora_kernels.commands.tokens import choice_tokens, tokenise_prompts
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.ops import native
 from bayesian_lora_kernels.ops.dispatch import backends
+from bayesian_lora_kernels.verification import Verification
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy", "scikit-learn", "matplotlib")
 TOLERANCE = 1e-10
+EXAMPLES = 8  # of the file; the one with most padding among them and its neighbour are compared
+
+
+def add_parser(subparsers: Subparsers) -> ArgumentParser:
+    """What `blk doctor` takes."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="what this machine can run, and a self-test",
+        description="Versions, devices, what can run here and why not the rest, and a self-test. With an adapter and a "
+        "file of prompts, also a test on that model: Jacobians against autograd, logits against those of each example "
+        "alone, a fit in pieces against one in one piece.",
+    )
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="PEFT adapter folder to verify")
+    parser.add_argument("--model", metavar="MODEL", help="its base model; default: what the adapter says")
+    parser.add_argument("--data", type=Path, metavar="FILE", help='JSON lines {"prompt": ...} to verify it on')
+    parser.add_argument("--choices", nargs="+", metavar="CHOICE", help="what the model chooses between, as for blk fit")
+    add_device(parser)
+    add_json(parser, "also write the report to this file")
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Examine the machine, verify the adapter if there is one, print, write."""
+    report = examine()
+    print(format_report(report))
+    if args.adapter is not None:
+        found = verify_adapter(args)
+        print(f"\n{args.adapter}\n{found}")
+        report |= {"model": found.as_dict(), "ok": report["ok"] and found.ok}
+    output.write_json(args.json, report)
+    return 0 if report["ok"] else FAILED
 
 
 def examine() -> dict[str, Any]:
@@ -56,6 +97,28 @@ def format_report(report: dict[str, Any]) -> str:
     for check in report["checks"]:
         lines.append(f"  {'pass' if check['passed'] else 'FAIL'}  {check['name']}: {check['detail']}")
     return "\n".join(lines)
+
+
+def verify_adapter(args: Namespace) -> Verification:
+    """Load the adapter, and verify it on the first prompts of the file.
+
+    Raises:
+        InputError: for whatever the user has to put right.
+    """
+    if args.data is None:
+        raise InputError("--data: expected a file of JSON lines with prompts, to verify the adapter on")
+    folder = open_adapter(args.adapter, args.model)
+    examples = read_examples(args.data, None, labelled=False)[:EXAMPLES]
+    device = choose_device(args.device)
+    tokenizer = folder.tokenizer()
+    ids = choice_tokens(tokenizer, args.choices) if args.choices else None
+    model = folder.model(device, args.dtype)
+    config = getattr(model, "config", None)
+    prompts, _ = tokenise_prompts(tokenizer, examples, context_length(tokenizer, config))
+    check_vocabulary(model, prompts)
+    with as_input_errors():
+        laplace = LaplaceLoRA(model, class_token_ids=ids)
+        return laplace.verify(batches(prompts, EXAMPLES, pad_token(tokenizer, config))[0])
 
 
 def evidence_is_that_of_the_dense_matrix() -> float:

@@ -1,4 +1,4 @@
-"""Deviations of the weights pushed through the linearised network: `J dtheta`, by whatever derivative the model has.
+"""Jacobian-vector products `J dtheta` with deviations of the weights, by whatever derivative the model has.
 
 Forward-mode differentiation, many samples at once, is the best and serves ordinary layers. Custom operations (quantised
 layers, fused kernels) often lack it; then `J v` comes out of two backward passes, since `u -> J^T u` is linear and its
@@ -23,7 +23,7 @@ STEPS = tuple(4.0**k for k in range(-3, 4))  # times the cube root of the machin
 logger = logging.getLogger(__name__)
 
 
-class Pushforward:
+class JacobianVectorProduct:
     """Jacobian times weight deviations, with the first method that works on the model; later calls keep to it.
 
     A method that runs is believed only if it agrees with a backward pass, once: `|J v|^2 = <J^T J v, v>`.
@@ -138,10 +138,10 @@ class Pushforward:
 
 
 def _forward(function: Function, parameters: Parameters, deviations: Parameters) -> Tensor:
-    def push(v: dict[str, Tensor]) -> Tensor:
+    def jvp(v: dict[str, Tensor]) -> Tensor:
         return torch.func.jvp(function, (dict(parameters),), (v,))[1]
 
-    return torch.func.vmap(push)(dict(deviations))
+    return torch.func.vmap(jvp)(dict(deviations))
 
 
 def _forward_single(function: Function, parameters: Parameters, deviations: Parameters) -> Tensor:

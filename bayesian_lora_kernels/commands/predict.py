@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from bayesian_lora_kernels.commands import output
+from bayesian_lora_kernels.commands import options, output
 from bayesian_lora_kernels.commands.errors import as_input_errors
-from bayesian_lora_kernels.commands.job import load_job, load_posterior
+from bayesian_lora_kernels.commands.job import add_job_options, load_job, load_posterior
 
 WIDEST = 12
 
 
-def run(args: Namespace) -> None:
+def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
+    """What `blk predict` takes."""
+    parser = subparsers.add_parser(
+        "predict",
+        help="probabilities of the choices, line by line",
+        description="For every line the probabilities of the choices, of the adapter alone (MAP) and with the "
+        "posterior that blk fit wrote (Laplace), and the standard deviation of each choice's logit.",
+    )
+    add_job_options(parser, labelled=False)
+    options.add_probabilities(parser)
+    options.add_json(parser, "also write the results to this file, as JSON lines: one object for each example")
+    return parser
+
+
+def run(args: Namespace) -> int:
     """Predict, print, write.
 
     Raises:
@@ -42,9 +56,9 @@ def run(args: Namespace) -> None:
                 "logit_std": dict(zip(choices, deviation[i], strict=True)),
             }
         )
-    if args.json is not None:
-        output.write_json_lines(args.json, rows)
+    output.write_json_lines(args.json, rows)
     print(_report(rows, choices, args.method))
+    return 0
 
 
 def _report(rows: Sequence[dict[str, Any]], choices: Sequence[str], method: str) -> str:

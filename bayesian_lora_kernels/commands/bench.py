@@ -1,4 +1,4 @@
-"""How fast every operation is here, in every implementation that runs here: `blk bench`.
+"""`blk bench`: how fast every operation is here, in every implementation that runs here.
 
 Sizes are those of LoRA of rank 8. Each result is first compared with the float64 reference; the time of one that is not
 right is not shown.
@@ -6,7 +6,9 @@ right is not shown.
 
 from __future__ import annotations
 
+import sys
 import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.commands import output
+from bayesian_lora_kernels.commands.adapter import choose_device
+from bayesian_lora_kernels.commands.errors import FAILED, as_failures
+from bayesian_lora_kernels.commands.options import Subparsers, add_json
 from bayesian_lora_kernels.ops.dispatch import IMPLEMENTATIONS
 from bayesian_lora_kernels.posterior.kronecker import Blocks, KroneckerPosterior
 
@@ -25,6 +31,33 @@ RANK, KEPT, OUTPUTS = 8, 32, 4
 ROUNDS = 11
 # Largest relative error, in the norm of the result, that is taken for rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-4, torch.float16: 1e-4}
+
+
+def add_parser(subparsers: Subparsers) -> ArgumentParser:
+    """What `blk bench` takes."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="how fast every operation is here",
+        description="Every operation in every implementation that runs here, checked against float64 and timed.",
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1; None: a GPU if there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the inputs")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, in seconds; the times mean nothing")
+    add_json(parser)
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Measure, print, write."""
+    device = choose_device(args.device)
+    size = SIZES["quick" if args.quick else "cuda" if device.type == "cuda" else "cpu"]
+    with as_failures(RuntimeError):
+        rows = measure(device, getattr(torch, args.dtype), size, progress=sys.stderr.isatty())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, PyTorch {torch.__version__}, inputs {args.dtype}\n\n{format_rows(rows)}")
+    output.write_json(args.json, {"device": name, "torch": torch.__version__, "dtype": args.dtype, "rows": rows})
+    return FAILED if any(row["error"] is not None and row["seconds"] is None for row in rows) else 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The native small algebra against mathematics: the Nystroem estimate, orthogonality, whitening, bad input."""
+"""The native `nystrom_eigh` against mathematics: the Nystroem estimate, orthogonality, whitening, bad input."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def combine(core: Tensor, gram: Tensor, device: str = "cpu", rounding: float = EPS64, **options: bool) -> Tensor:
-    """`native.small_algebra` into a result poisoned with NaN, back on the CPU."""
+    """`native.nystrom_eigh` into a result poisoned with NaN, back on the CPU."""
     combination = torch.full(core.shape, torch.nan, dtype=core.dtype, device=device)
-    native.small_algebra(combination, core.to(device), gram.to(device), rounding, **options)
+    native.nystrom_eigh(combination, core.to(device), gram.to(device), rounding, **options)
     return combination.cpu()
 
 
@@ -150,7 +150,7 @@ def test_zero_and_empty_columns(device: str) -> None:
 def test_the_reference_agrees(device: str, columns: int) -> None:
     rows = random(3, columns + 9, columns + 9, seed=columns)
     y, core, gram = sketch(rows @ rows.mT, orthonormal(3, columns + 9, columns, seed=1))
-    found, truth = combine(core, gram, device, EPS32), reference.small_algebra(core, gram, EPS32)
+    found, truth = combine(core, gram, device, EPS32), reference.nystrom_eigh(core, gram, EPS32)
     for i in range(3):
         estimate = (y @ truth)[i] @ (y @ truth)[i].T
         assert_close_to((y @ found)[i], estimate, 1e-12 * columns)
@@ -186,7 +186,7 @@ def test_not_finite_names_the_entry(device: str, where: str, bad: float, columns
     place = (columns // 2,) * 2 if "diagonal" in where else (columns - 1, 0)
     (core if "core" in where else gram)[(3, *place)] = bad
     with pytest.raises(
-        ValueError, match="small_algebra: expected finite matrices, got NaN or infinity in matrix 3 of 5"
+        ValueError, match="nystrom_eigh: expected finite matrices, got NaN or infinity in matrix 3 of 5"
     ):
         combine(core, gram, device)
     combination = combine(core, gram, device, check_errors=False)
@@ -205,29 +205,29 @@ def test_overflow_is_reported(device: str) -> None:
 def test_argument_errors() -> None:
     good = torch.eye(4, dtype=torch.float64)[None]
     out = torch.empty_like(good)
-    with pytest.raises(ValueError, match=r"small_algebra: expected core of shape \[L, n, n\], got \[4, 4\]"):
-        native.small_algebra(out, good[0], good, EPS32)
+    with pytest.raises(ValueError, match=r"nystrom_eigh: expected core of shape \[L, n, n\], got \[4, 4\]"):
+        native.nystrom_eigh(out, good[0], good, EPS32)
     with pytest.raises(ValueError, match=r"core of shape \[L, n, n\], got \[1, 4, 3\]"):
-        native.small_algebra(out, good[:, :, :3], good, EPS32)
+        native.nystrom_eigh(out, good[:, :, :3], good, EPS32)
     with pytest.raises(ValueError, match=r"n <= 128, got core of shape \[1, 129, 129\]"):
         combine(torch.zeros(1, 129, 129).double(), torch.zeros(1, 129, 129).double())
     with pytest.raises(TypeError, match="core of dtype float64, got Float"):
-        native.small_algebra(out, good.float(), good, EPS32)
+        native.nystrom_eigh(out, good.float(), good, EPS32)
     with pytest.raises(TypeError, match="gram of dtype Double like the core, got Float"):
-        native.small_algebra(out, good, good.float(), EPS32)
+        native.nystrom_eigh(out, good, good.float(), EPS32)
     with pytest.raises(ValueError, match=r"gram of shape \[1, 4, 4\], got shape \[2, 4, 4\]"):
-        native.small_algebra(out, good, good.repeat(2, 1, 1), EPS32)
+        native.nystrom_eigh(out, good, good.repeat(2, 1, 1), EPS32)
     with pytest.raises(ValueError, match="contiguous combination"):
-        native.small_algebra(torch.empty(1, 4, 8).double()[:, :, ::2], good, good, EPS32)
+        native.nystrom_eigh(torch.empty(1, 4, 8).double()[:, :, ::2], good, good, EPS32)
     with pytest.raises(TypeError, match="combination of dtype Double like the core, got Float"):
-        native.small_algebra(out.float(), good, good, EPS32)
+        native.nystrom_eigh(out.float(), good, good, EPS32)
     for rounding in (-1e-9, 1.0, torch.nan):
         with pytest.raises(ValueError, match=r"rounding in \[0, 1\)"):
-            native.small_algebra(out, good, good, rounding)
+            native.nystrom_eigh(out, good, good, rounding)
     other = good.clone()
     for core, gram in ((other, good), (good, other)):
         with pytest.raises(RuntimeError, match="single memory location"):
-            native.small_algebra(other, core, gram, EPS32)
+            native.nystrom_eigh(other, core, gram, EPS32)
 
 
 @needs_native
@@ -238,7 +238,7 @@ def test_tensors_of_different_devices_are_refused() -> None:
     for place in range(3):
         arguments = [good.cuda() if i == place else good.clone() for i in range(3)]
         with pytest.raises(ValueError, match=r"on .* like the core, got"):
-            native.small_algebra(*arguments, EPS32)
+            native.nystrom_eigh(*arguments, EPS32)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -303,9 +303,9 @@ def test_auto_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> No
             assert choose("incremental_svd", "auto", outs[0], outs[0], xs[0]).__module__ == function.__module__
         return function.__module__.rpartition(".")[2]
 
-    assert chosen([20]) == chosen([12] * 8) == chosen([20, 12]) == chosen([30] * 8, threads=2) == "algebra"
+    assert chosen([20]) == chosen([12] * 8) == chosen([20, 12]) == chosen([30] * 8, threads=2) == "nystrom"
     assert chosen([74]) == chosen([30] * 8) == chosen([20, 74]) == chosen([130]) == "reference"
-    assert chosen([20], rows=20) == "reference"  # a short batch has no small algebra
+    assert chosen([20], rows=20) == "reference"  # a short batch goes the direct route
 
 
 def test_what_it_cannot_take_is_said() -> None:

@@ -1,9 +1,10 @@
-// The small algebra of one incremental SVD update: how the columns of a sketch combine into an orthogonal basis.
+// The eigendecomposition of a Nystroem approximation, in the coordinates of its sketch: the small matrices of one
+// incremental SVD update.
 //
 // Given a sketch Y = A Omega of a positive semidefinite A, with C = Omega^T A Omega and K = Y^T Y, it finds W so that
 // Y W has orthogonal columns by descending norm, and Y W (Y W)^T = Y C^+ Y^T, the Nystroem approximation of A (Frangella,
 // Tropp and Udell 2021): W = P R, where P = D V diag(e)^(-1/2) whitens C, D C D (unit diagonal) = V diag(e) V^T with the
-// eigenvalues that are rounding left out, and R diagonalises P^T K P. `small_algebra` in
+// eigenvalues that are rounding left out, and R diagonalises P^T K P. `nystrom_eigh` in
 // bayesian_lora_kernels/ops/incremental_svd/reference.py is the same in PyTorch.
 //
 // R is never formed: the second diagonalisation starts with P in place of the identity and turns it into P R.
@@ -46,15 +47,15 @@ BLK_HD void multiply(const Team& team, const double* __restrict__ a, const doubl
 }
 
 // How many doubles the team needs beside the vectors: the eigensolver's, and the n of `scale`.
-BLK_HD constexpr int small_algebra_size(int n) { return workspace_size(n) + n; }
+BLK_HD constexpr int nystrom_eigh_size(int n) { return workspace_size(n) + n; }
 
 // `core`: C, of which only the lower triangle is read; `gram`: K; `combination`: W; `scratch`; all n x n row-major.
 // Eigenvalues up to max(rounding, n eps) times the largest count as zero. `scale`: n numbers. Returns the number of
 // sweeps of both diagonalisations; or kNotFinite (NaN, infinity or overflow), with NaN in W; or kNotConverged.
 template <typename Team>
-BLK_HD int small_algebra(const Team& team, const double* __restrict__ core, const double* __restrict__ gram,
-                         double rounding, double* __restrict__ combination, double* __restrict__ scratch,
-                         double* __restrict__ scale, const Workspace<double>& w, int n) {
+BLK_HD int nystrom_eigh(const Team& team, const double* __restrict__ core, const double* __restrict__ gram,
+                        double rounding, double* __restrict__ combination, double* __restrict__ scratch,
+                        double* __restrict__ scale, const Workspace<double>& w, int n) {
   // D C D. Its threshold compares directions, not sizes: a massive activation does not wipe out the others.
   for (int i = team.rank(); i < n; i += team.size()) {
     const double square = core[i * n + i];
