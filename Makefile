@@ -68,8 +68,14 @@ FLOOR_PYTHON ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executa
 FLOORS       := $(VENV)-floors
 FLOOR_BIN    := $(abspath $(FLOORS))/bin
 FLOOR_PIP    := $(FLOOR_BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-compile $(PIP_FLAGS)
-# What touches PyTorch, transformers and PEFT most; not what needs a feature that these versions lack.
-FLOOR_TESTS  := FLOOR_TESTS_HERE
+# What touches PyTorch, transformers and PEFT most; not tests of what these versions lack: float64 masks of some models
+# (transformers), target_parameters, trainable_token_indices, adapters side by side without meta tensors (PEFT).
+FLOOR_TESTS  ?= tests/test_bad_calls.py tests/test_batches.py tests/test_evidence.py tests/test_examples.py \
+  tests/test_native.py tests/test_ops_compile.py tests/test_ops_dispatch.py tests/test_ops_jacobian.py \
+  tests/test_ops_outer_product.py tests/test_ops_square_sum.py tests/test_packaging.py tests/test_predictions.py \
+  tests/test_storage.py tests/test_surroundings.py
+# transformers 4.46 cannot make this test's model.
+FLOOR_SKIP   := tests/test_batches.py::test_a_vision_language_model_one_example_at_a_time
 
 # In a copy, so that neither the sources nor an extension built for .venv are imported in place of what was installed.
 test-floors: $(FLOORS)/.ready
@@ -81,7 +87,7 @@ test-floors: $(FLOORS)/.ready
 	@rm -rf $(FLOORS)/source/bayesian_lora_kernels
 	@cd $(FLOORS)/source && $(FLOOR_BIN)/blk doctor
 	@cd $(FLOORS)/source && OMP_NUM_THREADS=1 $(FLOOR_BIN)/python -m pytest -q -p no:cacheprovider \
-	  -n $(WORKERS) --dist loadfile -m "not slow" $(FLOOR_TESTS)
+	  -n $(WORKERS) --dist loadfile -m "not slow" $(FLOOR_TESTS) $(FLOOR_SKIP:%=--deselect %)
 
 $(FLOORS)/.ready: pyproject.toml constraints-floors.txt
 	@test -n "$(FLOOR_PYTHON)" || { echo "setup: no Python 3.10 found; try make test-floors FLOOR_PYTHON=..."; exit 1; }

@@ -39,10 +39,9 @@ _outside = _Outside()
 
 
 def _default_device() -> torch.device:
-    try:
-        return torch.get_default_device()
-    except AttributeError:  # PyTorch 2.6, once a `with torch.device(...)` was left and no default was set
-        return CPU
+    # torch.get_default_device of PyTorch 2.6 knows nothing of `with torch.device(...)`, and raises after
+    # torch.set_default_device(None).
+    return torch.empty(0).device
 
 
 def in_own_surroundings(function: Callable[P, R]) -> Callable[P, R]:
