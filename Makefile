@@ -4,6 +4,10 @@
 # make aot       compiles the GPU kernels without a GPU and writes docs/aot.md
 # make test-interpret: the kernels in Triton's interpreter; make aot-check: as make aot, writing nothing; both with each
 #   Triton of TRITON_VERSIONS, in environments of their own
+# make test-floors: part of the tests with the lowest versions that pyproject.toml allows, Python 3.10 and PyTorch 2.6 among
+#   them: 3 GB to download and 5 GB of disk, since they bring NVIDIA's packages; less where PIP_FLAGS names an index of CPU
+#   builds
+# make release-check: builds sdist and wheel, installs and tries them
 #
 # Every target sets up .venv by itself. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to every pip install.
 PYTHON    ?= python3
@@ -24,7 +28,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # ninja is in the environment; the compiler finds it there
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-all test-interpret lint format bench aot aot-check clean help
+.PHONY: demo test test-all test-interpret test-floors release-check lint format bench aot aot-check clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -58,6 +62,54 @@ aot-check-%: $(VENV)-triton-%/.ready
 aot: $(lastword $(TRITONS))
 	@$(<D)/bin/python -m benchmarks.aot --write docs/aot.md
 
+# The lowest Python that pyproject.toml allows: by its name, or where pyenv keeps it.
+FLOOR_PYTHON ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null) \
+  $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.10.*/bin/python))
+FLOORS       := $(VENV)-floors
+FLOOR_BIN    := $(abspath $(FLOORS))/bin
+FLOOR_PIP    := $(FLOOR_BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-compile $(PIP_FLAGS)
+# What touches PyTorch, transformers and PEFT most; not tests of what these versions lack: float64 masks of some models
+# (transformers), target_parameters, trainable_token_indices, adapters side by side without meta tensors (PEFT).
+FLOOR_TESTS  ?= tests/test_bad_calls.py tests/test_batches.py tests/test_evidence.py tests/test_examples.py \
+  tests/test_native.py tests/test_ops_compile.py tests/test_ops_dispatch.py tests/test_ops_jacobian.py \
+  tests/test_ops_outer_product.py tests/test_ops_square_sum.py tests/test_packaging.py tests/test_predictions.py \
+  tests/test_storage.py tests/test_surroundings.py
+# transformers 4.46 cannot make this test's model.
+FLOOR_SKIP   := tests/test_batches.py::test_a_vision_language_model_one_example_at_a_time
+
+# In a copy, so that neither the sources nor an extension built for .venv are imported in place of what was installed.
+test-floors: $(FLOORS)/.ready
+	@rm -rf $(FLOORS)/source/tests $(FLOORS)/source/examples $(FLOORS)/source/build/lib*
+	@mkdir -p $(FLOORS)/source
+	@cp -pr bayesian_lora_kernels csrc tests examples constraints*.txt *.md LICENSE pyproject.toml setup.py $(FLOORS)/source
+	@rm -f $(FLOORS)/source/bayesian_lora_kernels/_native*
+	@cd $(FLOORS)/source && PATH="$(FLOOR_BIN):$$PATH" $(FLOOR_PIP) --no-deps --no-build-isolation .
+	@rm -rf $(FLOORS)/source/bayesian_lora_kernels
+	@cd $(FLOORS)/source && $(FLOOR_BIN)/blk doctor
+	@cd $(FLOORS)/source && OMP_NUM_THREADS=1 $(FLOOR_BIN)/python -m pytest -q -p no:cacheprovider \
+	  -n $(WORKERS) --dist loadfile -m "not slow" $(FLOOR_TESTS) $(FLOOR_SKIP:%=--deselect %)
+
+$(FLOORS)/.ready: pyproject.toml constraints-floors.txt
+	@test -n "$(FLOOR_PYTHON)" || { echo "setup: no Python 3.10 found; try make test-floors FLOOR_PYTHON=..."; exit 1; }
+	@echo "setup: $(@D) with $$($(FLOOR_PYTHON) --version) (downloads PyTorch 2.6, and takes minutes)"
+	@$(FLOOR_PYTHON) -m venv --clear $(@D)
+	@$(FLOOR_PIP) -c constraints-floors.txt torch transformers peft safetensors numpy tqdm hypothesis mpmath ninja pybind11 \
+	  pytest pytest-xdist setuptools wheel
+	@touch $@
+
+RELEASE := $(VENV)-release
+release-check: $(RELEASE)/.ready
+	@$(RELEASE)/bin/python tools/release_check.py
+
+# As the Triton environments on top of .venv, but without pip's and setuptools' older copies, which venv brings.
+$(RELEASE)/.ready: $(READY)
+	@echo "setup: $(RELEASE)"
+	@$(BIN)/python -m venv --without-pip --clear $(RELEASE)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+	  > "$$($(RELEASE)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/base.pth"
+	@$(RELEASE)/bin/python -m pip --disable-pip-version-check install --quiet --quiet $(PIP_FLAGS) build==1.6.1 twine==7.0.0
+	@touch $@
+
 # The packages that compat stands in for, to be tested side by side; their dependencies would bring another PyTorch.
 $(PEERS): $(READY) tests/peers/requirements.txt
 	@echo "setup: the packages that the tests compare with"
@@ -86,7 +138,8 @@ bench: $(READY)
 	@$(PYTEST) -q benchmarks --benchmark-only
 
 clean:
-	@rm -rf $(VENV) $(VENV)-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf $(VENV) $(VENV)-triton-* $(FLOORS) $(RELEASE) build dist *.egg-info
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@rm -f bayesian_lora_kernels/_native*.so bayesian_lora_kernels/_native_build.json
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -38,12 +38,18 @@ class _Outside(threading.local):
 _outside = _Outside()
 
 
+def _default_device() -> torch.device:
+    # torch.get_default_device of PyTorch 2.6 knows nothing of `with torch.device(...)`, and raises after
+    # torch.set_default_device(None).
+    return torch.empty(0).device
+
+
 def in_own_surroundings(function: Callable[P, R]) -> Callable[P, R]:
     """The function, run without the caller's autocast and default device."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        cast, device = torch._C._is_any_autocast_enabled(), torch.get_default_device()
+        cast, device = torch._C._is_any_autocast_enabled(), _default_device()
         if not cast and device == CPU:
             return function(*args, **kwargs)
         kinds = [kind for kind in DEVICE_TYPES if torch.is_autocast_enabled(kind)]

@@ -52,7 +52,7 @@ def check_mask(where: str, mask: object, like: Tensor, shape: tuple[int | str, .
 
 def check_same_length(where: str, expected: int, value: object) -> None:
     """Check that ``value`` is a list or tuple of ``expected`` entries."""
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, (list, tuple)):
         raise TypeError(f"{where}: expected a list of {expected} entries, got {describe(value)}")
     if len(value) != expected:
         raise ValueError(f"{where}: expected {expected} entries, got {len(value)}")

@@ -102,7 +102,7 @@ def grouped_incremental_svd(
     """
     where = "grouped_incremental_svd"
     check_impl(where, impl)
-    if not isinstance(xs, list | tuple):
+    if not isinstance(xs, (list, tuple)):
         raise TypeError(f"{where}: expected xs to be a list of tensors, got {describe(xs)}")
     count = len(xs)
     masks = [None] * count if masks is None else masks

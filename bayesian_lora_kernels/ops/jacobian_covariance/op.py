@@ -127,7 +127,7 @@ def grouped_jacobian_covariance(
     """
     where = "grouped_jacobian_covariance"
     check_impl(where, impl)
-    if not isinstance(a, list | tuple) or not a:
+    if not isinstance(a, (list, tuple)) or not a:
         raise ValueError(f"{where}: expected a to be a list of at least one tensor, got {describe(a)}")
     masks = [None] * len(a) if masks is None else masks
     for name, entries in (("g", g), ("posteriors", posteriors), ("masks", masks)):

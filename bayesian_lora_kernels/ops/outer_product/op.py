@@ -151,7 +151,7 @@ def grouped_outer_product(
     """
     where = "grouped_outer_product"
     check_impl(where, impl)
-    if not isinstance(xs, list | tuple):
+    if not isinstance(xs, (list, tuple)):
         raise TypeError(f"{where}: expected xs to be a list of tensors, got {type(xs).__name__}")
     count = len(xs)
     masks = [None] * count if masks is None else masks

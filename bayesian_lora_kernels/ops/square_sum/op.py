@@ -51,7 +51,7 @@ def grouped_square_sum(
     """
     where = "grouped_square_sum"
     check_impl(where, impl)
-    if not isinstance(xs, list | tuple) or not xs:
+    if not isinstance(xs, (list, tuple)) or not xs:
         raise ValueError(f"{where}: expected xs to be a list of at least one tensor, got {describe(xs)}")
     masks = [None] * len(xs) if masks is None else masks
     check_same_length(f"{where}: masks", len(xs), masks)

@@ -203,7 +203,7 @@ def _validate(
         check_tensor(f"{where}: bias", bias, (weight.shape[0],))
         check_device(f"{where}: bias", bias, weight.device)
     if softcap is not None:
-        if isinstance(softcap, bool) or not isinstance(softcap, int | float):
+        if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
             raise TypeError(f"{where}: softcap: expected a number or None, got {describe(softcap)}")
         if not 0 < softcap < math.inf:
             raise ValueError(f"{where}: softcap: expected a positive finite number, got {softcap}")
