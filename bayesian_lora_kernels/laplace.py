@@ -16,9 +16,9 @@ from bayesian_lora_kernels.curvature.factors import TOKENS, FactorSettings
 from bayesian_lora_kernels.curvature.fit import CurvatureFit, Fit, FitSettings
 from bayesian_lora_kernels.curvature.likelihood import FISHERS, LIKELIHOODS
 from bayesian_lora_kernels.model import fingerprint
-from bayesian_lora_kernels.model.batches import without_labels
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.findings import CHECKS
-from bayesian_lora_kernels.model.forward import Forward, ForwardFunction
+from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
 from bayesian_lora_kernels.model.layers import Modules, find_layers
 from bayesian_lora_kernels.posterior import archive, storage
 from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence
@@ -234,7 +234,7 @@ class LaplaceLoRA:
         if isinstance(outputs, str) and outputs == "vocabulary":
             return vocabulary_posterior(self._sampler(fit, "predict"), batch, self._settings.memory_budget)
         mean, covariances, indices = self._predictor(fit).predict(
-            without_labels(batch), outputs, [self._detached_prior()]
+            Batch.of(batch, model_device(self.model), labels=False), outputs, [self._detached_prior()]
         )
         return LogitPosterior(mean, covariances[0], indices, self.likelihood == "classification")
 

@@ -14,13 +14,14 @@ from tqdm.auto import tqdm
 from bayesian_lora_kernels.curvature.eigenvalues import EigenvalueSum
 from bayesian_lora_kernels.curvature.factors import FactorSettings, KroneckerSums, check_finite, square_sums
 from bayesian_lora_kernels.curvature.likelihood import Likelihood
-from bayesian_lora_kernels.model.batches import batch_size, check_loader, to_device
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.memory import default_budget, examples_within
 from bayesian_lora_kernels.model.pieces import captures
+from bayesian_lora_kernels.model.reading import check_loader
 from bayesian_lora_kernels.posterior.exact import ExactPosterior
 from bayesian_lora_kernels.posterior.kronecker import (
     Eigenbasis,
@@ -179,18 +180,15 @@ class CurvatureFit:
     def _captures(self, what: str, totals: _Totals, weight_gradients: bool = False) -> Iterator[tuple[int, Capture]]:
         """Every batch, in pieces that fit the memory budget, with its labels checked and counted."""
         device = model_device(self.model)
-        for index, batch in enumerate(tqdm(self.loader, desc=what, unit="batch", disable=not self.progress)):
+        for index, given in enumerate(tqdm(self.loader, desc=what, unit="batch", disable=not self.progress)):
             try:
-                batch = to_device(batch, device)
-                size = batch_size(batch)
-                if size == 0:
+                batch = Batch.of(given, device)
+                if batch.size == 0:
                     continue
-                step = size
-                if size:
-                    step = examples_within(
-                        self.settings.memory_budget, batch, self.layers, weight_gradients=weight_gradients
-                    )
-                for _, recorded in captures(self.layers, self.forward, batch, step or 1, all_labels=True):
+                step = examples_within(
+                    self.settings.memory_budget, batch, self.layers, weight_gradients=weight_gradients
+                )
+                for _, recorded in captures(self.layers, self.forward, batch, step, all_labels=True):
                     self._count(recorded, totals)
                     yield index, recorded
             except (ValueError, TypeError) as error:

@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels import ops
-from bayesian_lora_kernels.model.batches import batch_size, to_device
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture, accumulate_dtype
-from bayesian_lora_kernels.model.forward import Forward, model_device
+from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.memory import examples_within, frugal_examples
@@ -51,7 +50,7 @@ class LogitPredictor:
         self.posterior, self.memory_budget = posterior, memory_budget
 
     def predict(
-        self, batch: Any, outputs: Outputs, priors: Sequence[Mapping[str, Tensor]]
+        self, batch: Batch, outputs: Outputs, priors: Sequence[Mapping[str, Tensor]]
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """Means `[N, C]`, one covariance `[N, C, C]` per set of prior precisions, and the indices of the logits.
 
@@ -61,12 +60,9 @@ class LogitPredictor:
             ValueError: for logits with a token dimension, indices out of range, too many logits at once, or values
                 that are not finite.
         """
-        with torch.inference_mode(False):
-            batch = to_device(batch, model_device(self.model))
-        size = batch_size(batch)
+        size = batch.size
         if size == 0:
             raise ValueError("predict: expected at least one example, the batch has none")
-        size = size or 1
         if isinstance(outputs, (list, tuple)):
             outputs = torch.as_tensor(outputs)
         if isinstance(outputs, Tensor) and outputs.ndim == 2 and len(outputs) != size:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.output_map import OutputMap, UncappedForward
 from bayesian_lora_kernels.ops.vocabulary import VocabularyStatistics
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
@@ -50,7 +51,7 @@ class VocabularyPosterior:
         self,
         sampler: HiddenSampler,
         predictor: LogitPredictor,
-        batch: Any,
+        batch: Batch,
         hidden: Tensor,
         output_map: OutputMap,
         prior: Mapping[str, Tensor],
@@ -216,13 +217,13 @@ def vocabulary_posterior(sampler: HiddenSampler, batch: Any, memory_budget: int 
     Raises:
         ValueError: for a head that cannot be served; see `read_output_map`.
     """
-    batch = sampler.prepare(batch)
-    hidden, _ = sampler.mean(batch, every=False)
-    output_map = sampler.output_map(batch)
+    prepared = sampler.prepare(batch)
+    hidden, _ = sampler.mean(prepared, every=False)
+    output_map = sampler.output_map(prepared)
     capped = output_map.softcap is not None
     forward = UncappedForward(sampler.forward, output_map.scale) if capped else sampler.forward.whole_vocabulary()
     predictor = LogitPredictor(sampler.model, sampler.layers, forward, sampler.posterior, memory_budget)
-    return VocabularyPosterior(sampler, predictor, batch, hidden, output_map, sampler.prior)
+    return VocabularyPosterior(sampler, predictor, prepared, hidden, output_map, sampler.prior)
 
 
 def relative_error(n: int) -> float:
