@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.model import batches
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.memory import _tokens
 from bayesian_lora_kernels.model.reading import inputs_and_labels
@@ -259,6 +260,25 @@ def test_tensors_in_depth_move_and_the_batch_stays_as_it_was():
     assert not moved["past"][0]["k"].is_inference()
     assert batch == {"input_ids": frozen, "past": inner}
     assert batch["input_ids"] is frozen
+
+
+def test_a_batch_is_read_once(plain, monkeypatch):
+    case, laplace, _ = plain
+    seen = []
+    monkeypatch.setattr(batches, "parsed", lambda *args, parsed=batches.parsed: seen.append(args) or parsed(*args))
+    calls = {
+        "fit": lambda: blk.LaplaceLoRA(case.model, **case.arguments).fit([case.batch()], progress=False),
+        "predict": lambda: laplace.predict(case.batch()),
+        "vocabulary": lambda: laplace.predict(case.batch(), outputs="vocabulary").top(2),
+        "score": lambda: laplace.score(case.batch(), 2),
+        "verify": lambda: laplace.verify(case.batch()),
+    }
+    for name, call in calls.items():
+        seen.clear()
+        call()
+        assert len(seen) == 1, name
+    once = Batch.of(case.batch())
+    assert Batch.of(once) is once
 
 
 # The type that a user's own forward gets.
@@ -712,7 +732,7 @@ def test_pieces_make_the_whole(n, kind, data):
     else:
         batch = kind(batch)
     step = data.draw(st.integers(1, n))
-    whole = Batch.of(batch)
+    whole = Batch.unchecked(batch)
     rows, pieces = zip(*whole.pieces(step), strict=True)
     assert [torch.arange(n)[one].tolist() for one in rows] == [one.tolist() for one in torch.arange(n).split(step)]
     assert {type(piece.given) for piece in pieces} == {kind}
