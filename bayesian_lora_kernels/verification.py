@@ -180,14 +180,11 @@ def _in_float64(layers: Sequence[LinearLayer], forward: Forward, given: nn.Modul
         wide = Forward(double, forward.function, forward.class_token_ids, forward.masked, forward.checks.mode)
         wide.findings = copy.deepcopy(forward.findings)
         found = find_layers(double, covers, wide.head_rows)
-        return _jacobians(found, wide, double, Batch.unchecked(map_tensors(batch.given, _doubled)), "in float64", limit)
+        doubled = Batch.unchecked(map_tensors(batch.given, lambda x: x.double() if x.is_floating_point() else x))
+        return _jacobians(found, wide, double, doubled, "in float64", limit)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError) as error:
         reason = f"the model does not run in float64 ({type(error).__name__}: {error})"
         return [Agreement(what, "", None, limit, reason)]
-
-
-def _doubled(x: Tensor) -> Tensor:
-    return x.double() if x.is_floating_point() else x
 
 
 def _differences(

@@ -21,10 +21,9 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 import bayesian_lora_kernels as blk
-from bayesian_lora_kernels.model import batches
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.memory import _tokens
-from bayesian_lora_kernels.model.reading import inputs_and_labels
+from bayesian_lora_kernels.model.reading import inputs_and_labels, parsed
 
 
 class Pair(NamedTuple):
@@ -265,7 +264,7 @@ def test_tensors_in_depth_move_and_the_batch_stays_as_it_was():
 def test_a_batch_is_read_once(plain, monkeypatch):
     case, laplace, _ = plain
     seen = []
-    monkeypatch.setattr(batches, "parsed", lambda *args, parsed=batches.parsed: seen.append(args) or parsed(*args))
+    monkeypatch.setattr("bayesian_lora_kernels.model.batches.parsed", lambda *args: seen.append(args) or parsed(*args))
     calls = {
         "fit": lambda: blk.LaplaceLoRA(case.model, **case.arguments).fit([case.batch()], progress=False),
         "predict": lambda: laplace.predict(case.batch()),

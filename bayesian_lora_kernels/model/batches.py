@@ -40,13 +40,18 @@ class Batch:
     def of(cls, batch: Any, device: torch.device | None = None, *, labels: bool = True) -> Batch:
         """A user's batch on a device, with tensors that autograd may keep; a `Batch` stays as it is.
 
+        Lists of numbers and NumPy arrays become tensors; in a named tuple or dataclass, only those under the names of
+        model inputs and labels. Text and everything else stays as it is.
+
         Args:
             batch: the user's.
             device: None: where its tensors are.
-            labels: whether its labels are read; else they are left out, whatever they are.
+            labels: whether labels are read; else they are left out, whatever they are.
 
         Raises:
-            TypeError, ValueError: for what is no batch, or one that contradicts itself; see `parsed`.
+            TypeError: for a batch or labels of a type that means nothing.
+            ValueError: for rows of different lengths, a missing batch dimension, labels of another number than the
+                examples, and masks that are not `[N, T]` of 0 and 1; the key is named.
         """
         if isinstance(batch, Batch):
             return batch
@@ -76,8 +81,7 @@ class Batch:
         Raises:
             ValueError: if an example has no valid token at all.
         """
-        columns = self.inputs if isinstance(self.inputs, Mapping) else {}
-        found = {key: columns.get(key) for key in MASK_KEYS}
+        found = {key: self.inputs.get(key) for key in MASK_KEYS} if isinstance(self.inputs, Mapping) else {}
         masks = {key: mask.bool() for key, mask in found.items() if isinstance(mask, Tensor) and mask.ndim == 2}
         for key, valid in masks.items():
             empty = ~valid.any(dim=1)
@@ -91,19 +95,17 @@ class Batch:
     @property
     def uncut(self) -> list[str]:
         """Keys of tensors that `rows` keeps whole although their first dimension is longer than 1."""
-        batch, size = self.given, self.size
-        if isinstance(batch, (tuple, list)) and not has_names(batch):
-            names = dict(zip(items_of(batch), ("inputs", "labels"), strict=False))
-            items: dict[Any, Any] = {}
-            for key, value in items_of(batch).items():
+        given, size = self.given, self.size
+        items = items_of(given) if has_names(given) else {}
+        if not has_names(given):
+            parts = given if isinstance(given, (tuple, list)) else [given]
+            for name, value in zip(("inputs", "labels"), parts, strict=False):
                 if has_names(value):
                     items.update(items_of(value))
                 elif isinstance(value, (tuple, list)):
-                    items.update({f"{names.get(key, key)}[{i}]": part for i, part in enumerate(value)})
+                    items.update({f"{name}[{i}]": part for i, part in enumerate(value)})
                 else:
-                    items[names.get(key, key)] = value
-        else:
-            items = items_of(batch) if has_names(batch) else {"inputs": batch}
+                    items[name] = value
         known = packed_keys(items, size) | {"cache_position"}
         return [
             str(key)
@@ -126,13 +128,12 @@ class Batch:
         Raises:
             ValueError: for packed images of which nothing consistent tells whose they are.
         """
-        size = self.size
 
         def cut(value: Any, axis: int) -> Any:
             return value[(slice(None),) * axis + (slice(start, stop),)] if axis else value[start:stop]
 
-        given = _picked(self.given, cut, lambda items: cut_packed(items, start, stop, size), size)
-        return Batch.unchecked(given, min(stop, size) - start)
+        given = _picked(self.given, cut, lambda items: cut_packed(items, start, stop, self.size), self.size)
+        return Batch.unchecked(given, min(stop, self.size) - start)
 
     def pieces(self, step: int, start: int = 0) -> Iterator[tuple[slice, Batch]]:
         """The examples from `start` on, `step` at a time: which they are, and the batch of them; itself if all are."""
@@ -143,9 +144,8 @@ class Batch:
     def reversed(self) -> Batch | None:
         """The examples in reversed order; None if that cannot be had (packed images, unknown objects)."""
         items = items_of(self.given) if not isinstance(self.given, (Tensor, np.ndarray)) else {"": self.given}
-        if packed_keys(items if has_names(self.given) else {}, self.size):
-            return None
-        if not all(value is None or isinstance(value, KNOWN) or has_names(value) for value in items.values()):
+        known = all(value is None or isinstance(value, KNOWN) or has_names(value) for value in items.values())
+        if not known or packed_keys(items, self.size):
             return None
         found: list[bool] = []
 

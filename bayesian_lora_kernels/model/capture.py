@@ -132,7 +132,7 @@ class Capture:
             differentiable: whether autograd, too, shall be able to differentiate with respect to the layers' weights.
         """
         self.all_labels = all_labels
-        scopes = Scopes(self.forward.batch_masks(batch))
+        scopes = Scopes(batch.masks if self.forward.masked else [])
         sources: dict[int, tuple[Any, ...]] = {}
         masks: dict[int, tuple[TokenMask, ...]] = {}
         seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}

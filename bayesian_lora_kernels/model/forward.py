@@ -218,10 +218,6 @@ class Forward:
         """Whether the model has an encoder beside its decoder."""
         return bool(getattr(getattr(self.base, "config", None), "is_encoder_decoder", False))
 
-    def batch_masks(self, batch: Batch) -> list[Tensor]:
-        """The masks of a batch, for where no call inside the model names one; see `Batch.masks` for errors."""
-        return batch.masks if self.masked else []
-
     def output_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """`[N, T]` bool, which of the positions that the output head sees are real; None: all of them."""
         mask = inputs.get(DECODER_MASK if self.seq2seq else MASK_KEYS[0])

@@ -125,7 +125,7 @@ def _with_noisy_padding(recorded: Capture, vectors: bool) -> _Noisy | None:
             and onto inputs that are vectors already; or other ids take the place of those of the padding.
     """
     forward, batch = recorded.forward, recorded.batch
-    scopes = Scopes(forward.batch_masks(batch))
+    scopes = Scopes(batch.masks if forward.masked else [])
     touched: list[bool] = []
     noise = torch.Generator().manual_seed(0)
     inputs: dict[str, list[Tensor]] = {}

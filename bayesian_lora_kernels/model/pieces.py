@@ -36,8 +36,7 @@ def captures(
         ValueError: if the logits depend on no layer, or something that is taken for granted of the model does not hold
             (`docs/method.md`) and cannot be made up for.
     """
-    start = 0
-    whole = _whole(forward, batch, all_labels) if step < batch.size else None
+    start, whole = 0, _whole(forward, batch, all_labels) if step < batch.size else None
     while start < batch.size:
         rows, piece = next(batch.pieces(1 if forward.findings.one_at_a_time else step, start))
         try:
@@ -166,8 +165,7 @@ def _go_one_at_a_time(layers: Sequence[LinearLayer], forward: Forward, together:
     """
     forward.checks.changes(f"{together}. This")
     forward.checks.steady = True
-    n = len(together.logits)
-    for row in (0, n - 1):
+    for row in (0, together.batch.size - 1):
         try:
             alone = _run(layers, forward, together.batch.rows(row, row + 1), together.all_labels, False).logits
         except Exception as error:

@@ -45,37 +45,22 @@ def check_loader(loader: Any, name: str = "loader") -> None:
 
 
 def parsed(batch: Any, labels: bool = True) -> Any:
-    """The batch with its numbers as tensors, of the same type where that can be, and known to be in order.
-
-    Lists of numbers and NumPy arrays become tensors; in a named tuple or dataclass, only those under the names of model
-    inputs and labels. Text and everything else stays as it is.
-
-    Args:
-        batch: the user's.
-        labels: whether labels are read; else they are left out, whatever they are.
-
-    Raises:
-        TypeError: for a batch or labels of a type that means nothing.
-        ValueError: for rows of different lengths, a missing batch dimension, labels of another number than the
-            examples, and masks that are not `[N, T]` of 0 and 1; the key is named.
-    """
+    """A batch of the same kind, where that can be, with its numbers as tensors; see `Batch.of`, also for errors."""
     _read(batch)
     batch = _with_tensors(batch if labels else _without_labels(batch))
     inputs, found, name = _read(batch)
     _check_examples(inputs, found, name)
-    _check_masks(inputs)
+    _check_masks(inputs if isinstance(inputs, Mapping) else {})
     return batch
 
 
 def inputs_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
     """A batch without its labels, and the labels (None where there are none).
 
-    The inputs of a mapping are a mapping of the same type where that can be; those of a dataclass or named tuple of
-    model inputs are a dict.
+    The inputs of a mapping are of its type where that can be; those of a dataclass or named tuple of columns, a dict.
 
     Raises:
-        TypeError: if the batch is neither a mapping, a tensor, a tuple of one or two nor a dataclass, or if labels are
-            no numbers.
+        TypeError: for a batch of a type that means nothing, or labels that are no numbers.
         ValueError: if labels are rows of different lengths.
     """
     inputs, labels, name = _read(batch)
@@ -196,10 +181,8 @@ def _check_examples(inputs: Any, labels: Any, name: str) -> None:
         )
 
 
-def _check_masks(inputs: Any) -> None:
+def _check_masks(inputs: Mapping[Any, Any]) -> None:
     """Whether attention masks are `[N, T]` of 0 and 1, or `[N, choices, T]` like 3-D `input_ids`."""
-    if not isinstance(inputs, Mapping):
-        return
     ids = inputs.get("input_ids")
     for key in MASK_KEYS:
         mask = inputs.get(key)
@@ -218,9 +201,6 @@ def _check_masks(inputs: Any) -> None:
                     f"{key}: expected values 0 (padding) and 1, got {mask[wrong][0].item():g} in a mask of shape "
                     f"{list(mask.shape)}; {advice}"
                 )
-
-
-# From lists and arrays to tensors.
 
 
 def _with_tensors(batch: Any) -> Any:
@@ -259,11 +239,7 @@ def _input_tensor(value: Any) -> Any:
 
 
 def _row_tensor(key: str, value: Any) -> Any:
-    """Numbers as a tensor.
-
-    Raises:
-        ValueError: if they are rows of different lengths.
-    """
+    """Numbers as a tensor; rows of different lengths are refused."""
     found = as_tensor(value)
     if found is None and is_numbers(value):
         lengths = [_rows(row) or 0 for row in value]
@@ -281,9 +257,6 @@ def _list_tensor(value: Any) -> Any:
     )
     found = as_tensor(value) if numbers else None
     return value if found is None else found
-
-
-# Sizes.
 
 
 def _first(sizes: Iterable[int | None]) -> int | None:
