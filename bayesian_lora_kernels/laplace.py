@@ -17,8 +17,8 @@ from bayesian_lora_kernels.config import LaplaceConfig, PriorPrecision
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.curvature.passes import Fit, Passes, fit_curvature
 from bayesian_lora_kernels.model import fingerprint
-from bayesian_lora_kernels.model.batches import without_labels
-from bayesian_lora_kernels.model.forward import Forward, ForwardFunction
+from bayesian_lora_kernels.model.batches import Batch
+from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
 from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.curvature import CURVATURES
@@ -193,7 +193,8 @@ class LaplaceLoRA:
         if isinstance(outputs, str) and outputs == "vocabulary":
             return self.predict_vocabulary(batch)
         fit = self._fitted("predict")
-        mean, covariances, indices = self._predictor(fit).predict(without_labels(batch), outputs, [self._gaussian()])
+        parsed = Batch.of(batch, model_device(self.model), labels=False)
+        mean, covariances, indices = self._predictor(fit).predict(parsed, outputs, [self._gaussian()])
         return LogitPosterior(mean, covariances[0], indices, self.likelihood == "classification")
 
     @in_own_surroundings

@@ -14,7 +14,7 @@ from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS, MAX_EXACT_COLUMNS
 from bayesian_lora_kernels.curvature.passes import Passes, fit_curvature
 from bayesian_lora_kernels.model.alone import distance, logits_alone, logits_together, most_padded
-from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, slice_batch, to_device
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.containers import map_tensors
 from bayesian_lora_kernels.model.forward import Forward, model_device
@@ -97,9 +97,7 @@ def verify(
         config: of fits.
         batch: any; the example with most padding and one other are taken.
     """
-    with torch.inference_mode(False):
-        batch = to_device(batch, model_device(given))
-    batch = _two(batch)
+    batch = _two(Batch.of(batch, model_device(given)))
     dtype = min((p.dtype for p in given.parameters() if p.is_floating_point()), key=lambda d: torch.finfo(d).bits)
     found = _jacobians(layers, forward, given, batch, "in the model's dtype", JACOBIAN.get(dtype, HALF))
     found += _differences(layers, forward, given, batch, dtype)
@@ -109,28 +107,26 @@ def verify(
     return Verification(tuple(found))
 
 
-def _two(batch: Any) -> Any:
+def _two(batch: Batch) -> Batch:
     """The example with most padding and its neighbour, or the only one."""
-    size = batch_size(batch) or 1
-    inputs = inputs_and_labels(batch)[0]
-    row = most_padded(inputs) if isinstance(inputs, Mapping) else size - 1
-    start = max(0, min(row, size - 2))
-    return slice_batch(batch, start, min(start + 2, size), size) if size > 2 else batch
+    if batch.size == 0:
+        raise ValueError("verify: expected at least one example, the batch has none")
+    start = max(0, min(most_padded(batch), batch.size - 2))
+    return batch.rows(start, start + 2) if batch.size > 2 else batch
 
 
 def _jacobians(
-    layers: Sequence[LinearLayer], forward: Forward, given: nn.Module, batch: Any, how: str, limit: float
+    layers: Sequence[LinearLayer], forward: Forward, given: nn.Module, batch: Batch, how: str, limit: float
 ) -> list[Agreement]:
     """Captured weight gradients of every example against plain autograd on the example by itself."""
-    size, names = batch_size(batch) or 1, [layer.name for layer in layers]
+    names = [layer.name for layer in layers]
     sizes, differences = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     with measuring(given):
-        for rows, recorded in captures(layers, forward, batch, size):
-            piece = slice_batch(batch, rows.start, rows.stop, size)
+        for _, recorded in captures(layers, forward, batch, batch.size):
             chosen = _chosen(recorded.logits)
             captured = [recorded.backward(_unit(recorded.logits, c), weight_gradients=names) for c in chosen]
             for row in range(len(recorded.logits)):
-                expected = _autograd(recorded, layers, forward, piece, row, chosen)
+                expected = _autograd(recorded, layers, forward, row, chosen)
                 for name, truth in expected.items():
                     parts = [g[name][row] for g in captured if name in g]
                     own = torch.stack(parts).to(truth) if parts else torch.zeros_like(truth)
@@ -153,13 +149,12 @@ def _unit(logits: Tensor, index: int) -> Tensor:
 
 
 def _autograd(
-    recorded: Capture, layers: Sequence[LinearLayer], forward: Forward, piece: Any, row: int, chosen: Sequence[int]
+    recorded: Capture, layers: Sequence[LinearLayer], forward: Forward, row: int, chosen: Sequence[int]
 ) -> dict[str, Tensor]:
     """`{layer: [C, d_out, d_in]}`, from the model's own logits of one example by itself, with no hook on anything."""
-    own = logits_alone(recorded, piece, row)
+    own = logits_alone(recorded, row)
     if own is None or own.numel() < len(chosen):
-        n = len(recorded.logits)
-        own = forward(slice_batch(piece, row, row + 1, n), all_labels=False).logits[0]
+        own = forward(recorded.batch.rows(row, row + 1), all_labels=False).logits[0]
     parameters = [(layer, leaf, p) for layer in layers for leaf, p in layer.parameters().items()]
     rows: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     for c in chosen:
@@ -174,7 +169,7 @@ def _autograd(
     return {name: torch.stack(parts).to(accumulate_dtype(parts[0])) for name, parts in rows.items()}
 
 
-def _in_float64(layers: Sequence[LinearLayer], forward: Forward, given: nn.Module, batch: Any) -> list[Agreement]:
+def _in_float64(layers: Sequence[LinearLayer], forward: Forward, given: nn.Module, batch: Batch) -> list[Agreement]:
     what, limit = "Jacobians against autograd, in float64", JACOBIAN[torch.float64]
     needed = 8 * sum(p.numel() for p in given.parameters())
     if needed > free_bytes(model_device(given)) // 2:
@@ -185,24 +180,21 @@ def _in_float64(layers: Sequence[LinearLayer], forward: Forward, given: nn.Modul
         wide = Forward(double, forward.function, forward.class_token_ids, forward.masked, forward.checks.mode)
         wide.findings = copy.deepcopy(forward.findings)
         found = find_layers(double, covers, wide.head_rows)
-        return _jacobians(found, wide, double, _doubled(batch), "in float64", limit)
+        doubled = Batch.unchecked(map_tensors(batch.given, lambda x: x.double() if x.is_floating_point() else x))
+        return _jacobians(found, wide, double, doubled, "in float64", limit)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError) as error:
         reason = f"the model does not run in float64 ({type(error).__name__}: {error})"
         return [Agreement(what, "", None, limit, reason)]
 
 
-def _doubled(batch: Any) -> Any:
-    return map_tensors(batch, lambda x: x.double() if x.is_floating_point() else x)
-
-
 def _differences(
-    layers: Sequence[LinearLayer], forward: Forward, given: nn.Module, batch: Any, dtype: torch.dtype
+    layers: Sequence[LinearLayer], forward: Forward, given: nn.Module, batch: Batch, dtype: torch.dtype
 ) -> list[Agreement]:
     """A derivative along a random direction against central differences: sees a backward pass that is itself wrong."""
     what = "derivative along a direction, backward pass against differences"
     if torch.finfo(dtype).bits < 32:
         return [Agreement(what, "", None, DIFFERENCES, f"{dtype} is too coarse for differences")]
-    names, size = [layer.name for layer in layers], batch_size(batch) or 1
+    names = [layer.name for layer in layers]
     noise = torch.Generator().manual_seed(0)
     direction: dict[str, Tensor] = {}
     for layer in layers:
@@ -211,7 +203,7 @@ def _differences(
         direction[layer.name] = random * matrix.norm() / random.norm()
     with measuring(given):
         slope = 0.0
-        for _, recorded in captures(layers, forward, batch, size):
+        for _, recorded in captures(layers, forward, batch, batch.size):
             gradients = recorded.backward(_unit(recorded.logits, 0), weight_gradients=names, retain_graph=False)
             slope += sum(float((g.sum(dim=0) * direction[name]).sum()) for name, g in gradients.items())
         step = torch.finfo(dtype).eps ** (1 / 3)
@@ -221,7 +213,7 @@ def _differences(
     return [Agreement(what, "", abs(measured - slope) / scale, DIFFERENCES)]
 
 
-def _first_logits(forward: Forward, batch: Any) -> float:
+def _first_logits(forward: Forward, batch: Batch) -> float:
     with torch.no_grad():
         return float(forward(batch, all_labels=False).logits.flatten(1)[:, 0].double().sum())
 
@@ -249,19 +241,17 @@ def _moved(
 
 
 def _means(
-    layers: Sequence[LinearLayer], forward: Forward, given: nn.Module, batch: Any, limit: float
+    layers: Sequence[LinearLayer], forward: Forward, given: nn.Module, batch: Batch, limit: float
 ) -> list[Agreement]:
     what, worst, compared = "logits of the batch against each example alone, without padding", 0.0, False
-    if not isinstance(inputs_and_labels(batch)[0], Mapping):
+    if not isinstance(batch.inputs, Mapping):
         return [Agreement(what, "", None, limit, "the batch is no mapping, so nothing is known of padding")]
-    size = batch_size(batch) or 1
     with measuring(given), torch.enable_grad():
-        for rows, recorded in captures(layers, forward, batch, size):
-            piece = slice_batch(batch, rows.start, rows.stop, size)
+        for _, recorded in captures(layers, forward, batch, batch.size):
             for row in range(len(recorded.logits)):
-                own = logits_alone(recorded, piece, row)
+                own = logits_alone(recorded, row)
                 if own is not None:
-                    worst, compared = max(worst, distance(logits_together(recorded, piece, row), own.detach())), True
+                    worst, compared = max(worst, distance(logits_together(recorded, row), own.detach())), True
     note = "" if compared else "forward=... is not asked about single examples"
     return [Agreement(what, "", worst if compared else None, limit, note)]
 
@@ -271,12 +261,12 @@ def _pieces(
     forward: Forward,
     given: nn.Module,
     config: LaplaceConfig,
-    batch: Any,
+    batch: Batch,
     limit: float,
 ) -> list[Agreement]:
     """The curvature of the examples one at a time against that of all at once."""
     what = "fit of the examples in pieces against in one piece"
-    fisher: Literal["exact", "empirical"] = "exact" if inputs_and_labels(batch)[1] is None else "empirical"
+    fisher: Literal["exact", "empirical"] = "exact" if batch.labels is None else "empirical"
     if fisher == "exact":
         with measuring(given), torch.no_grad():
             logits = forward(batch, all_labels=True).logits

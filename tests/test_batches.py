@@ -21,17 +21,9 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 import bayesian_lora_kernels as blk
-from bayesian_lora_kernels.model.batches import (
-    batch_size,
-    inputs_and_labels,
-    slice_batch,
-    to_device,
-    uncut,
-    without_labels,
-)
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.memory import _tokens
-
-CPU = torch.device("cpu")
+from bayesian_lora_kernels.model.reading import inputs_and_labels, parsed
 
 
 class Pair(NamedTuple):
@@ -245,7 +237,7 @@ def test_tuples(name):
     ],
 )
 def test_dtypes(value, dtype):
-    found = to_device({"x": value}, CPU)["x"]
+    found = Batch.of({"x": value}).given["x"]
     assert found.dtype == dtype
     assert found.tolist() == np.asarray(value).tolist()
 
@@ -254,7 +246,7 @@ def test_dtypes(value, dtype):
     "value", ["ab", ["a", "b"], [["a"], ["b"]], [1, "b"], [[1], [2, 3]], [2**70, 1], None, 3, (3, 4), []]
 )
 def test_what_is_no_tensor_stays(value):
-    assert to_device({"x": value, "input_ids": torch.ones(2, 3)}, CPU)["x"] is value
+    assert Batch.of({"x": value, "input_ids": torch.ones(2, 3)}).given["x"] is value
 
 
 def test_tensors_in_depth_move_and_the_batch_stays_as_it_was():
@@ -262,11 +254,30 @@ def test_tensors_in_depth_move_and_the_batch_stays_as_it_was():
         frozen = torch.ones(2, 3)
     inner = ({"k": frozen}, "text")
     batch = {"input_ids": frozen, "past": inner}
-    moved = to_device(batch, CPU)
+    moved = Batch.of(batch, torch.device("cpu")).given
     assert not moved["input_ids"].is_inference()
     assert not moved["past"][0]["k"].is_inference()
     assert batch == {"input_ids": frozen, "past": inner}
     assert batch["input_ids"] is frozen
+
+
+def test_a_batch_is_read_once(plain, monkeypatch):
+    case, laplace, _ = plain
+    seen = []
+    monkeypatch.setattr("bayesian_lora_kernels.model.batches.parsed", lambda *args: seen.append(args) or parsed(*args))
+    calls = {
+        "fit": lambda: blk.LaplaceLoRA(case.model, **case.arguments).fit([case.batch()], progress=False),
+        "predict": lambda: laplace.predict(case.batch()),
+        "vocabulary": lambda: laplace.predict(case.batch(), outputs="vocabulary").top(2),
+        "score": lambda: laplace.score(case.batch(), 2),
+        "verify": lambda: laplace.verify(case.batch()),
+    }
+    for name, call in calls.items():
+        seen.clear()
+        call()
+        assert len(seen) == 1, name
+    once = Batch.of(case.batch())
+    assert Batch.of(once) is once
 
 
 # The type that a user's own forward gets.
@@ -295,13 +306,15 @@ def test_a_forward_of_ones_own_gets_the_type_that_the_loader_gave(name, pieces, 
     blk.LaplaceLoRA(case.model, forward=forward, **budget).fit([batch], progress=False)  # checks keep the type, too
     assert {type(one) for one in seen} == {type(batch)}
     assert getattr(seen[0], "origin", None) == getattr(batch, "origin", None)
-    assert type(without_labels(batch)) is type(batch)
-    assert inputs_and_labels(without_labels(batch))[1] is None
+    bare = Batch.of(batch, labels=False)
+    assert type(bare.given) is type(batch)
+    assert bare.labels is None
+    assert inputs_and_labels(bare.given)[1] is None
 
 
 def test_only_columns_of_a_model_are_converted_in_a_dataclass():
     batch = dataclasses.make_dataclass("Batch", ["input_ids", "lengths", "labels"])([[1, 2]], [2], [0])
-    moved = to_device(batch, CPU)
+    moved = Batch.of(batch, torch.device("cpu")).given
     assert moved.lengths is batch.lengths
     assert isinstance(moved.input_ids, Tensor)
     assert isinstance(moved.labels, Tensor)
@@ -510,9 +523,9 @@ def test_loaders(loader, plain):
 
 def test_masks_of_multiple_choice():
     ids = torch.ones(3, 2, 4).long()
-    to_device({"input_ids": ids, "attention_mask": ids, "labels": [0, 1, 0]}, CPU)
+    Batch.of({"input_ids": ids, "attention_mask": ids, "labels": [0, 1, 0]})
     with pytest.raises(ValueError, match=r"attention_mask: expected shape \[N, T\], got \[3, 2, 5\]"):
-        to_device({"input_ids": ids, "attention_mask": torch.ones(3, 2, 5)}, CPU)
+        Batch.of({"input_ids": ids, "attention_mask": torch.ones(3, 2, 5)})
 
 
 # Sizes.
@@ -544,16 +557,18 @@ SIZES = {
     "positional": ((torch.ones(4, 2), torch.ones(2, 9)), 4),
     "a dataclass": (Frozen(IDS, IDS), 3),
     "a named tuple": (Pair({"x": torch.ones(9)}, torch.ones(3)), 3),
-    "an object": (object(), None),
+    "an object": ((object(), None), None),
 }
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_number_of_examples(name):
     batch, expected = SIZES[name]
-    assert batch_size(batch) == expected
+    found = Batch.unchecked(batch)
+    assert found.size == (1 if expected is None else expected)
+    assert found.rows_of_inputs is None or expected is not None
     if isinstance(batch, dict) and name != "first tensor":
-        assert batch_size(dict(reversed(batch.items()))) == expected
+        assert Batch.unchecked(dict(reversed(batch.items()))).size == found.size
 
 
 # Cuts.
@@ -580,7 +595,7 @@ CUT = {
 def test_cuts(name):
     key, value, axis = CUT[name]
     ids = torch.arange(4)[:, None].expand(4, 5)
-    piece = slice_batch({"input_ids": ids, key: value}, 1, 3, N)
+    piece = Batch.unchecked({"input_ids": ids, key: value}).rows(1, 3).given
     assert torch.equal(piece["input_ids"], ids[1:3])
     if axis is None:
         assert piece[key] is value or piece[key] == value
@@ -593,24 +608,24 @@ def test_cuts(name):
 
 def test_cuts_of_multiple_choice_positions():
     ids = torch.arange(24).view(4, 3, 2)
-    assert torch.equal(slice_batch({"input_ids": ids, "position_ids": ids}, 1, 3, 4)["position_ids"], ids[1:3])
+    assert torch.equal(Batch.of({"input_ids": ids, "position_ids": ids}).rows(1, 3).given["position_ids"], ids[1:3])
 
 
 def test_cuts_of_what_is_nested():
     cache = tuple((torch.ones(4, 2, i), torch.ones(4, 2, i)) for i in range(4))  # four layers
     batch = {"input_ids": torch.ones(4, 2), "past_key_values": cache, "more": {"x": torch.arange(4)}}
-    piece = slice_batch(batch, 1, 3, 4)
+    piece = Batch.of(batch).rows(1, 3).given
     assert [k.shape[0] for k, _ in piece["past_key_values"]] == [2] * 4
     assert piece["more"]["x"].tolist() == [1, 2]
 
 
 def test_cuts_of_positional_inputs():
     x, table = torch.arange(8).view(4, 2), torch.ones(7)
-    inputs, labels = slice_batch(((x, table), torch.arange(4)), 1, 3, 4)
+    inputs, labels = Batch.of(((x, table), torch.arange(4))).rows(1, 3).given
     assert torch.equal(inputs[0], x[1:3])
     assert inputs[1] is table
     assert labels.tolist() == [1, 2]
-    texts, _ = slice_batch((["a", "b", "c", "d"], None), 1, 3, 4)
+    texts, _ = Batch.of((["a", "b", "c", "d"], None)).rows(1, 3).given
     assert texts == ["b", "c"]
 
 
@@ -633,7 +648,7 @@ def test_cuts_of_positional_inputs():
     ],
 )
 def test_what_is_not_cut_is_known(batch, expected):
-    assert uncut(batch, 4) == expected
+    assert Batch.unchecked(batch, 4).uncut == expected
 
 
 # Packed images and videos: examples with any number of them, each of its own size.
@@ -679,15 +694,16 @@ MEDIUM = st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 2), st.i
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.lists(MEDIUM, max_size=3), min_size=1, max_size=5), st.integers(1, 3), st.data())
 def test_packed_images_are_cut_by_owner(media, merge, data):
-    batch, n = packed(media, merge), len(media)
-    before = {key: value.clone() for key, value in batch.items()}
+    columns, n = packed(media, merge), len(media)
+    batch = Batch.of(columns)
+    before = {key: value.clone() for key, value in columns.items()}
     cuts = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=3))})
-    pieces = [slice_batch(batch, start, stop, n) for start, stop in itertools.pairwise(cuts)]
-    same(joined(pieces), batch)
-    same(batch, before)
-    assert uncut(batch, n) == []
+    pieces = [batch.rows(start, stop).given for start, stop in itertools.pairwise(cuts)]
+    same(joined(pieces), columns)
+    same(columns, before)
+    assert batch.uncut == []
     for i in range(n):
-        piece = slice_batch(batch, i, i + 1, n)
+        piece = batch.rows(i, i + 1).given
         for kind, (pixels, grid) in MEDIA.items():
             count = sum(k == kind for k, *_ in media[i])
             found = piece.get(grid)
@@ -696,9 +712,10 @@ def test_packed_images_are_cut_by_owner(media, merge, data):
     start, stop = sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))
     size = stop - start
     inner = sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size))))
-    once = slice_batch(batch, start, stop, n)
+    once = batch.rows(start, stop)
+    assert once.size == size
     if size:
-        same(slice_batch(once, *inner, size), slice_batch(batch, start + inner[0], start + inner[1], n))
+        same(once.rows(*inner).given, batch.rows(start + inner[0], start + inner[1]).given)
 
 
 @settings(deadline=None, max_examples=60)
@@ -714,14 +731,20 @@ def test_pieces_make_the_whole(n, kind, data):
     else:
         batch = kind(batch)
     step = data.draw(st.integers(1, n))
-    pieces = [slice_batch(batch, start, start + step, n) for start in range(0, n, step)]
-    assert {type(piece) for piece in pieces} == {kind}
-    parts = [inputs_and_labels(piece) for piece in pieces]
-    assert torch.equal(torch.cat([one["input_ids"] for one, _ in parts]), ids)
-    assert torch.equal(torch.cat([one["attention_mask"] for one, _ in parts]), ids + 1)
-    assert torch.equal(torch.cat([y for _, y in parts]), labels)
-    assert [batch_size(piece) for piece in pieces] == [min(step, n - start) for start in range(0, n, step)]
-    first = parts[0][0]["input_ids"]
+    whole = Batch.unchecked(batch)
+    rows, pieces = zip(*whole.pieces(step), strict=True)
+    assert [torch.arange(n)[one].tolist() for one in rows] == [one.tolist() for one in torch.arange(n).split(step)]
+    assert {type(piece.given) for piece in pieces} == {kind}
+    assert torch.equal(torch.cat([piece.inputs["input_ids"] for piece in pieces]), ids)
+    assert torch.equal(torch.cat([piece.inputs["attention_mask"] for piece in pieces]), ids + 1)
+    assert torch.equal(torch.cat([piece.labels for piece in pieces]), labels)
+    assert [piece.size for piece in pieces] == [min(step, n - start) for start in range(0, n, step)]
+    assert [Batch.unchecked(piece.given).size for piece in pieces] == [piece.size for piece in pieces]
+    assert (pieces[0] is whole) == (step >= n)
+    start = data.draw(st.integers(0, n))
+    later = [piece.labels for _, piece in whole.pieces(step, start)]
+    assert torch.equal(torch.cat([labels[:0], *later]), labels[start:])
+    first = pieces[0].inputs["input_ids"]
     assert first.data_ptr() == ids.data_ptr()  # a view
 
 
@@ -754,15 +777,15 @@ def test_packed_images_of_nobody(name):
     batch = packed(TWO)
     change(batch)
     with pytest.raises(ValueError, match=message):
-        slice_batch(batch, 0, 1, 2)
+        Batch.of(batch).rows(0, 1)
 
 
 def test_one_image_each_needs_no_token_types():
     batch = packed([[(1, 1, 1, 2)], [(1, 1, 1, 3)]])
-    expected = slice_batch(batch, 1, 2, 2)
+    expected = Batch.of(batch).rows(1, 2).given
     for one in (batch, expected):
         del one["mm_token_type_ids"]
-    same(slice_batch(batch, 1, 2, 2), expected)
+    same(Batch.of(batch).rows(1, 2).given, expected)
 
 
 def vision_model():
@@ -825,11 +848,11 @@ def test_a_vision_language_model_one_example_at_a_time():
 def test_tokens_of_a_batch():
     ids = torch.ones(2, 6).long()
     grid = torch.tensor([[1, 4, 4]] * 3)
-    assert _tokens({"input_ids": ids, "labels": ids[:, :1].expand(2, 50)}) == 6
-    assert _tokens({"input_ids": ids, "pixel_values": torch.ones(48, 12), "image_grid_thw": grid}) == 24
-    assert _tokens({"input_ids": ids, "position_ids": torch.ones(3, 2, 6).long()}) == 6
-    assert _tokens({"input_ids": torch.ones(2, 4, 6).long()}) == 24
-    assert _tokens({"input_features": torch.ones(2, 80, 300)}) == 300
-    assert _tokens({"pixel_values": torch.ones(2, 3, 28, 28)}) == 4
-    assert _tokens((torch.ones(2, 7, 4), None)) == 7
-    assert _tokens((torch.ones(2, 4), None)) == 1
+    assert _tokens(Batch.of({"input_ids": ids, "labels": ids[:, :1].expand(2, 50)})) == 6
+    assert _tokens(Batch.of({"input_ids": ids, "pixel_values": torch.ones(48, 12), "image_grid_thw": grid})) == 24
+    assert _tokens(Batch.of({"input_ids": ids, "position_ids": torch.ones(3, 2, 6).long()})) == 6
+    assert _tokens(Batch.of({"input_ids": torch.ones(2, 4, 6).long()})) == 24
+    assert _tokens(Batch.of({"input_features": torch.ones(2, 80, 300)})) == 300
+    assert _tokens(Batch.of({"pixel_values": torch.ones(2, 3, 28, 28)})) == 4
+    assert _tokens(Batch.of((torch.ones(2, 7, 4), None))) == 7
+    assert _tokens(Batch.of((torch.ones(2, 4), None))) == 1

@@ -13,6 +13,7 @@ from models import Case, bert, gpt2, llama, lora, mlp, randomise, seq2seq, t5
 from torch import Tensor, nn
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.layers import find_layers
 from bayesian_lora_kernels.model.measuring import measuring
@@ -90,7 +91,7 @@ def captured(case: Case, batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Te
     names = [layer.name for layer in layers]
     formed, assembled = [], []
     with measuring(case.model):
-        recorded = capture(layers, forward, batch)
+        recorded = capture(layers, forward, Batch.of(batch))
         for c in range(recorded.logits.shape[1]):
             cotangent = torch.zeros_like(recorded.logits)
             cotangent[:, c] = 1

@@ -92,6 +92,15 @@ def test_without_checks_it_still_notices():
     assert "0" in {one.where for one in found.agreements if not one.ok}
 
 
+@pytest.mark.parametrize("build", [llama, mlp])
+def test_a_batch_of_nothing(build):
+    case = build()
+    batch = case.batch()
+    empty = {k: v[:0] for k, v in batch.items()} if isinstance(batch, dict) else tuple(v[:0] for v in batch)
+    with untouched(case.model), pytest.raises(ValueError, match="verify: expected at least one example"):
+        blk.LaplaceLoRA(case.model, **case.arguments).verify(empty)
+
+
 def test_the_report():
     report = Verification((Agreement("this", "there", 1e-9, 1e-8), Agreement("that", "", None, 1e-8, "no reason")))
     assert report.ok

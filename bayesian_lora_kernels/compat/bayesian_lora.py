@@ -19,11 +19,12 @@ from bayesian_lora_kernels.compat.untouched import BoxedForward, boxed
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.factors import KroneckerSums, check_finite
 from bayesian_lora_kernels.curvature.likelihood import Classification
-from bayesian_lora_kernels.model.batches import MASK_KEYS, to_device
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers, linear_layer
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.pieces import capture
+from bayesian_lora_kernels.model.reading import MASK_KEYS
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior
 from bayesian_lora_kernels.predictive.logits import choose_logits
@@ -314,11 +315,11 @@ def jacobian_mean(
     Raises:
         ValueError: for trainable parameters elsewhere, target ids out of range, logits of another shape.
     """
-    inputs = to_device(batch_inputs, model_device(model))
-    forward = _jacobian_forward(model, inputs, target_ids, output_callback)
+    batch = Batch.of(batch_inputs, model_device(model))
+    forward = _jacobian_forward(model, batch.given, target_ids, output_callback)
     layers = find_layers(model)
     with measuring(model):
-        recorded = capture(layers, forward, inputs)
+        recorded = capture(layers, forward, batch)
         logits = recorded.logits
         if logits.ndim != 2:
             raise ValueError(f"jacobian_mean: expected logits [N, C], got {list(logits.shape)}")

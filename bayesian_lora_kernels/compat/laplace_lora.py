@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector
 from bayesian_lora_kernels.curvature.factors import KroneckerSums
 from bayesian_lora_kernels.curvature.kfac import KroneckerCurvature
 from bayesian_lora_kernels.laplace import LaplaceLoRA
-from bayesian_lora_kernels.model.batches import MASK_KEYS, inputs_and_labels
+from bayesian_lora_kernels.model.reading import MASK_KEYS, inputs_and_labels
 from bayesian_lora_kernels.posterior.curvature import register
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
@@ -278,8 +278,7 @@ def _prepare(batch: Any, scale: str) -> tuple[dict[str, Any], Tensor | None]:
 
 
 def _call_wrapper(model: nn.Module, batch: Any) -> Tensor:
-    inputs, _ = inputs_and_labels(batch)
-    return model(**{key.removeprefix(_HIDDEN): value for key, value in inputs.items()})
+    return model(**{key.removeprefix(_HIDDEN): value for key, value in batch[0].items()})
 
 
 def _without_saved_modules(model: nn.Module) -> list[str] | None:

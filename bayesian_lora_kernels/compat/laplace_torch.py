@@ -18,12 +18,12 @@ from bayesian_lora_kernels.compat.untouched import BoxedForward, boxed
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.factors import KroneckerSums, check_finite
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
-from bayesian_lora_kernels.model.batches import MASK_KEYS
 from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.forward import IGNORED_LABEL
 from bayesian_lora_kernels.model.layers import LinearLayer, linear_layer
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.pieces import capture
+from bayesian_lora_kernels.model.reading import MASK_KEYS
 
 try:
     from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
@@ -89,10 +89,8 @@ class _Blk(CurvatureInterface, ABC):
         return BoxedForward(self.model, lambda model, inputs: model(inputs), masked=True)
 
     def _capture(self, x: Any) -> Capture:
-        batch = boxed(x)
-        if isinstance(x, Mapping):
-            batch |= {key: x[key] for key in MASK_KEYS if key in x}
-        return capture(self._layers, self._forward, batch)
+        masks = {key: x[key] for key in MASK_KEYS if key in x} if isinstance(x, Mapping) else {}
+        return capture(self._layers, self._forward, boxed(x, **masks))
 
     def _flat(self, gradients: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """`{layer: [N, d_out, d_in]}` as `[N, P]`, in the order of the parameters."""

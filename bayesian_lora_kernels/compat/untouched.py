@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward
 
 _KEY = "untouched"
@@ -17,9 +18,9 @@ class _Box:
         self.value = value
 
 
-def boxed(batch: Any) -> dict[str, Any]:
-    """A batch of strings, triples or anything else as a mapping that the engine accepts."""
-    return {_KEY: _Box(batch)}
+def boxed(batch: Any, **columns: Any) -> Batch:
+    """A batch of strings, triples or anything else as one that the engine accepts, and the columns it shall see."""
+    return Batch.unchecked({_KEY: _Box(batch), **columns})
 
 
 class BoxedForward(Forward):

@@ -14,13 +14,14 @@ from tqdm.auto import tqdm
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.factors import check_finite, square_sums
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
-from bayesian_lora_kernels.model.batches import batch_size, check_loader, to_device
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.memory import default_budget, examples_within
 from bayesian_lora_kernels.model.pieces import captures
+from bayesian_lora_kernels.model.reading import check_loader
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
 
 
@@ -110,18 +111,13 @@ class Passes:
             ValueError: for an empty loader, bad labels, logits that are not finite; the batch is named.
         """
         totals = _Totals()
-        for index, batch in enumerate(tqdm(self.loader, desc=what, unit="batch", disable=not self.progress)):
+        for index, given in enumerate(tqdm(self.loader, desc=what, unit="batch", disable=not self.progress)):
             try:
-                batch = to_device(batch, self.device)
-                size = batch_size(batch)
-                if size == 0:
+                batch = Batch.of(given, self.device)
+                if batch.size == 0:
                     continue
-                step = size
-                if size:
-                    step = examples_within(
-                        self.config.memory_budget, batch, self.layers, weight_gradients=weight_gradients
-                    )
-                for _, recorded in captures(self.layers, self.forward, batch, step or 1, all_labels=True):
+                step = examples_within(self.config.memory_budget, batch, self.layers, weight_gradients=weight_gradients)
+                for _, recorded in captures(self.layers, self.forward, batch, step, all_labels=True):
                     self._count(recorded, totals)
                     yield index, recorded
             except (ValueError, TypeError) as error:

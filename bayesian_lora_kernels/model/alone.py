@@ -10,34 +10,34 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.model.arguments import is_left_padded
-from bayesian_lora_kernels.model.batches import DECODER_MASK, batch_size, inputs_and_labels, slice_batch
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.containers import rebuilt
 from bayesian_lora_kernels.model.forward import IGNORED_LABEL
 from bayesian_lora_kernels.model.masks import MASK
 from bayesian_lora_kernels.model.measuring import hooked
 from bayesian_lora_kernels.model.probe import lowest_dtype, noting, tolerance_of
+from bayesian_lora_kernels.model.reading import DECODER_MASK
 from bayesian_lora_kernels.surroundings import callers_surroundings
 
 LABELS = "labels"
 
 
 @torch.no_grad()
-def check_alone(recorded: Capture, batch: Any) -> None:
+def check_alone(recorded: Capture) -> None:
     """The example with most padding, by itself and without it, gives what it gives in the batch."""
-    forward = recorded.forward
-    inputs = inputs_and_labels(batch)[0]
+    forward, inputs = recorded.forward, recorded.batch.inputs
     if not isinstance(inputs, Mapping):
         return
-    row = most_padded(inputs)
+    row = most_padded(recorded.batch)
     seen: dict[str, list[Tensor]] = {}
     with hooked(post=noting(recorded, seen)):
-        own = logits_alone(recorded, batch, row)
+        own = logits_alone(recorded, row)
     if own is None:
         return
     mask = inputs.get(MASK)
     mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    off = distance(logits_together(recorded, batch, row), own)
+    off = distance(logits_together(recorded, row), own)
     if off <= tolerance_of(lowest_dtype(forward), 1e-5, 1e-2, 0.4):
         if mask is not None and not mask.all():
             _compare_inputs(recorded, row, seen)
@@ -76,26 +76,26 @@ def _compare_inputs(recorded: Capture, row: int, alone: Mapping[str, list[Tensor
             )
 
 
-def logits_alone(recorded: Capture, batch: Any, row: int) -> Tensor | None:
-    """Logits `[C]` or `[P, C]` of one example of a batch by itself and without padding; None if nobody can say.
+def logits_alone(recorded: Capture, row: int) -> Tensor | None:
+    """Logits `[C]` or `[P, C]` of one example by itself and without padding; None if nobody can say.
 
     They are the model's own under the default forward, and those of the user's function where that can be asked.
     """
-    forward, n = recorded.forward, len(recorded.logits)
-    inputs, labels = inputs_and_labels(batch)
+    forward, inputs, labels = recorded.forward, recorded.batch.inputs, recorded.batch.labels
     if not isinstance(inputs, Mapping):
         return None
     columns = {**inputs, LABELS: labels} if isinstance(labels, Tensor) else dict(inputs)
     made = recorded.all_labels and isinstance(labels, Tensor) and labels.ndim == 2
     if forward.seq2seq and forward.is_models_own and ("decoder_input_ids" in inputs or made):  # may be padded, too
         columns[DECODER_MASK] = forward.model_inputs(inputs, labels if made else None).get(DECODER_MASK)
-    alone = _without_padding(slice_batch(columns, row, row + 1, n), forward.seq2seq)
-    return _own_logits(recorded, alone) if forward.is_models_own else _functions_logits(recorded, batch, row, alone)
+    one = Batch.unchecked(columns, recorded.batch.size).rows(row, row + 1)
+    alone = _without_padding(one.given, forward.seq2seq)
+    return _own_logits(recorded, alone) if forward.is_models_own else _functions_logits(recorded, row, alone)
 
 
-def logits_together(recorded: Capture, batch: Any, row: int) -> Tensor:
+def logits_together(recorded: Capture, row: int) -> Tensor:
     """The same as `logits_alone`, as they are in the batch."""
-    here, mask = recorded.logits[row].detach(), inputs_and_labels(batch)[0].get(MASK)
+    here, mask = recorded.logits[row].detach(), recorded.batch.inputs.get(MASK)
     counted = recorded.result.mask if recorded.result.mask is not None else mask
     if here.ndim == 1 or not isinstance(counted, Tensor) or counted.ndim != 2 or counted.shape[1] != len(here):
         return here
@@ -116,11 +116,11 @@ def distance(found: Tensor, own: Tensor) -> float:
     return float((found - own).abs().max() / spread.clamp_min(torch.finfo(own.dtype).tiny))
 
 
-def most_padded(inputs: Mapping[str, Any]) -> int:
+def most_padded(batch: Batch) -> int:
     """The last of the examples with most padding."""
-    mask = inputs.get(MASK)
+    mask = batch.inputs.get(MASK) if isinstance(batch.inputs, Mapping) else None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return (batch_size(inputs) or 1) - 1
+        return batch.size - 1
     return len(mask) - 1 - int(mask.bool().sum(dim=1).flip(0).argmin())
 
 
@@ -143,19 +143,20 @@ def _without_padding(columns: Mapping[str, Any], seq2seq: bool) -> dict[str, Any
     return cut
 
 
-def _functions_logits(recorded: Capture, batch: Any, row: int, alone: dict[str, Any]) -> Tensor | None:
+def _functions_logits(recorded: Capture, row: int, alone: dict[str, Any]) -> Tensor | None:
     """What a function of the user's says about one example; None if it may be told where something is in the batch."""
-    forward = recorded.forward
-    if forward.function is None or not isinstance(batch, Mapping):
+    forward, batch = recorded.forward, recorded.batch
+    if forward.function is None or not isinstance(batch.given, Mapping):
         return None
-    mask, inputs = batch.get(MASK), inputs_and_labels(batch)[0]
+    mask = batch.inputs.get(MASK)
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.all()):
         return None
-    if any(isinstance(x, Tensor) and x.shape[:2] != mask.shape for x in inputs.values()):
+    if any(isinstance(x, Tensor) and x.shape[:2] != mask.shape for x in batch.inputs.values()):
         return None
-    one = slice_batch(batch, row, row + 1, len(recorded.logits))
+    one = batch.rows(row, row + 1).given
     try:
-        result = forward(rebuilt(one, {key: alone.get(key, value) for key, value in one.items()}), all_labels=True)
+        trimmed = rebuilt(one, {key: alone.get(key, value) for key, value in one.items()})
+        result = forward(Batch.unchecked(trimmed), all_labels=True)
     except Exception:  # it wants batches of its own kind
         return None
     logits = result.logits[0]

@@ -1,396 +1,175 @@
-"""What a batch is, and how it is cut.
-
-A batch is a mapping of model inputs (`input_ids`, `attention_mask`, `labels`, ...) or a tuple `(inputs, labels)`. Named
-tuples and dataclasses are one or the other, by the names of their fields. `to_device` is where a batch comes in:
-from there on its numbers are tensors, and what it says about labels, masks and the number of examples is consistent.
-"""
+"""A user's batch, read once (`Batch.of`), and how it is cut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.model.containers import as_tensor, is_numbers, is_record, items_of, map_tensors, rebuilt
-from bayesian_lora_kernels.model.packed_images import PACKED_KEYS, cut_packed, packed_keys
+from bayesian_lora_kernels.model.containers import items_of, map_tensors, rebuilt
+from bayesian_lora_kernels.model.packed_images import cut_packed, packed_keys
+from bayesian_lora_kernels.model.reading import MASK_KEYS, has_names, inputs_and_labels, parsed, size_of
 
-DECODER_MASK = "decoder_attention_mask"
-MASK_KEYS = ("attention_mask", DECODER_MASK)
-LABEL_KEYS = ("labels", "label", "label_ids")  # the first that is there; transformers' collators know all three
-
-# Their first dimension is the examples', in this order of trust.
-EXAMPLE_KEYS = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids", "input_features", "input_values")
-# What models take one row of for each example: numbers under these names must be rectangular.
-ROW_KEYS = frozenset({*EXAMPLE_KEYS, DECODER_MASK, "token_type_ids", "position_ids", "mm_token_type_ids"})
-INPUT_NAMES = ROW_KEYS | {"pixel_values"}  # by which a named tuple is known to mean its names, not its places
-SHAPES = {"input_ids": "[N, T]", "inputs_embeds": "[N, T, d]", "decoder_input_ids": "[N, T]"}
-# Their first dimension is something else, or may be.
-OTHER_KEYS = PACKED_KEYS | {"position_ids", "cache_position"}
 NESTED_KEYS = ("past_key_values", "encoder_outputs")  # tuples of tensors, one per layer
 Rows = Callable[[Any, int], Any]
 KNOWN = (Tensor, np.ndarray, list, tuple, str, bytes, int, float)
 MROPE_AXES = (3, 4)  # time, height, width of multimodal rotary positions, and text
 
 
-def check_loader(loader: Any, name: str = "loader") -> None:
-    """Whether a loader, an argument of this name, can be one.
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A user's batch, parsed: its numbers are tensors, and what it says of labels, masks and examples is consistent.
 
-    Raises:
-        TypeError: if it is a single batch, or cannot be iterated over.
+    Attributes:
+        given: the user's own kind of object, which a `forward` of one's own gets.
+        inputs: a mapping, a tensor, or positional arguments; those of a dataclass or named tuple of columns are a dict.
+        labels: `[N]` or `[N, T]`, or None.
+        size: number of examples N; 1 where nothing tells.
     """
-    expected = f"{name}: expected an iterable of batches such as a DataLoader or a list of batches"
-    iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
-    if isinstance(loader, (Mapping, Tensor, np.ndarray)) or (is_record(loader) and not iterable):
-        raise TypeError(f"{expected}, got one batch ({type(loader).__name__}); pass [batch]")
-    if not iterable:
-        raise TypeError(f"{expected}, got {type(loader).__name__}")
 
+    given: Any
+    inputs: Any
+    labels: Tensor | None
+    size: int
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor on `device`, as one that autograd may keep, and its numbers as tensors.
+    @classmethod
+    def of(cls, batch: Any, device: torch.device | None = None, *, labels: bool = True) -> Batch:
+        """A user's batch on a device, with tensors that autograd may keep; a `Batch` stays as it is.
 
-    Lists of numbers and NumPy arrays become tensors; in a named tuple or dataclass, only those under the names of model
-    inputs and labels. Text and everything else stays as it is, and so does the type of the batch where it can.
+        Lists of numbers and NumPy arrays become tensors; in a named tuple or dataclass, only those under the names of
+        model inputs and labels. Text and everything else stays as it is.
 
-    Raises:
-        TypeError: for a batch or labels of a type that means nothing.
-        ValueError: for rows of different lengths, a missing batch dimension, labels of another number than the
-            examples, and masks that are not `[N, T]` of 0 and 1; the key is named.
-    """
-    _read(batch)
-    batch = _with_tensors(batch)
-    inputs, labels, name = _read(batch)
-    _check_examples(inputs, labels, name)
-    check_masks(inputs)
+        Args:
+            batch: the user's.
+            device: None: where its tensors are.
+            labels: whether labels are read; else they are left out, whatever they are.
 
-    def move(tensor: Tensor) -> Tensor:
-        moved = tensor.to(device)
-        return moved.clone() if moved.is_inference() else moved
+        Raises:
+            TypeError: for a batch or labels of a type that means nothing.
+            ValueError: for rows of different lengths, a missing batch dimension, labels of another number than the
+                examples, and masks that are not `[N, T]` of 0 and 1; the key is named.
+        """
+        if isinstance(batch, Batch):
+            return batch
 
-    return map_tensors(batch, move)
+        def move(tensor: Tensor) -> Tensor:
+            moved = tensor.to(device=device)
+            return moved.clone() if moved.is_inference() else moved
 
+        with torch.inference_mode(False):
+            return cls.unchecked(map_tensors(parsed(batch, labels), move))
 
-def inputs_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
-    """A batch without its labels, and the labels (None where there are none).
+    @classmethod
+    def unchecked(cls, given: Any, size: int | None = None) -> Batch:
+        """Of an object that is known to be in order, and of how many examples if its own numbers need not tell."""
+        known = size_of(given) if size is None else size
+        return cls(given, *inputs_and_labels(given), 1 if known is None else known)
 
-    The inputs of a mapping are a mapping of the same type where that can be; those of a dataclass or named tuple of
-    model inputs are a dict.
+    @property
+    def rows_of_inputs(self) -> int | None:
+        """Number of examples as the inputs alone tell it; None if they do not."""
+        return size_of(self.inputs)
 
-    Raises:
-        TypeError: if the batch is neither a mapping, a tensor, a tuple of one or two nor a dataclass, or if labels are
-            no numbers.
-        ValueError: if labels are rows of different lengths.
-    """
-    inputs, labels, name = _read(batch)
-    return inputs, None if labels is None else _label_tensor(name, labels)
+    @property
+    def masks(self) -> list[Tensor]:
+        """The attention masks `[N, T]` as bool.
 
-
-def without_labels(batch: Any) -> Any:
-    """The same kind of batch, without labels: no key in a mapping, None in a tuple or a field. Raises as above."""
-    _read(batch)
-    if isinstance(batch, (Tensor, np.ndarray)):
-        return batch
-    items = items_of(batch)
-    if isinstance(batch, Mapping):
-        return rebuilt(batch, {key: value for key, value in items.items() if key not in LABEL_KEYS})
-    if _has_names(batch):
-        items.update({key: None for key in LABEL_KEYS if key in items})
-    else:
-        inputs, *labels = items
-        items.update(dict.fromkeys(labels))
-        items[inputs] = without_labels(items[inputs]) if _has_names(items[inputs]) else items[inputs]
-    return rebuilt(batch, items)
-
-
-def check_masks(inputs: Any) -> None:
-    """Whether attention masks say which tokens count.
-
-    Raises:
-        ValueError: for a mask that is not `[N, T]` of 0 and 1, or `[N, choices, T]` like 3-D `input_ids`.
-    """
-    if not isinstance(inputs, Mapping):
-        return
-    ids = inputs.get("input_ids")
-    for key in MASK_KEYS:
-        mask = inputs.get(key)
-        if mask is None or _rows(mask) == 0:
-            continue
-        advice = "pass [N, T] of 0 and 1, or a mask of another kind under another name together with forward=..."
-        if not isinstance(mask, Tensor):
-            raise ValueError(f"{key}: expected a tensor [N, T], got {type(mask).__name__}; {advice}")
-        choices = isinstance(ids, Tensor) and ids.ndim == 3 and mask.shape == ids.shape
-        if mask.ndim != 2 and not choices:
-            raise ValueError(f"{key}: expected shape [N, T], got {list(mask.shape)}; {advice}")
-        if mask.dtype != torch.bool:
-            wrong = (mask != 0) & (mask != 1)
-            if wrong.any():
+        Raises:
+            ValueError: if an example has no valid token at all.
+        """
+        found = {key: self.inputs.get(key) for key in MASK_KEYS} if isinstance(self.inputs, Mapping) else {}
+        masks = {key: mask.bool() for key, mask in found.items() if isinstance(mask, Tensor) and mask.ndim == 2}
+        for key, valid in masks.items():
+            empty = ~valid.any(dim=1)
+            if empty.any():
                 raise ValueError(
-                    f"{key}: expected values 0 (padding) and 1, got {mask[wrong][0].item():g} in a mask of shape "
-                    f"{list(mask.shape)}; {advice}"
+                    f"{key}: expected at least one valid token per example, example {int(empty.nonzero()[0])} of the "
+                    "batch has a mask of all False"
                 )
+        return list(masks.values())
 
+    @property
+    def uncut(self) -> list[str]:
+        """Keys of tensors that `rows` keeps whole although their first dimension is longer than 1."""
+        given, size = self.given, self.size
+        items = items_of(given) if has_names(given) else {}
+        if not has_names(given):
+            parts = given if isinstance(given, (tuple, list)) else [given]
+            for name, value in zip(("inputs", "labels"), parts, strict=False):
+                if has_names(value):
+                    items.update(items_of(value))
+                elif isinstance(value, (tuple, list)):
+                    items.update({f"{name}[{i}]": part for i, part in enumerate(value)})
+                else:
+                    items[name] = value
+        known = packed_keys(items, size) | {"cache_position"}
+        return [
+            str(key)
+            for key, value in items.items()
+            if isinstance(value, Tensor)
+            and value.ndim
+            and value.shape[0] > 1
+            and key not in known
+            and _axis(key, value, size, items) is None
+            and not (_is_mrope(key, value, items) and value.shape[1] == 1)
+        ]
 
-def batch_size(batch: Any) -> int | None:
-    """Number of examples; None if there is no tensor, nor a list of texts.
+    def rows(self, start: int, stop: int) -> Batch:
+        """Examples `start` to `stop`, as views.
 
-    It is that of the labels, else of the inputs that are known to have examples first, else of the first tensor.
-    """
-    if isinstance(batch, (Tensor, np.ndarray)):
-        return batch.shape[0] if batch.ndim else None
-    if _has_names(batch):
-        items = items_of(batch)
-        for key in (_label_key(items), *EXAMPLE_KEYS):
-            size = _rows(items.get(key))
-            if size is not None:
-                return size
-        keys = [key for key in items if key not in LABEL_KEYS]
-        keys.sort(key=lambda key: 2 if key in OTHER_KEYS else int(_is_text(items[key])))
-        return _first(batch_size(items[key]) for key in keys)
-    if isinstance(batch, (tuple, list)):
-        if _is_text(batch):
-            return len(batch)
-        labels = _rows(batch[1]) if len(batch) == 2 and not isinstance(batch[0], (Tensor, np.ndarray)) else None
-        return labels if labels is not None else _first(batch_size(value) for value in batch)
-    return None
+        Cut are tensors and lists of leading size N, multimodal positions `[3, N, T]`, and packed images. Kept whole
+        are numbers, what all examples share (leading size 1, `cache_position`), and tensors of another leading size:
+        `uncut` names those.
 
+        Raises:
+            ValueError: for packed images of which nothing consistent tells whose they are.
+        """
 
-def slice_batch(batch: Any, start: int, stop: int, size: int) -> Any:
-    """Examples `start` to `stop` of a batch of `size` that came from `to_device`; the batch stays as it is.
+        def cut(value: Any, axis: int) -> Any:
+            return value[(slice(None),) * axis + (slice(start, stop),)] if axis else value[start:stop]
 
-    Cut are tensors and lists of leading size N, multimodal positions `[3, N, T]`, and packed images, as views. Kept
-    whole are numbers, what all examples share (leading size 1, `cache_position`), and tensors of another leading
-    size: `uncut` names those.
+        given = _picked(self.given, cut, lambda items: cut_packed(items, start, stop, self.size), self.size)
+        return Batch.unchecked(given, min(stop, self.size) - start)
 
-    Raises:
-        ValueError: for packed images of which nothing consistent tells whose they are.
-    """
+    def pieces(self, step: int, start: int = 0) -> Iterator[tuple[slice, Batch]]:
+        """The examples from `start` on, `step` at a time: which they are, and the batch of them; itself if all are."""
+        for first in range(start, self.size, step):
+            last = min(first + step, self.size)
+            yield slice(first, last), self if last - first == self.size else self.rows(first, last)
 
-    def rows(value: Any, axis: int) -> Any:
-        return value[(slice(None),) * axis + (slice(start, stop),)] if axis else value[start:stop]
+    def reversed(self) -> Batch | None:
+        """The examples in reversed order; None if that cannot be had (packed images, unknown objects)."""
+        items = items_of(self.given) if not isinstance(self.given, (Tensor, np.ndarray)) else {"": self.given}
+        known = all(value is None or isinstance(value, KNOWN) or has_names(value) for value in items.values())
+        if not known or packed_keys(items, self.size):
+            return None
+        found: list[bool] = []
 
-    return _picked(batch, rows, lambda items: cut_packed(items, start, stop, size), size)
+        def turn(value: Any, axis: int) -> Any:
+            found.append(True)
+            if isinstance(value, (list, tuple)):
+                return value[::-1]
+            return value.flip(axis) if isinstance(value, Tensor) else np.flip(value, axis)
 
-
-def reversed_batch(batch: Any, size: int) -> Any:
-    """The batch with its examples in reversed order; None if that cannot be had (packed images, unknown objects)."""
-    if packed_keys(items_of(batch) if _has_names(batch) else {}, size):
-        return None
-    items = items_of(batch) if _has_names(batch) or isinstance(batch, (tuple, list)) else {"": batch}
-    if not all(value is None or isinstance(value, KNOWN) or _has_names(value) for value in items.values()):
-        return None
-    found: list[bool] = []
-
-    def rows(value: Any, axis: int) -> Any:
-        found.append(True)
-        if isinstance(value, (list, tuple)):
-            return value[::-1]
-        return value.flip(axis) if isinstance(value, Tensor) else np.flip(value, axis)
-
-    result = _picked(batch, rows, lambda items: {}, size)
-    return result if found else None
+        given = _picked(self.given, turn, lambda _: {}, self.size)
+        return Batch.unchecked(given, self.size) if found else None
 
 
 def _picked(batch: Any, rows: Rows, packed: Callable[[dict[Any, Any]], dict[str, Any]], size: int) -> Any:
     """The batch with `rows(value, axis of the examples)` of everything that has one row for each example."""
     if isinstance(batch, (Tensor, np.ndarray)):
         return _cut("", batch, rows, size, {})
-    if _has_names(batch):
+    if has_names(batch):
         items = items_of(batch)
         apart = packed(items)
         return rebuilt(batch, {k: apart[k] if k in apart else _cut(k, v, rows, size, items) for k, v in items.items()})
     if isinstance(batch, (tuple, list)):
         return rebuilt(batch, {k: _cut("", v, rows, size, {}) for k, v in items_of(batch).items()})
     return batch
-
-
-def uncut(batch: Any, size: int) -> list[str]:
-    """Keys of tensors that `slice_batch` keeps whole although their first dimension is longer than 1."""
-    if isinstance(batch, (tuple, list)) and not _has_names(batch):
-        names = dict(zip(items_of(batch), ("inputs", "labels"), strict=False))
-        items: dict[Any, Any] = {}
-        for key, value in items_of(batch).items():
-            if _has_names(value):
-                items.update(items_of(value))
-            elif isinstance(value, (tuple, list)):
-                items.update({f"{names.get(key, key)}[{i}]": part for i, part in enumerate(value)})
-            else:
-                items[names.get(key, key)] = value
-    else:
-        items = items_of(batch) if _has_names(batch) else {"inputs": batch}
-    known = packed_keys(items, size) | {"cache_position"}
-    return [
-        str(key)
-        for key, value in items.items()
-        if isinstance(value, Tensor)
-        and value.ndim
-        and value.shape[0] > 1
-        and key not in known
-        and _axis(key, value, size, items) is None
-        and not (_is_mrope(key, value, items) and value.shape[1] == 1)
-    ]
-
-
-def _read(batch: Any) -> tuple[Any, Any, str]:
-    """Inputs, labels and the name of the labels, as they are."""
-    if isinstance(batch, (Tensor, np.ndarray)):
-        return batch, None, "labels"
-    if _has_names(batch):
-        items = items_of(batch)
-        name = _label_key(items)
-        labels = items.get(name)
-        if "inputs" in items and not isinstance(batch, Mapping):
-            return items["inputs"], labels, name
-        bare = {key: value for key, value in items.items() if key not in LABEL_KEYS}
-        return rebuilt(batch, bare) if isinstance(batch, Mapping) else bare, labels, name
-    expected = "batch: expected a mapping (input_ids, attention_mask, labels, ...) or a tuple (inputs, labels), got "
-    kind = type(batch).__name__
-    if isinstance(batch, (tuple, list)):
-        if len(batch) > 1 and all(_has_names(one) for one in batch):
-            raise TypeError(f"{expected}a {kind} of {len(batch)} examples; collate them")
-        if 1 <= len(batch) <= 2:
-            labels = batch[1] if len(batch) == 2 else None
-            if not _has_names(batch[0]):
-                return batch[0], labels, "labels"
-            inputs, own, name = _read(batch[0])
-            return (inputs, own, name) if labels is None else (inputs, labels, "labels")
-        kind = f"{kind} of length {len(batch)}"
-    raise TypeError(expected + kind)
-
-
-def _label_key(items: Mapping[Any, Any]) -> str:
-    return next((key for key in LABEL_KEYS if items.get(key) is not None), LABEL_KEYS[0])
-
-
-def _label_tensor(name: str, labels: Any) -> Tensor:
-    found = _row_tensor(name, labels)
-    if not isinstance(found, Tensor):
-        what = f"a {type(labels).__name__}"
-        if isinstance(labels, (list, tuple)) and labels:
-            what += f" of {type(labels[0]).__name__}"
-        raise TypeError(
-            f"{name}: expected numbers (class indices or targets) as a tensor, an array or a list, got {what}; map "
-            "them to indices, or leave them out"
-        )
-    return found
-
-
-def _check_examples(inputs: Any, labels: Any, name: str) -> None:
-    """Whether there is a batch dimension, and labels have the same."""
-    if isinstance(inputs, Mapping):
-        for key, shape in SHAPES.items():
-            value = inputs.get(key)
-            if isinstance(value, Tensor) and value.ndim < shape.count(",") + 1 and (value.numel() or value.ndim == 0):
-                raise ValueError(
-                    f"{key}: expected a batch dimension, {shape}, got shape {list(value.shape)}; a single example is "
-                    f"a batch of one, {key}[None]"
-                )
-    elif isinstance(inputs, Tensor) and inputs.ndim == 0:
-        raise ValueError("inputs: expected a batch dimension, [N, ...], got shape []")
-    if not isinstance(labels, Tensor):
-        return
-    if labels.ndim == 0:
-        raise ValueError(f"{name}: expected a batch dimension, [N] or [N, T], got shape []")
-    named = {key: inputs.get(key) for key in EXAMPLE_KEYS} if isinstance(inputs, Mapping) else {"inputs": inputs}
-    key, rows = next(((k, v) for k, v in named.items() if isinstance(v, Tensor) and v.ndim), ("", labels))
-    if rows.shape[0] != labels.shape[0]:
-        raise ValueError(
-            f"{name}: expected one for each of the {rows.shape[0]} examples of {key} {list(rows.shape)}, got shape "
-            f"{list(labels.shape)}"
-        )
-
-
-# From lists and arrays to tensors.
-
-
-def _with_tensors(batch: Any) -> Any:
-    """The batch with numbers as tensors, of the same type where that can be."""
-    if isinstance(batch, (Tensor, np.ndarray)):
-        return _input_tensor(batch)
-    items = items_of(batch)
-    if _has_names(batch):
-        label = _label_key(items)
-        for key, value in items.items():
-            if key == label and value is not None:
-                items[key] = _label_tensor(key, value)
-            elif key in ROW_KEYS:
-                items[key] = _row_tensor(key, value)
-            elif isinstance(batch, Mapping):
-                items[key] = _list_tensor(value)
-            elif key == "inputs":
-                items[key] = _input_tensor(value)
-    else:
-        keys = list(items)
-        items[keys[0]] = _input_tensor(items[keys[0]])
-        if len(keys) == 2 and items[keys[1]] is not None:
-            items[keys[1]] = _label_tensor("labels", items[keys[1]])
-    return rebuilt(batch, items)
-
-
-def _input_tensor(value: Any) -> Any:
-    """Of a tuple's inputs: numbers, a batch of its own, or positional arguments, each of which may be numbers."""
-    if _has_names(value):
-        return _with_tensors(value)
-    if isinstance(value, (tuple, list)):
-        if any(isinstance(one, (Tensor, np.ndarray)) for one in value):
-            return rebuilt(value, {key: _list_tensor(one) for key, one in items_of(value).items()})
-        return _row_tensor("inputs", value)
-    return _list_tensor(value)
-
-
-def _row_tensor(key: str, value: Any) -> Any:
-    """Numbers as a tensor.
-
-    Raises:
-        ValueError: if they are rows of different lengths.
-    """
-    found = as_tensor(value)
-    if found is None and is_numbers(value):
-        lengths = [_rows(row) or 0 for row in value]
-        raise ValueError(
-            f"{key}: expected rows of the same length, got rows of {min(lengths)} to {max(lengths)} that do not make a "
-            "tensor; pad them (transformers' DataCollatorWithPadding does)"
-        )
-    return value if found is None else found
-
-
-def _list_tensor(value: Any) -> Any:
-    """Arrays and rectangular lists of numbers as a tensor; everything else, and lists of tensors, as it is."""
-    numbers = isinstance(value, np.ndarray) or (
-        isinstance(value, list) and bool(value) and not any(isinstance(one, Tensor) for one in value)
-    )
-    found = as_tensor(value) if numbers else None
-    return value if found is None else found
-
-
-# The types that batches have.
-
-
-def _has_names(value: Any) -> bool:
-    """Whether its parts are known by name: a mapping, a dataclass, a named tuple with a model's names."""
-    if isinstance(value, tuple):
-        names = getattr(value, "_fields", ())
-        return not INPUT_NAMES.isdisjoint(names) or ("inputs" in names and not set(LABEL_KEYS).isdisjoint(names))
-    return isinstance(value, Mapping) or is_record(value)
-
-
-# Sizes and cuts.
-
-
-def _first(sizes: Iterable[int | None]) -> int | None:
-    return next((size for size in sizes if size is not None), None)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(one, str) for one in value)
-
-
-def _rows(value: Any) -> int | None:
-    if isinstance(value, (Tensor, np.ndarray)):
-        return value.shape[0] if value.ndim else None
-    return len(value) if isinstance(value, (list, tuple)) else None
 
 
 def _is_mrope(key: Any, value: Tensor | np.ndarray[Any, Any], items: Mapping[Any, Any]) -> bool:
@@ -410,15 +189,11 @@ def _cut(key: Any, value: Any, rows: Rows, size: int, items: Mapping[Any, Any]) 
     if isinstance(value, (Tensor, np.ndarray)):
         axis = _axis(key, value, size, items)
         return value if axis is None else rows(value, axis)
-    if _has_names(value):
+    if has_names(value):
         return _picked(value, rows, lambda _: {}, size)
     if isinstance(value, (list, tuple)):
-        if len(value) == size and key not in NESTED_KEYS and not (key == "" and _rows_of_first(value) == size):
+        first = next((one.shape[0] for one in value if isinstance(one, Tensor) and one.ndim), None)
+        if len(value) == size and key not in NESTED_KEYS and not (key == "" and first == size):  # no positional inputs
             return rows(value, 0)
         return rebuilt(value, {k: _cut(key, v, rows, size, items) for k, v in items_of(value).items()})
     return value
-
-
-def _rows_of_first(value: list[Any] | tuple[Any, ...]) -> int | None:
-    """Of the first tensor of what may be positional arguments."""
-    return _first(_rows(one) for one in value if isinstance(one, Tensor))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardResult
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.layouts import Layout
@@ -113,6 +115,7 @@ class Capture:
         self._mailbox = _Mailbox()
         self._sink: Tensor | None = None
         self.all_labels = False
+        self.batch: Batch
         self.result: ForwardResult
         self.inputs: dict[str, LayerInput] = {}
 
@@ -121,7 +124,7 @@ class Capture:
         """`[N, C]` or `[N, T, C]`, with their graph."""
         return self.result.logits
 
-    def run(self, batch: Any, all_labels: bool, differentiable: bool = False) -> None:
+    def run(self, batch: Batch, all_labels: bool, differentiable: bool = False) -> None:
         """The forward pass, with hooks that are gone when it ends.
 
         Args:
@@ -130,7 +133,7 @@ class Capture:
             differentiable: whether autograd, too, shall be able to differentiate with respect to the layers' weights.
         """
         self.all_labels = all_labels
-        scopes = Scopes(self.forward.batch_masks(batch))
+        scopes = Scopes(batch.masks if self.forward.masked else [])
         sources: dict[int, tuple[Any, ...]] = {}
         masks: dict[int, tuple[TokenMask, ...]] = {}
         seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
@@ -181,6 +184,7 @@ class Capture:
                 "forward: the logits do not depend on any of the layers: none was called (an adapter that is merged, "
                 "disabled or not active?), or forward runs under torch.no_grad()"
             )
+        self.batch = replace(batch, size=len(self.logits))  # of objects that nobody can count, the logits tell it
         self._check_unchanged()
 
     def _require_gradients(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.alone import check_alone
 from bayesian_lora_kernels.model.arguments import is_left_padded
-from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture, NotByExample
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.layouts import Layout, layouts
@@ -26,9 +26,9 @@ from bayesian_lora_kernels.model.padding import find_masks
 from bayesian_lora_kernels.model.probe import Probe, lowest_dtype, tolerance_of
 
 
-def kind_of(batch: Any, all_labels: bool) -> Any:
+def kind_of(batch: Batch, all_labels: bool) -> Any:
     """What two batches must have in common for a check of one to speak for the other."""
-    inputs, labels = inputs_and_labels(batch)
+    inputs, labels = batch.inputs, batch.labels
     columns: list[Any] = []
     padding: list[Any] = []
     several = inputs if isinstance(inputs, (Mapping, tuple, list)) else [inputs]
@@ -37,15 +37,14 @@ def kind_of(batch: Any, all_labels: bool) -> Any:
         if isinstance(key, str) and MASK in key and isinstance(value, Tensor) and value.ndim == 2:
             padding.append((key, bool(value.all()), is_left_padded(value)))
     shape = labels.ndim if isinstance(labels, Tensor) and all_labels else None
-    return all_labels, batch_size(batch) == 1, shape, tuple(columns), tuple(padding)
+    return all_labels, batch.size == 1, shape, tuple(columns), tuple(padding)
 
 
-def check(recorded: Capture, batch: Any, thorough: bool) -> None:
+def check(recorded: Capture, thorough: bool) -> None:
     """Check a capture, and write what is found out into `recorded.forward.findings`.
 
     Args:
         recorded: the capture.
-        batch: that it is of.
         thorough: whether the examples run in reversed order, too.
 
     Raises:
@@ -55,14 +54,14 @@ def check(recorded: Capture, batch: Any, thorough: bool) -> None:
         OtherLogits: if an example by itself has others.
     """
     probe = Probe(recorded)
-    probe.run(batch, thorough)
+    probe.run(thorough)
     if not all(torch.isfinite(seen).all() for seen in probe.found.values()):
         recorded.read_inputs()  # whoever takes these gradients will refuse them
         return
     _check_totals(recorded, probe)
     _find_layouts(recorded, probe)
-    find_masks(recorded, probe, batch)
-    check_alone(recorded, batch)
+    find_masks(recorded, probe)
+    check_alone(recorded)
 
 
 def _check_totals(recorded: Capture, probe: Probe) -> None:

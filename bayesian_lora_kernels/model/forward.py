@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.arguments import decoder_inputs, is_left_padded, pass_on
-from bayesian_lora_kernels.model.batches import DECODER_MASK, MASK_KEYS, batch_size, inputs_and_labels
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.findings import Checks, Findings, Way
 from bayesian_lora_kernels.model.head import HeadModule, find_head
 from bayesian_lora_kernels.model.masks import before_pads, parameters_of
 from bayesian_lora_kernels.model.measuring import hooked
+from bayesian_lora_kernels.model.reading import DECODER_MASK, MASK_KEYS
 from bayesian_lora_kernels.surroundings import callers_surroundings
 
 IGNORED_LABEL = -100
@@ -110,11 +111,11 @@ class Forward:
         """Whether a layer is part of the output head."""
         return self.head is not None and (layer_name + ".").startswith(self.head.name + ".")
 
-    def __call__(self, batch: Any, *, all_labels: bool) -> ForwardResult:
+    def __call__(self, batch: Batch, *, all_labels: bool) -> ForwardResult:
         """Logits of a batch.
 
         Args:
-            batch: a mapping or a tuple `(inputs, labels)`.
+            batch: on the model's device.
             all_labels: with labels `[N, T]` on a causal LM, whether to compute every position that has one (to fit)
                 rather than the last valid one (to predict).
 
@@ -122,16 +123,15 @@ class Forward:
             ValueError: if what comes back is not `[N, C]` or `[N, T, C]`, or for an input that is not served.
             TypeError: if there are no logits in it.
         """
-        inputs, labels = inputs_and_labels(batch)
+        inputs, labels = batch.inputs, batch.labels
         with callers_surroundings():
             if self.function is not None:
-                result = self._custom(batch, labels)
+                result = self._custom(batch.given, labels)
             elif self.head is not None and isinstance(inputs, Mapping):
                 result = self._causal(inputs, labels if all_labels else None, labels)
             else:
                 result = self._plain(inputs, labels)
-        expected = batch_size(inputs)
-        logits = result.logits
+        expected, logits = batch.rows_of_inputs, result.logits
         if logits.ndim not in (2, 3) or (expected is not None and logits.shape[0] != expected):
             raise ValueError(
                 f"forward: expected logits of shape [{expected}, C] or [{expected}, T, C], got {list(logits.shape)}"
@@ -200,9 +200,9 @@ class Forward:
             return ForwardResult(logits, chosen["mask"], chosen["labels"], chosen["mask"] if in_head else None)
         return ForwardResult(logits[:, 0], None, labels)
 
-    def other_ways(self, batch: Any) -> list[Way]:
+    def other_ways(self, batch: Batch) -> list[Way]:
         """Other ways to run the model on a batch than the one that is taken now, the likeliest first."""
-        inputs, now = inputs_and_labels(batch)[0], self.findings.way
+        inputs, now = batch.inputs, self.findings.way
         if not self.is_models_own or not isinstance(inputs, Mapping):
             return []
         mask = inputs.get(MASK_KEYS[0])
@@ -217,28 +217,6 @@ class Forward:
     def seq2seq(self) -> bool:
         """Whether the model has an encoder beside its decoder."""
         return bool(getattr(getattr(self.base, "config", None), "is_encoder_decoder", False))
-
-    def batch_masks(self, batch: Any) -> list[Tensor]:
-        """The `[N, T]` masks of a batch as bool, for where no call inside the model names one.
-
-        Raises:
-            ValueError: if an example has no valid token at all.
-        """
-        inputs = inputs_and_labels(batch)[0]
-        masks = []
-        if self.masked and isinstance(inputs, Mapping):
-            for key in MASK_KEYS:
-                mask = inputs.get(key)
-                if isinstance(mask, Tensor) and mask.ndim == 2:
-                    valid = mask.bool()
-                    empty = ~valid.any(dim=1)
-                    if empty.any():
-                        raise ValueError(
-                            f"{key}: expected at least one valid token per example, example "
-                            f"{int(empty.nonzero()[0])} of the batch has a mask of all False"
-                        )
-                    masks.append(valid)
-        return masks
 
     def output_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """`[N, T]` bool, which of the positions that the output head sees are real; None: all of them."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bayesian_lora_kernels.model.batches import inputs_and_labels
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, head_mask, last_valid
 from bayesian_lora_kernels.model.measuring import hooked, undone
 from bayesian_lora_kernels.surroundings import callers_surroundings
@@ -42,20 +42,19 @@ class HiddenStates:
         self.forward = forward
         self.head = forward.head
 
-    def __call__(self, batch: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    def __call__(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """`[N, T, d]` of a batch on the model's device, with `parameters` in place of the model's own of those names.
 
         Raises:
             ValueError: if the model never calls its head, or hands it something else than `[N, T, d]`.
         """
-        inputs, _ = inputs_and_labels(batch)
 
         def stop(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any]) -> None:
             raise _Reached(args[0])
 
         model, prefix = self.forward.model, self.forward.prefix
         swapped = {name.removeprefix(prefix): value for name, value in (parameters or {}).items()}
-        kwargs = self.forward.model_inputs(inputs)
+        kwargs = self.forward.model_inputs(batch.inputs)
         try:
             restore = undone(_own_parameters(model, swapped))
             with restore, hooked(pre=[(self.head.module, stop)]), callers_surroundings():
@@ -68,12 +67,11 @@ class HiddenStates:
             raise ValueError(f"{self.head.name}: expected an input of shape [N, T, d], got {list(hidden.shape)}")
         return hidden
 
-    def mask(self, batch: Any, hidden: Tensor) -> Tensor | None:
+    def mask(self, batch: Batch, hidden: Tensor) -> Tensor | None:
         """`[N, T]`, which positions of the hidden states are real; None: all of them."""
-        inputs, _ = inputs_and_labels(batch)
-        return head_mask(self.forward.output_mask(self.forward.model_inputs(inputs)), hidden)
+        return head_mask(self.forward.output_mask(self.forward.model_inputs(batch.inputs)), hidden)
 
-    def last(self, batch: Any, hidden: Tensor) -> Tensor:
+    def last(self, batch: Batch, hidden: Tensor) -> Tensor:
         """`[N, d]`, the hidden state at the last valid token of each example."""
         index = last_valid(self.mask(batch, hidden), hidden).to(hidden.device)
         return hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]

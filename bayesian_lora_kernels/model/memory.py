@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.packed_images import packed_keys
 
@@ -36,7 +36,7 @@ def default_budget(device: torch.device) -> int:
 
 def examples_within(
     budget: int | None,
-    batch: Any,
+    batch: Batch,
     layers: Sequence[LinearLayer],
     *,
     outputs: int = 1,
@@ -51,7 +51,6 @@ def examples_within(
         outputs: cotangents whose gradients are held together.
         weight_gradients: whether gradients are held as `[d_out, d_in]` per example, rather than per token.
     """
-    size = batch_size(batch) or 1
     if budget is None:
         budget = default_budget(layers[0].device)
     tokens = _tokens(batch)
@@ -60,27 +59,25 @@ def examples_within(
         d_out, d_in = layer.shape
         gradient = d_out * d_in if weight_gradients else d_out * min(tokens, max(d_in, 1))
         per_example += layer.module.weight.element_size() * tokens * d_in + 4 * outputs * gradient
-    return max(1, min(size, budget // max(per_example, 1)))
+    return max(1, min(batch.size, budget // max(per_example, 1)))
 
 
-def frugal_examples(batch: Any, layers: Sequence[LinearLayer]) -> int:
+def frugal_examples(batch: Batch, layers: Sequence[LinearLayer]) -> int:
     """How many examples a CPU can take at once at full speed; at least 1. Elsewhere, all of them.
 
     The graph of the whole model, which nobody can size beforehand, takes far more memory than what is captured.
     """
-    size = batch_size(batch) or 1
     if layers[0].device.type != "cpu":
-        return size
+        return batch.size
     width = max(max(layer.module.in_features, layer.module.out_features) for layer in layers)
     tokens = max(CPU_TOKENS, CPU_ELEMENTS // width)
-    pieces = -(-size // max(1, tokens // _tokens(batch)))
-    return -(-size // pieces)  # of equal size, as far as that goes
+    pieces = -(-batch.size // max(1, tokens // _tokens(batch)))
+    return -(-batch.size // pieces)  # of equal size, as far as that goes
 
 
-def _tokens(batch: Any) -> int:
+def _tokens(batch: Batch) -> int:
     """Of the longest example, as far as the shapes of a batch tell; packed patches are shared out evenly."""
-    inputs = inputs_and_labels(batch)[0]
-    size = batch_size(batch) or 1
+    inputs, size = batch.inputs, batch.size
     if isinstance(inputs, Mapping):
         packed = packed_keys(inputs, size)
         counts = [

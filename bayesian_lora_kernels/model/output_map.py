@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, slice_batch
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardResult
 from bayesian_lora_kernels.model.measuring import hooked
 
@@ -83,7 +83,7 @@ class OutputMap:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def read_output_map(forward: Forward, trained: Collection[str], batch: Any) -> OutputMap:
+def read_output_map(forward: Forward, trained: Collection[str], batch: Batch) -> OutputMap:
     """The output map of a causal LM, checked on the first example of a batch. Call without gradients, in eval mode.
 
     Args:
@@ -114,8 +114,7 @@ def read_output_map(forward: Forward, trained: Collection[str], batch: Any) -> O
             "outputs='vocabulary': the head is adapted, and with class_token_ids its posterior covers the rows of the "
             "classes only; fit without class_token_ids"
         )
-    size = batch_size(batch) or 1
-    hidden, raw, final = _probe(forward, slice_batch(batch, 0, 1, size))
+    hidden, raw, final = _probe(forward, batch.rows(0, 1))
     wide = torch.float64 if raw.dtype == torch.float64 else torch.float32
     plain = OutputMap(weight, bias, adapters, 1.0, None)
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(raw.dtype, 3e-2)
@@ -173,12 +172,12 @@ def _read_head(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, tup
     return weight, None if inner.bias is None else inner.bias.detach(), tuple(adapters)
 
 
-def _probe(forward: Forward, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _probe(forward: Forward, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """The head's input `[d]` and output `[V]`, and the model's logits `[V]`, at the last valid token of one example."""
     assert forward.head is not None
     seen: list[tuple[Tensor, Tensor]] = []
     with hooked(post=[(forward.head.module, lambda _m, args, _k, output: seen.append((args[0], output)))]):
-        final = forward.whole_vocabulary()(inputs_and_labels(batch)[0], all_labels=False).logits[0]
+        final = forward.whole_vocabulary()(batch, all_labels=False).logits[0]
     if not seen:
         raise ValueError(f"outputs='vocabulary': the model does not call its output head {forward.head.name}")
     hidden, raw = seen[0]
@@ -227,7 +226,7 @@ class UncappedForward(Forward):
         """See `Forward`."""
         return False
 
-    def __call__(self, batch: Any, *, all_labels: bool) -> ForwardResult:
+    def __call__(self, batch: Batch, *, all_labels: bool) -> ForwardResult:
         """See `Forward`."""
         assert self.head is not None
         seen: list[Tensor] = []

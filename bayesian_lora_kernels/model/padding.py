@@ -15,7 +15,7 @@ from bayesian_lora_kernels.model.measuring import hooked
 from bayesian_lora_kernels.model.probe import Probe, lowest_dtype, noting, tolerance_of
 
 
-def find_masks(recorded: Capture, probe: Probe, batch: Any) -> None:
+def find_masks(recorded: Capture, probe: Probe) -> None:
     """Which tokens are padding, for layers where the mask as it is does not say so."""
     n, findings = len(recorded.logits), recorded.forward.findings
     leaks, untold = [], []
@@ -37,7 +37,7 @@ def find_masks(recorded: Capture, probe: Probe, batch: Any) -> None:
     if not leaks and not untold:
         recorded.read_inputs()
         return
-    noisy = _with_noisy_padding(recorded, batch, vectors=True)
+    noisy = _with_noisy_padding(recorded, vectors=True)
     if leaks and (noisy is None or noisy.changed):
         name = leaks[0][0]
         raise ValueError(
@@ -47,7 +47,7 @@ def find_masks(recorded: Capture, probe: Probe, batch: Any) -> None:
             "last valid token, pass the mask on), or pass batches without padding"
         )
     if untold and (noisy is None or not any(noisy.holds_padding(name, i) for name, i in untold)):
-        by_ids = _with_noisy_padding(recorded, batch, vectors=False)
+        by_ids = _with_noisy_padding(recorded, vectors=False)
         if by_ids is not None and not by_ids.changed:  # else it reads something off the ids of its padding
             noisy = by_ids
     for name, i in [*leaks, *untold]:
@@ -116,17 +116,16 @@ class _Noisy:
 
 
 @torch.no_grad()
-def _with_noisy_padding(recorded: Capture, batch: Any, vectors: bool) -> _Noisy | None:
+def _with_noisy_padding(recorded: Capture, vectors: bool) -> _Noisy | None:
     """The forward pass again with noise on what the model is given at masked positions; None if it is given nothing.
 
     Args:
         recorded: the capture to compare with.
-        batch: that it is of.
         vectors: whether noise goes onto embeddings, so that what a model reads off the ids themselves stays as it is,
             and onto inputs that are vectors already; or other ids take the place of those of the padding.
     """
-    forward = recorded.forward
-    scopes = Scopes(forward.batch_masks(batch))
+    forward, batch = recorded.forward, recorded.batch
+    scopes = Scopes(batch.masks if forward.masked else [])
     touched: list[bool] = []
     noise = torch.Generator().manual_seed(0)
     inputs: dict[str, list[Tensor]] = {}

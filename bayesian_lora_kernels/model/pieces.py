@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.model.alone import OtherLogits
-from bayesian_lora_kernels.model.batches import batch_size, slice_batch, uncut
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture, NotByExample
 from bayesian_lora_kernels.model.checks import check, kind_of
 from bayesian_lora_kernels.model.forward import Forward
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def captures(
-    layers: Sequence[LinearLayer], forward: Forward, batch: Any, step: int, *, all_labels: bool = False
+    layers: Sequence[LinearLayer], forward: Forward, batch: Batch, step: int, *, all_labels: bool = False
 ) -> Iterator[tuple[slice, Capture]]:
     """The examples of a batch, some at a time, each with the captures of its forward pass. Call within `measuring`.
 
@@ -36,27 +36,25 @@ def captures(
         ValueError: if the logits depend on no layer, or something that is taken for granted of the model does not hold
             (`docs/method.md`) and cannot be made up for.
     """
-    size, start = batch_size(batch) or 1, 0
-    whole = _whole(forward, batch, all_labels, size) if step < size else None
-    while start < size:
-        stop = min(start + (1 if forward.findings.one_at_a_time else max(step, 1)), size)
-        piece = batch if stop - start >= size else slice_batch(batch, start, stop, size)
+    start, whole = 0, _whole(forward, batch, all_labels) if step < batch.size else None
+    while start < batch.size:
+        rows, piece = next(batch.pieces(1 if forward.findings.one_at_a_time else step, start))
         try:
             recorded = capture(layers, forward, piece, all_labels=all_labels)
         except _Together as together:
-            _go_one_at_a_time(layers, forward, piece, together)
+            _go_one_at_a_time(layers, forward, together)
             continue
         except Exception as error:
             if whole is None:
                 raise
             raise ValueError(f"{whole}, and a piece of it does not run ({type(error).__name__}: {error})") from error
-        if whole is not None and not _same(recorded.logits.detach(), whole.logits[start:stop]):
+        if whole is not None and not _same(recorded.logits.detach(), whole.logits[rows]):
             raise ValueError(f"{whole}, and in pieces its examples have other logits")
-        yield slice(start, stop), recorded
-        start = stop
+        yield rows, recorded
+        start = rows.stop
 
 
-def capture(layers: Sequence[LinearLayer], forward: Forward, batch: Any, *, all_labels: bool = False) -> Capture:
+def capture(layers: Sequence[LinearLayer], forward: Forward, batch: Batch, *, all_labels: bool = False) -> Capture:
     """Run `forward` on a batch, record the layers, and check what is due. Call within `measuring`.
 
     Raises:
@@ -69,14 +67,14 @@ def capture(layers: Sequence[LinearLayer], forward: Forward, batch: Any, *, all_
         if due != "thorough" and forward.checks.mode != "off" and _is_new(recorded):
             recorded, due = _run(layers, forward, batch, all_labels, True), "thorough"
         if due and _is_finite(recorded) and (all_labels or recorded.logits.ndim == 2):  # else there is no prediction
-            recorded = _checked(recorded, layers, batch, due == "thorough")
+            recorded = _checked(recorded, layers, due == "thorough")
         else:
             recorded.read_inputs()
             forward.checks.unchecked += n > 1
     except NotByExample as error:
         if n == 1:
             raise ValueError(str(error)) from error
-        raise _Together(str(error), recorded.logits.detach(), all_labels) from error
+        raise _Together(str(error), recorded) from error
     return recorded
 
 
@@ -93,8 +91,8 @@ class _Whole(NamedTuple):
         )
 
 
-def _whole(forward: Forward, batch: Any, all_labels: bool, size: int) -> _Whole | None:
-    keys = uncut(batch, size)
+def _whole(forward: Forward, batch: Batch, all_labels: bool) -> _Whole | None:
+    keys = batch.uncut
     if not keys or not forward.checks.due((*keys, kind_of(batch, all_labels))):
         return None
     with torch.no_grad():
@@ -104,12 +102,12 @@ def _whole(forward: Forward, batch: Any, all_labels: bool, size: int) -> _Whole 
 class _Together(ValueError):
     """Examples that cannot be told apart while they run together; with the logits that they then have."""
 
-    def __init__(self, message: str, logits: Tensor, all_labels: bool):
+    def __init__(self, message: str, recorded: Capture):
         super().__init__(message)
-        self.logits, self.all_labels = logits, all_labels
+        self.batch, self.logits, self.all_labels = recorded.batch, recorded.logits.detach(), recorded.all_labels
 
 
-def _run(layers: Sequence[LinearLayer], forward: Forward, batch: Any, all_labels: bool, due: bool) -> Capture:
+def _run(layers: Sequence[LinearLayer], forward: Forward, batch: Batch, all_labels: bool, due: bool) -> Capture:
     recorded = Capture(layers, forward)
     recorded.run(batch, all_labels, differentiable=due)
     return recorded
@@ -136,11 +134,11 @@ def _is_new(recorded: Capture) -> bool:
     return False
 
 
-def _checked(recorded: Capture, layers: Sequence[LinearLayer], batch: Any, thorough: bool) -> Capture:
+def _checked(recorded: Capture, layers: Sequence[LinearLayer], thorough: bool) -> Capture:
     """The capture, checked; or another one, if the model had to be run in another way."""
-    forward = recorded.forward
+    forward, batch = recorded.forward, recorded.batch
     try:
-        check(recorded, batch, thorough)
+        check(recorded, thorough)
         return recorded
     except OtherLogits as error:
         way = forward.findings.way
@@ -148,7 +146,7 @@ def _checked(recorded: Capture, layers: Sequence[LinearLayer], batch: Any, thoro
             forward.findings.way = other
             try:
                 again = _run(layers, forward, batch, recorded.all_labels, True)
-                check(again, batch, thorough)
+                check(again, thorough)
                 return again
             except OtherLogits:
                 continue
@@ -159,7 +157,7 @@ def _checked(recorded: Capture, layers: Sequence[LinearLayer], batch: Any, thoro
         raise error
 
 
-def _go_one_at_a_time(layers: Sequence[LinearLayer], forward: Forward, piece: Any, together: _Together) -> None:
+def _go_one_at_a_time(layers: Sequence[LinearLayer], forward: Forward, together: _Together) -> None:
     """From here on examples run one by one, provided that this changes nothing about their logits.
 
     Raises:
@@ -167,10 +165,9 @@ def _go_one_at_a_time(layers: Sequence[LinearLayer], forward: Forward, piece: An
     """
     forward.checks.changes(f"{together}. This")
     forward.checks.steady = True
-    n = len(together.logits)
-    for row in (0, n - 1):
+    for row in (0, together.batch.size - 1):
         try:
-            alone = _run(layers, forward, slice_batch(piece, row, row + 1, n), together.all_labels, False).logits
+            alone = _run(layers, forward, together.batch.rows(row, row + 1), together.all_labels, False).logits
         except Exception as error:
             raise ValueError(
                 f"{together}; and an example of the batch does not run by itself ({type(error).__name__}: {error})"

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesian_lora_kernels.model.batches import reversed_batch
 from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.layers import LinearLayer
@@ -49,7 +48,7 @@ class Probe:
         """Of the first pass."""
         return self.passes[0][1]
 
-    def run(self, batch: Any, thorough: bool) -> None:
+    def run(self, thorough: bool) -> None:
         """The passes."""
         logits, mask = self.recorded.logits, self.recorded.result.mask
         n = len(logits)
@@ -73,12 +72,12 @@ class Probe:
             self.passes.append((factors, seen))
             step *= len(FACTORS)
         if n > 1:
-            turned = self._reversed(batch, cotangent) if thorough else None
+            turned = self._reversed(cotangent) if thorough else None
             self.reference = (self._pass(self.recorded, cotangent, [])[0], False) if turned is None else (turned, True)
 
-    def _reversed(self, batch: Any, cotangent: Tensor) -> Projections | None:
+    def _reversed(self, cotangent: Tensor) -> Projections | None:
         """A pass with the examples in reversed order; None if there is no such batch, or no memory for two graphs."""
-        other = reversed_batch(batch, len(cotangent))
+        other = self.recorded.batch.reversed()
         if other is None:
             return None
         again = Capture(list(self.recorded.layers.values()), self.recorded.forward)

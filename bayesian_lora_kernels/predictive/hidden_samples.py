@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesian_lora_kernels.model.batches import batch_size, inputs_and_labels, slice_batch, to_device
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.hidden import HiddenStates, differentiable_attention
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring, uninterrupted
 from bayesian_lora_kernels.model.memory import default_budget
 from bayesian_lora_kernels.model.output_map import OutputMap, read_output_map
+from bayesian_lora_kernels.model.reading import inputs_and_labels
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.predictive.jvp import JacobianVectorProduct
@@ -89,8 +90,8 @@ class HiddenSampler:
         self.states = HiddenStates(forward)
         self._inner = [layer for layer in layers if not forward.in_head(layer.name)]
 
-    def prepare(self, batch: Any) -> Any:
-        """The batch on the model's device, without labels.
+    def prepare(self, batch: Any) -> Batch:
+        """A user's batch on the model's device, without labels.
 
         Raises:
             TypeError: if it is no mapping.
@@ -99,18 +100,18 @@ class HiddenSampler:
         inputs, _ = inputs_and_labels(batch)
         if not isinstance(inputs, Mapping):
             raise TypeError(f"batch: expected a mapping (input_ids, attention_mask, ...), got {type(inputs).__name__}")
-        if not batch_size(inputs):
+        prepared = Batch.of(inputs, model_device(self.model))
+        if not prepared.rows_of_inputs:
             raise ValueError("batch: expected at least one example")
-        with torch.inference_mode(False):
-            return to_device(inputs, model_device(self.model))
+        return prepared
 
-    def output_map(self, batch: Any) -> OutputMap:
+    def output_map(self, batch: Batch) -> OutputMap:
         """What the head does with the hidden state; see `read_output_map` for errors."""
         with measuring(self.model), torch.no_grad():
             self.model.eval()
             return read_output_map(self.forward, [layer.name for layer in self.layers], batch)
 
-    def mean(self, batch: Any, every: bool) -> tuple[Tensor, Tensor | None]:
+    def mean(self, batch: Batch, every: bool) -> tuple[Tensor, Tensor | None]:
         """Hidden states at the MAP weights, `[N, d]` of the last valid token or `[N, T, d]` of every token; the mask.
 
         Raises:
@@ -118,7 +119,7 @@ class HiddenSampler:
         """
         with measuring(self.model), torch.no_grad():
             self.model.eval()
-            parts = [self._at(piece, self.states(piece), every) for piece in self._pieces(batch, self._shape(batch)[0])]
+            parts = [self._at(piece, self.states(piece), every) for _, piece in batch.pieces(self._shape(batch)[0])]
         hidden = torch.cat(parts)
         hidden = hidden.to(accumulate_dtype(hidden))
         mask = self.states.mask(batch, hidden) if every else None
@@ -126,7 +127,7 @@ class HiddenSampler:
             raise ValueError("the hidden states before the output head are not finite (NaN or infinity)")
         return hidden, mask
 
-    def draw(self, batch: Any, n: int, every: bool, generator: torch.Generator | None) -> Deviations:
+    def draw(self, batch: Batch, n: int, every: bool, generator: torch.Generator | None) -> Deviations:
         """Posterior samples, n of them, at the last valid token of each example, or at every token.
 
         Raises:
@@ -143,16 +144,18 @@ class HiddenSampler:
                 parts.append(self._push(batch, weights, examples, samples, every))
         return Deviations.join(parts)
 
-    def _push(self, batch: Any, weights: Mapping[str, Tensor], examples: int, samples: int, every: bool) -> Deviations:
+    def _push(
+        self, batch: Batch, weights: Mapping[str, Tensor], examples: int, samples: int, every: bool
+    ) -> Deviations:
         """Hidden states for samples of the weights; examples and samples at a time as said."""
         parameters = {name: p for layer in self._inner for name, p in layer.parameters().items()}
         deviations = {name: d for layer in self._inner for name, d in layer.split(weights[layer.name]).items()}
         deviations = {name: d.to(parameters[name].device) for name, d in deviations.items()}
         total = len(next(iter(weights.values())))
         columns = []
-        for piece in self._pieces(batch, examples):
+        for _, piece in batch.pieces(examples):
 
-            def function(values: Mapping[str, Tensor], piece: Any = piece) -> Tensor:
+            def function(values: Mapping[str, Tensor], piece: Batch = piece) -> Tensor:
                 return self._at(piece, self.states(piece, values), every)
 
             if parameters:
@@ -169,13 +172,12 @@ class HiddenSampler:
         head = {layer.name: weights[layer.name] for layer in self.layers if self.forward.in_head(layer.name)}
         return Deviations(hidden.to(accumulate_dtype(hidden)), head)
 
-    def _shape(self, batch: Any) -> tuple[int, int]:
+    def _shape(self, batch: Batch) -> tuple[int, int]:
         """How many examples, and how many samples of them, run at once.
 
         Forward mode keeps no graph: what counts is the widest moment of one layer, for every sample.
         """
-        size = batch_size(batch) or 1
-        tokens = max((t.shape[1] for t in batch.values() if isinstance(t, Tensor) and t.ndim > 1), default=1)
+        tokens = max((t.shape[1] for t in batch.inputs.values() if isinstance(t, Tensor) and t.ndim > 1), default=1)
         width = max(
             (
                 module.in_features + module.out_features
@@ -192,16 +194,10 @@ class HiddenSampler:
         rows = budget // max(one, 1)
         if device.type == "cpu":
             rows = min(rows, max(CPU_ROWS // tokens, 1))
-        examples = max(1, min(size, rows // BLOCK))
+        examples = max(1, min(batch.size, rows // BLOCK))
         # Weights of a sample are there several times while they are drawn: noise, deviations, in the model's dtype.
         weights = 4 * 4 * sum(self.posterior.curvature.n_parameters.values())
         return examples, max(1, min(rows // examples, max(budget // max(weights, 1), BLOCK)))
 
-    def _at(self, batch: Any, hidden: Tensor, every: bool) -> Tensor:
+    def _at(self, batch: Batch, hidden: Tensor, every: bool) -> Tensor:
         return hidden if every else self.states.last(batch, hidden)
-
-    def _pieces(self, batch: Any, step: int) -> list[Any]:
-        size = batch_size(batch) or 1
-        if step >= size:
-            return [batch]
-        return [slice_batch(batch, start, start + step, size) for start in range(0, size, step)]

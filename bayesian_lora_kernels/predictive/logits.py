@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayesian_lora_kernels.model.batches import batch_size, to_device
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
-from bayesian_lora_kernels.model.forward import Forward, model_device
+from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.jacobians import Jacobians
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring
@@ -50,7 +49,7 @@ class LogitPredictor:
         self.whole, self.memory_budget = whole, memory_budget
 
     def predict(
-        self, batch: Any, outputs: Outputs, posteriors: Sequence[Posterior]
+        self, batch: Batch, outputs: Outputs, posteriors: Sequence[Posterior]
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """Means `[N, C]`, one covariance `[N, C, C]` for each posterior, and the indices of the logits.
 
@@ -60,12 +59,9 @@ class LogitPredictor:
             ValueError: for logits with a token dimension, indices out of range, too many logits at once, or values
                 that are not finite.
         """
-        with torch.inference_mode(False):
-            batch = to_device(batch, model_device(self.model))
-        size = batch_size(batch)
+        size = batch.size
         if size == 0:
             raise ValueError("predict: expected at least one example, the batch has none")
-        size = size or 1
         if isinstance(outputs, (list, tuple)):
             outputs = torch.as_tensor(outputs)
         if isinstance(outputs, Tensor) and outputs.ndim == 2 and len(outputs) != size:

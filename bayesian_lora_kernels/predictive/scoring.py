@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.model.batches import batch_size, slice_batch
 from bayesian_lora_kernels.model.memory import default_budget
 from bayesian_lora_kernels.predictive.hidden_samples import Deviations, HiddenSampler
 from bayesian_lora_kernels.predictive.sampled_logits import SampledLogits
@@ -51,12 +50,12 @@ def score_tokens(sampler: HiddenSampler, batch: Any, n_samples: int, generator: 
     """
     if sampler.forward.seq2seq:
         raise ValueError("score: expected a decoder-only model, this one has an encoder")
-    batch = sampler.prepare(batch)
-    ids = batch.get("input_ids")
+    prepared = sampler.prepare(batch)
+    ids = prepared.inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise ValueError("score: expected a batch with input_ids [N, T]")
-    hidden, valid = sampler.mean(batch, every=True)
-    output_map = sampler.output_map(batch)
+    hidden, valid = sampler.mean(prepared, every=True)
+    output_map = sampler.output_map(prepared)
     if hidden.shape[:2] != ids.shape:
         raise ValueError(
             f"score: expected hidden states of the {list(ids.shape)} tokens, got {list(hidden.shape[:2])} positions"
@@ -70,13 +69,10 @@ def score_tokens(sampler: HiddenSampler, batch: Any, n_samples: int, generator: 
     budget = sampler.memory_budget or default_budget(hidden.device)
     examples = max(1, budget // max(3 * pairs * hidden[0].numel() * hidden.element_size(), 1))
     step = max(1, PIECE_LOGITS // output_map.weight.shape[0])
-    size = batch_size(batch) or 1
     state = None if generator is None else generator.get_state()
-    for start in range(0, size, examples):
+    for rows, piece in prepared.pieces(examples):
         if generator is not None and state is not None:
             generator.set_state(state)  # the same samples of the weights for every example, however many run at once
-        rows = slice(start, min(start + examples, size))
-        piece = slice_batch(batch, rows.start, rows.stop, size)
         drawn = sampler.draw(piece, pairs, True, generator)
         at = mask[rows].nonzero()
         for i in range(0, len(at), step):

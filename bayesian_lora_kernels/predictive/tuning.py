@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.curvature.likelihood import Likelihood
-from bayesian_lora_kernels.model.batches import check_loader, inputs_and_labels
+from bayesian_lora_kernels.model.batches import Batch
+from bayesian_lora_kernels.model.forward import model_device
+from bayesian_lora_kernels.model.reading import check_loader
 from bayesian_lora_kernels.posterior.curvature import Curvature
 from bayesian_lora_kernels.posterior.evidence import minimise_on_grid
 from bayesian_lora_kernels.posterior.posterior import Posterior
@@ -42,8 +44,9 @@ def minimise_nll(
     def nll(log_precisions: Tensor) -> Tensor:
         totals, seen = torch.zeros(len(log_precisions), dtype=torch.float64), False
         posteriors = [Posterior(curvature, Prior(precision)) for precision in log_precisions.exp()]
-        for index, batch in enumerate(loader):
-            labels = inputs_and_labels(batch)[1]
+        for index, given in enumerate(loader):
+            batch = Batch.of(given, model_device(predictor.model))
+            labels = batch.labels
             if labels is None:
                 raise ValueError(f"val_loader: expected labels, batch {index} has none")
             mean, covariances, _ = predictor.predict(batch, None, posteriors)

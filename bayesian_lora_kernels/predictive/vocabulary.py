@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.output_map import OutputMap, UncappedForward
 from bayesian_lora_kernels.ops.vocabulary import VocabularyStatistics
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
@@ -48,7 +49,7 @@ class VocabularyPosterior:
         self,
         sampler: HiddenSampler,
         predictor: LogitPredictor,
-        batch: Any,
+        batch: Batch,
         hidden: Tensor,
         output_map: OutputMap,
     ):
@@ -213,14 +214,14 @@ def vocabulary_posterior(sampler: HiddenSampler, batch: Any) -> VocabularyPoster
     Raises:
         ValueError: for a head that cannot be served; see `read_output_map`.
     """
-    batch = sampler.prepare(batch)
-    hidden, _ = sampler.mean(batch, every=False)
-    output_map = sampler.output_map(batch)
+    prepared = sampler.prepare(batch)
+    hidden, _ = sampler.mean(prepared, every=False)
+    output_map = sampler.output_map(prepared)
     capped = output_map.softcap is not None
     forward = UncappedForward(sampler.forward, output_map.scale) if capped else sampler.forward.whole_vocabulary()
     whole = sampler.posterior.curvature.whole_jacobians
     predictor = LogitPredictor(sampler.model, sampler.layers, forward, whole, sampler.memory_budget)
-    return VocabularyPosterior(sampler, predictor, batch, hidden, output_map)
+    return VocabularyPosterior(sampler, predictor, prepared, hidden, output_map)
 
 
 def relative_error(n: int) -> float:
