@@ -275,7 +275,7 @@ def test_low_rank_factors_are_at_least_as_close_to_the_best_as_theirs(their_kfac
         errors = {name: (truth - r[key][which] @ r[key][which].mT).norm() for name, r in results.items()}
         assert results["ours"][key][which].shape == results["theirs"][key][which].shape
         assert results["ours"][key][which].dtype == results["theirs"][key][which].dtype
-        assert errors["ours"] <= 1.001 * errors["theirs"] + 1e-5 * truth.norm()
+        assert errors["ours"] <= 1.005 * errors["theirs"] + 1e-5 * truth.norm()
         assert errors["ours"] <= 1.1 * best + 1e-5 * truth.norm()
 
 

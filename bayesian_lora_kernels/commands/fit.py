@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from bayesian_lora_kernels.commands import options, output
 from bayesian_lora_kernels.commands.errors import as_input_errors
 from bayesian_lora_kernels.commands.job import add_job_options, load_job
 from bayesian_lora_kernels.laplace import LaplaceLoRA
-from bayesian_lora_kernels.model.layers import find_layers
-from bayesian_lora_kernels.posterior.curvature import CURVATURES
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 
 
@@ -30,15 +27,8 @@ def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
         "it into the adapter's folder.",
     )
     add_job_options(parser, labelled=True)
-    parser.add_argument("--curvature", choices=tuple(CURVATURES), default="kfac", help="default: kfac")
-    parser.add_argument(
-        "--rank", type=_rank, default=32, metavar="N", help="columns kept of a wide factor, or 'full'; default: 32"
-    )
     parser.add_argument("--per-module", action="store_true", help="one prior precision for each module")
-    parser.add_argument(
-        "--modules", type=_pattern, metavar="REGEX", help="modules to fit; default: every trainable linear one"
-    )
-    parser.add_argument("--seed", type=options.seed, default=0, help="of everything random; default: 0")
+    options.add_settings(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: the adapter's folder")
     options.add_json(parser, "also write the results to this file, as JSON")
     return parser
@@ -52,23 +42,17 @@ def run(args: Namespace) -> int:
     """
     folder = args.out or args.adapter
     output.check_folder(folder, "" if args.out is None else "--out ")
+    config = options.config_of(args)
     job = load_job(args, labelled=True)
     with as_input_errors():
-        laplace = LaplaceLoRA(
-            job.model,
-            class_token_ids=job.token_ids,
-            curvature=args.curvature,
-            rank=args.rank,
-            modules=args.modules,
-            seed=args.seed,
-        )
+        laplace = LaplaceLoRA(job.model, class_token_ids=job.token_ids, config=config)
         started = time.perf_counter()
         laplace.fit(job.batches(), progress=sys.stderr.isatty())
         laplace.optimize_prior_precision(per_module=args.per_module)
         evidence = float(laplace.log_marginal_likelihood())
         seconds = time.perf_counter() - started
         laplace.save_pretrained(folder)
-    layers = find_layers(job.model, args.modules)
+    parameters = [p for layer in laplace.layers for p in layer.parameters().values()]
     result = {
         "command": "fit",
         "adapter": str(args.adapter),
@@ -78,12 +62,11 @@ def run(args: Namespace) -> int:
         "choices": list(job.tokens),
         "class_tokens": list(job.tokens.values()),
         "class_token_ids": job.token_ids,
-        "curvature": args.curvature,
-        "rank": args.rank,
+        **laplace.config.as_json(),
         "n_examples": laplace.n_examples,
         "n_truncated": job.truncated,
-        "n_modules": len(layers),
-        "n_parameters": sum(p.numel() for layer in layers for p in layer.parameters().values()),
+        "n_modules": len(laplace.layers),
+        "n_parameters": sum(p.numel() for p in parameters),
         "log_likelihood": laplace.log_likelihood,
         "log_marginal_likelihood": evidence,
         "prior_precision": _numbers(laplace.prior_precision),
@@ -126,15 +109,3 @@ def _precision(precision: float | Mapping[str, float]) -> str:
     if isinstance(precision, Mapping):
         return f"{min(precision.values()):.4g} to {max(precision.values()):.4g}, one for each module"
     return f"{precision:.4g}"
-
-
-def _rank(text: str) -> int | None:
-    return None if text == "full" else options.positive(text)
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from error
-    return text

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, _SubParsersAction
+import re
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace, _SubParsersAction
+from dataclasses import fields
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import torch
+
+from bayesian_lora_kernels.commands.errors import as_input_errors
+from bayesian_lora_kernels.config import LaplaceConfig, choices
+from bayesian_lora_kernels.curvature import CURVATURES
 from bayesian_lora_kernels.predictive.distribution import PROBABILITY_METHODS
 
 Subparsers: TypeAlias = "_SubParsersAction[ArgumentParser]"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+# Those that --choices and the evidence do not say already.
+SETTINGS = {one.name for one in fields(LaplaceConfig)} - {"class_token_ids", "likelihood", "prior_precision"}
 METHODS = tuple(method for method in PROBABILITY_METHODS if method != "map")
 
 
@@ -33,6 +42,41 @@ def add_device(parser: ArgumentParser) -> None:
     """Where and in what the model computes."""
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base model; default: as it was saved")
+
+
+def add_settings(parser: ArgumentParser) -> None:
+    """Those of `LaplaceConfig`, which says what they are."""
+    for one in fields(LaplaceConfig):
+        if one.name not in SETTINGS:
+            continue
+        about = one.metadata["help"].replace("`", "").replace("%", "%%").replace("None", "none")
+        given: dict[str, Any] = {"type": _number, "metavar": "N"}
+        if allowed := tuple(CURVATURES) if one.name == "curvature" else choices(one.name):
+            given = {"choices": allowed}
+        elif isinstance(one.default, bool):
+            given = {"action": BooleanOptionalAction}
+        elif one.name == "seed":
+            given = {"type": seed}
+        elif one.name == "modules":
+            about, given = "modules to fit; none: every trainable linear one", {"type": _pattern, "metavar": "REGEX"}
+        elif one.name == "row_dtype":
+            given = {"type": _dtype, "metavar": "DTYPE"}
+        parser.add_argument(
+            f"--{one.name.replace('_', '-')}",
+            default=one.default,
+            help=f"{about}; default: {str(one.default).lower()}",
+            **given,
+        )
+
+
+def config_of(args: Namespace) -> LaplaceConfig:
+    """What a parser with `add_settings` found.
+
+    Raises:
+        InputError: for a number out of its range.
+    """
+    with as_input_errors():
+        return LaplaceConfig(**{k: v for k, v in vars(args).items() if k in SETTINGS})
 
 
 def add_probabilities(parser: ArgumentParser) -> None:
@@ -69,3 +113,27 @@ def seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise ArgumentTypeError(f"expected a whole number below 2^63, got {text!r}")
     return int(text)
+
+
+def _number(text: str) -> int | None:
+    if text in ("none", "full"):
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"expected a whole number or none, got {text!r}") from None
+
+
+def _dtype(text: str) -> torch.dtype | None:
+    dtype = None if text == "none" else getattr(torch, text, text)
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise ArgumentTypeError(f"expected the name of a torch.dtype or none, got {text!r}")
+    return dtype
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from error
+    return text

@@ -2,5 +2,6 @@
 
 from bayesian_lora_kernels.curvature.kfac import EigenvalueCorrectedCurvature, KroneckerCurvature  # isort: skip
 from bayesian_lora_kernels.curvature.exact import FunctionSpaceCurvature
+from bayesian_lora_kernels.posterior.curvature import CURVATURES
 
-__all__ = ["EigenvalueCorrectedCurvature", "FunctionSpaceCurvature", "KroneckerCurvature"]
+__all__ = ["CURVATURES", "EigenvalueCorrectedCurvature", "FunctionSpaceCurvature", "KroneckerCurvature"]
