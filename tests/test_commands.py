@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from bayesian_lora_kernels import LaplaceLoRA, LogitPosterior
+from bayesian_lora_kernels import LaplaceConfig, LaplaceLoRA, LogitPosterior
 from bayesian_lora_kernels.cli import main
 
 WORDS = ["<unk>", "<s>", "</s>", "A", "B", "C", "Answer", ":", "red", "blue", "green", "fish", "bird", "tree"]
@@ -208,6 +209,10 @@ def test_a_plot_that_cannot_be(fitted: Path, capsys: Any, monkeypatch: pytest.Mo
     assert "needs matplotlib; pip install matplotlib" in error_of(capsys, "evaluate", "--plot", "d.png")
 
 
+BFLOAT16_ROWS = {"curvature": "exact", "row_dtype": torch.bfloat16}
+REDUCED = {"fisher": "exact", "fisher_samples": 2, "tokens": "reduce"}
+
+
 @pytest.mark.parametrize(
     ("options", "arguments", "per_module"),
     [
@@ -215,6 +220,13 @@ def test_a_plot_that_cannot_be(fitted: Path, capsys: Any, monkeypatch: pytest.Mo
         (["--curvature", "exact"], {"curvature": "exact"}, False),
         (["--per-module"], {}, True),
         (["--modules", ".*q_proj.*"], {"modules": ".*q_proj.*"}, False),
+        (["--no-tail", "--rank", "1", "--rank-threshold", "8"], {"tail": False, "rank": 1, "rank_threshold": 8}, False),
+        (["--fisher", "exact", "--fisher-samples", "2", "--tokens", "reduce"], REDUCED, False),
+        (
+            ["--curvature", "exact", "--row-dtype", "bfloat16"],
+            {"curvature": "exact", "row_dtype": torch.bfloat16},
+            False,
+        ),
     ],
 )
 def test_options_of_fit(made: Path, place: Path, options: Any, arguments: Any, per_module: bool) -> None:
@@ -224,6 +236,15 @@ def test_options_of_fit(made: Path, place: Path, options: Any, arguments: Any, p
     laplace.optimize_prior_precision(per_module=per_module)
     assert blk("predict", "--posterior", "deep/er", "--json", "p.jsonl") == 0
     check_prediction("p.jsonl", laplace.predict(padded(PROMPTS, "right")))
+
+
+def test_every_setting_is_an_option_but_three(place: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    shown = capsys.readouterr().out
+    absent = {one.name for one in dataclasses.fields(LaplaceConfig) if f"--{one.name.replace('_', '-')} " not in shown}
+    assert absent == {"class_token_ids", "likelihood", "prior_precision"}
+    assert "memory_budget: expected at least 1, got 0" in error_of(capsys, "fit", "--memory-budget", "0")
 
 
 def test_monte_carlo_does_not_depend_on_the_batch_size(fitted: Path) -> None:

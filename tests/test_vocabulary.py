@@ -259,6 +259,15 @@ def test_bad_calls(small, name):
         call(small.posterior)
 
 
+def test_asked_for_among_outputs_it_is_the_same():
+    case = llama(classes=None)
+    laplace = blk.LaplaceLoRA(case.model, **case.arguments).fit(case.loader(2), progress=False)
+    one, other = laplace.predict_vocabulary(case.batch()), laplace.predict(case.batch(), outputs="vocabulary")
+    assert type(one) is type(other) is blk.VocabularyPosterior
+    assert torch.equal(one.mean, other.mean)
+    assert torch.equal(one.covariance(torch.arange(4)), other.covariance(torch.arange(4)))
+
+
 def test_models_without_a_vocabulary():
     case = mlp()
     laplace = blk.LaplaceLoRA(case.model).fit(case.loader(2), progress=False)
@@ -283,9 +292,9 @@ def test_before_fit_and_bad_batches():
         laplace.predict(case.batch(), "vocabulary")
     laplace.fit(case.loader(2), progress=False)
     with pytest.raises(TypeError, match="expected a mapping"):
-        laplace.predict(case.batch()["input_ids"], "vocabulary")
+        laplace.predict_vocabulary(case.batch()["input_ids"])
     with pytest.raises(ValueError, match="at least one example"):
-        laplace.predict({"input_ids": torch.zeros(0, 3).long()}, "vocabulary")
+        laplace.predict_vocabulary({"input_ids": torch.zeros(0, 3).long()})
     with torch.no_grad():
         case.model.get_base_model().model.norm.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="not finite"):
