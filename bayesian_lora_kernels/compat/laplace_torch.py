@@ -72,8 +72,9 @@ class _Blk(CurvatureInterface, ABC):
 
     @cached_property
     def _layers(self) -> list[LinearLayer]:
-        modules = dict(self._model.named_modules())
-        _check_not_shared(self._model)
+        model = self.model.last_layer if self.last_layer else self.model
+        modules = dict(model.named_modules())
+        _check_not_shared(model)
         trained: dict[str, set[str]] = {}
         for name in self.params_dict:
             owner, _, leaf = name.rpartition(".")
