@@ -18,6 +18,7 @@ from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.containers import map_tensors
 from bayesian_lora_kernels.model.forward import Forward, model_device
+from bayesian_lora_kernels.model.jacobians import unit_cotangents
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
 from bayesian_lora_kernels.model.measuring import measuring, undone
 from bayesian_lora_kernels.model.memory import free_bytes
@@ -123,8 +124,9 @@ def _jacobians(
     sizes, differences = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     with measuring(given):
         for _, recorded in captures(layers, forward, batch, batch.size):
-            chosen = _chosen(recorded.logits)
-            captured = [recorded.backward(_unit(recorded.logits, c), weight_gradients=names) for c in chosen]
+            chosen = range(min(LOGITS, recorded.logits[0].numel()))
+            cotangents = unit_cotangents(recorded.logits, chosen)
+            captured = [recorded.backward(cotangent, weight_gradients=names) for cotangent in cotangents]
             for row in range(len(recorded.logits)):
                 expected = _autograd(recorded, layers, forward, row, chosen)
                 for name, truth in expected.items():
@@ -136,16 +138,6 @@ def _jacobians(
     errors = {name: differences[name] / max(sizes[name], floor) for name in names}
     where = max(errors, key=lambda name: errors[name])
     return [Agreement(f"Jacobians against autograd, {how}", where, errors[where], limit)]
-
-
-def _chosen(logits: Tensor) -> list[int]:
-    return list(range(min(LOGITS, logits[0].numel())))
-
-
-def _unit(logits: Tensor, index: int) -> Tensor:
-    cotangent = torch.zeros_like(logits).flatten(1)
-    cotangent[:, index] = 1
-    return cotangent.reshape(logits.shape)
 
 
 def _autograd(
@@ -204,7 +196,8 @@ def _differences(
     with measuring(given):
         slope = 0.0
         for _, recorded in captures(layers, forward, batch, batch.size):
-            gradients = recorded.backward(_unit(recorded.logits, 0), weight_gradients=names, retain_graph=False)
+            (first,) = unit_cotangents(recorded.logits, [0])
+            gradients = recorded.backward(first, weight_gradients=names, retain_graph=False)
             slope += sum(float((g.sum(dim=0) * direction[name]).sum()) for name, g in gradients.items())
         step = torch.finfo(dtype).eps ** (1 / 3)
         ends = [_moved(layers, direction, sign * step, lambda: _first_logits(forward, batch)) for sign in (1, -1)]

@@ -87,7 +87,7 @@ def costs(vocabulary: int, examples: int, samples: int, width: int) -> dict[str,
     assert kept is not None
     delta = kept.hidden[: samples // 2].transpose(0, 1)
     hidden = posterior.hidden[:, None] + torch.cat([delta, -delta], dim=1)
-    weight = posterior._map.weight
+    weight = posterior._head.weight
 
     def plain() -> Tensor:
         return (hidden @ weight.mT).softmax(dim=-1).mean(dim=1)
@@ -117,7 +117,7 @@ def estimators(folder: Path, truth_samples: int = 4096, repeats: int = 24) -> di
     ids = tokenizer((folder / "text.txt").read_text(encoding="utf-8"))["input_ids"]
     batch = {"input_ids": torch.tensor([ids[start : start + 24] for start in range(0, 48, 6)])}
     posterior = laplace.predict(batch, outputs="vocabulary")
-    sampler, weight = posterior._sampler, posterior._map.weight
+    sampler, weight = posterior._sampler, posterior._head.weight
     generator = torch.Generator().manual_seed(0)
     started = time.perf_counter()
     pool = sampler.draw(posterior._batch, truth_samples, False, generator)
@@ -125,7 +125,7 @@ def estimators(folder: Path, truth_samples: int = 4096, repeats: int = 24) -> di
     result["seconds per exact token"] = best(lambda: posterior.covariance(torch.arange(16)), 2) / 16
 
     def logits(part: Deviations, n: int, mirrored: bool) -> SampledLogits:
-        return SampledLogits(posterior._map, posterior.hidden, part, n, mirrored)
+        return SampledLogits(posterior._head, posterior.hidden, part, n, mirrored)
 
     # Truths. The hidden covariance comes exactly from that of d tokens with independent rows.
     whole = logits(pool, 2 * truth_samples, True)

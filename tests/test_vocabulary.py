@@ -136,7 +136,7 @@ def estimates(dense: Dense, n: int, repeats: int) -> tuple[Tensor, Tensor]:
     probs, information = [], []
     for i in range(repeats):
         part = type(drawn)(drawn.hidden[i * n // 2 : (i + 1) * n // 2], drawn.head)
-        logits = SampledLogits(posterior._map, posterior.hidden, part, n, mirrored=True)
+        logits = SampledLogits(posterior._head, posterior.hidden, part, n, mirrored=True)
         probs.append(logits.probs())
         information.append(logits.statistics(None).mutual_information)
     return torch.stack(probs), torch.stack(information)
@@ -170,13 +170,13 @@ def test_standard_errors_are_honest(small, n):
     held = []
     for i in range(150):
         part = type(drawn)(drawn.hidden[i * n : (i + 1) * n], drawn.head)
-        estimate = SampledLogits(posterior._map, posterior.hidden, part, n, mirrored=False).mean_square()
+        estimate = SampledLogits(posterior._head, posterior.hidden, part, n, mirrored=False).mean_square()
         held.append((estimate - truth).abs() <= 1.96 * relative_error(n) * estimate)
     assert 0.92 < float(torch.stack(held).double().mean()) < 0.98
     estimate, error = posterior.variance(n, torch.Generator().manual_seed(1))
     assert torch.equal(error, estimate * relative_error(n))
     first = type(drawn)(drawn.hidden[:n], drawn.head)
-    expected = SampledLogits(posterior._map, posterior.hidden, first, n, mirrored=False).mean_square()
+    expected = SampledLogits(posterior._head, posterior.hidden, first, n, mirrored=False).mean_square()
     assert relative(estimate, expected) < 1e-9
 
 

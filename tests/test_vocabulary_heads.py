@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -186,6 +189,16 @@ def test_one_half_of_the_heads_adapter():
     assert ((variance - expected.diagonal(dim1=1, dim2=2)).abs() < 5 * error).all()
 
 
+def test_before_the_cap_of_a_model_whose_head_gets_every_position():
+    case = made("gemma2")
+    case.model.float()  # transformers' masks turn into infinity where float64 becomes float32
+    laplace, batch = fitted(case), case.batch(side="left")
+    expected = laplace.predict(batch, "vocabulary").covariance(torch.arange(VOCABULARY))
+    findings = laplace._forward.findings
+    findings.way = dataclasses.replace(findings.way, cuts_positions=False)
+    assert relative(laplace.predict(batch, "vocabulary").covariance(torch.arange(VOCABULARY)), expected) < 1e-4
+
+
 def test_half_precision_heads():
     """The head in bfloat16 is read as it is; nothing else is rounded to it."""
     case = made("plain")
@@ -197,7 +210,8 @@ def test_half_precision_heads():
     noise = torch.Generator().manual_seed(0)
     truths = expected.sample(5, noise), expected.probs(6, noise)
     half = laplace.predict(case.batch(), "vocabulary")
-    half._map = type(half._map)(head.weight.data.bfloat16(), None, (), 1.0, None)
+    linear = copy.deepcopy(half._head.linear).bfloat16()
+    half._head = dataclasses.replace(half._head, linear=linear)
     half._mean = None
     noise.manual_seed(0)
     assert relative(half.mean, expected.mean) < 1e-5

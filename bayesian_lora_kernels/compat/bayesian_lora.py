@@ -22,6 +22,7 @@ from bayesian_lora_kernels.curvature.likelihood import Classification
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers, linear_layer
+from bayesian_lora_kernels.model.masks import last_valid
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.pieces import capture
 from bayesian_lora_kernels.model.reading import MASK_KEYS
@@ -349,11 +350,9 @@ def _last_position(output: Any, inputs: Mapping[str, Any]) -> Tensor:
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     if logits.ndim != 3:
         return logits
-    n, t = logits.shape[:2]
     masks = (inputs[key].bool() for key in MASK_KEYS if isinstance(inputs.get(key), Tensor))
-    mask = next((m for m in masks if m.shape == (n, t)), logits.new_ones((n, t), dtype=torch.bool))
-    last = (mask.long() * torch.arange(t, device=mask.device)).argmax(dim=1).to(logits.device)
-    return logits[torch.arange(n, device=logits.device), last]
+    mask = next((m for m in masks if m.shape == logits.shape[:2]), None)
+    return logits[torch.arange(len(logits), device=logits.device), last_valid(logits, mask)]
 
 
 def variance(

@@ -20,6 +20,7 @@ from bayesian_lora_kernels.curvature.factors import KroneckerSums, check_finite
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.forward import IGNORED_LABEL
+from bayesian_lora_kernels.model.jacobians import unit_cotangents
 from bayesian_lora_kernels.model.layers import LinearLayer, linear_layer
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.pieces import capture
@@ -71,8 +72,9 @@ class _Blk(CurvatureInterface, ABC):
 
     @cached_property
     def _layers(self) -> list[LinearLayer]:
-        modules = dict(self._model.named_modules())
-        _check_not_shared(self._model)
+        model = self.model.last_layer if self.last_layer else self.model
+        modules = dict(model.named_modules())
+        _check_not_shared(model)
         trained: dict[str, set[str]] = {}
         for name in self.params_dict:
             owner, _, leaf = name.rpartition(".")
@@ -134,13 +136,7 @@ class _Blk(CurvatureInterface, ABC):
             recorded = self._capture(x)
             logits = recorded.logits
             count = logits[0].numel()
-
-            def unit(k: int) -> Tensor:
-                cotangent = torch.zeros_like(logits).flatten(1)
-                cotangent[:, k] = 1
-                return cotangent.reshape(logits.shape)
-
-            rows = self._rows(recorded, map(unit, range(count)), count)
+            rows = self._rows(recorded, unit_cotangents(logits, range(count)), count)
         return rows.reshape(*logits.shape, -1), logits.detach()
 
     def selected_output_jacobians(
@@ -159,8 +155,7 @@ class _Blk(CurvatureInterface, ABC):
                     f"{list(logits.shape)}"
                 )
             chosen = outputs.to(logits.device, torch.long)
-            cotangents = (torch.zeros_like(logits).scatter_(1, column[:, None], 1) for column in chosen.unbind(1))
-            rows = self._rows(recorded, cotangents, chosen.shape[1])
+            rows = self._rows(recorded, unit_cotangents(logits, chosen), chosen.shape[1])
         return rows, logits.detach()
 
     def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:

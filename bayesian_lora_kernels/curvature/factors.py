@@ -11,6 +11,7 @@ from torch import Tensor
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.model.capture import LayerInput
+from bayesian_lora_kernels.model.masks import last_valid
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 
@@ -269,8 +270,7 @@ def token_rows(x: Tensor, mask: Tensor | None, tokens: str, *, mean: bool) -> tu
     if tokens == "last":
         if mask is None:
             return x[:, -1], None
-        last = (mask.long() * torch.arange(t, device=x.device)).argmax(dim=1)
-        return x[torch.arange(n, device=x.device), last], mask.any(dim=1)
+        return x[torch.arange(n, device=x.device), last_valid(x, mask)], mask.any(dim=1)
     counted = x if mask is None else x.masked_fill(~mask[:, :, None], 0)
     total = counted.sum(dim=1, dtype=accumulate_dtype(x))
     counts_at_all = None if mask is None else mask.any(dim=1)

@@ -84,26 +84,6 @@ class _Tap(torch.autograd.Function):
         return grads[0], None, None, None, None
 
 
-class _Dropped(NamedTuple):
-    """What a mask took out of the gradients `[N, t, d_out]` of a layer's call.
-
-    Attributes:
-        name: of the layer.
-        start: of the call's tokens among all of them.
-        rows: `[N, t]`, size of what was taken out.
-        largest: size of all.
-    """
-
-    name: str
-    start: int
-    rows: Tensor
-    largest: Tensor
-
-    def counts(self) -> Tensor:
-        """Whether it was more than rounding."""
-        return self.rows.amax() > NOTHING * torch.finfo(self.rows.dtype).eps * self.largest
-
-
 class Capture:
     """One forward pass with its graph: layer inputs now, output gradients for any cotangent on request."""
 
@@ -111,7 +91,7 @@ class Capture:
         self.layers = {layer.name: layer for layer in layers}
         self.forward = forward
         self.calls: dict[str, list[Call]] = {layer.name: [] for layer in layers}
-        self._layouts: dict[str, list[Layout]] = {}
+        self._spans: dict[str, list[tuple[Layout, int, int]]] = {}  # which of a layer's tokens each call has
         self._mailbox = _Mailbox()
         self._sink: Tensor | None = None
         self.all_labels = False
@@ -134,21 +114,19 @@ class Capture:
         """
         self.all_labels = all_labels
         scopes = Scopes(batch.masks if self.forward.masked else [])
-        sources: dict[int, tuple[Any, ...]] = {}
-        masks: dict[int, tuple[TokenMask, ...]] = {}
+        given: dict[int, tuple[tuple[Any, ...], tuple[TokenMask, ...]]] = {}  # key and masks of a module's input
         seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         serial = itertools.count()
 
         def identify(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if x is None:
-                sources[id(module)], masks[id(module)] = (next(serial),), ()
+                given[id(module)] = (next(serial),), ()
                 return
             known = seen.get(id(x))
             if known is None or known[0]() is not x:  # an address may be used again once its tensor has gone
                 known = seen[id(x)] = (weakref.ref(x), next(serial))
-            sources[id(module)] = (known[1], x._version)
-            masks[id(module)] = scopes.about(x)
+            given[id(module)] = (known[1], x._version), scopes.about(x)
 
         def recorder(layer: LinearLayer) -> Any:
             def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -162,8 +140,8 @@ class Capture:
                         "leave this subclass out with modules=..."
                     )
                 calls = self.calls[layer.name]
-                key = (sources[id(layer.input_source)], a.dtype, bool(layer.weight), bool(layer.bias))
-                calls.append(Call(a, a._version, key, masks[id(layer.outer)]))
+                key = (given[id(layer.input_source)][0], a.dtype, bool(layer.weight), bool(layer.bias))
+                calls.append(Call(a, a._version, key, given[id(layer.outer)][1]))
                 if self._sink is None:
                     self._sink = torch.zeros((), device=output.device, dtype=torch.float32, requires_grad=True)
                 return _Tap.apply(output, self._sink, self._mailbox, layer.name, len(calls) - 1)
@@ -210,8 +188,8 @@ class Capture:
         Raises:
             NotByExample: if no reading of some layer's input as N examples is known.
         """
-        n, findings = self.result.logits.shape[0], self.forward.findings
-        self.inputs, self._layouts = {}, {}
+        n, findings = len(self.logits), self.forward.findings
+        self.inputs, self._spans = {}, {}
         shared: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
         for name, calls in self.calls.items():
             if not calls:
@@ -230,6 +208,8 @@ class Capture:
                 (call.key, layout, *map(id, call.masks), findings.relation(name, i).name, head_mask is not None)
                 for i, (call, layout) in enumerate(zip(calls, layouts, strict=True))
             )
+            ends = itertools.accumulate((call.a[..., 0].numel() // n for call in calls), initial=0)
+            self._spans[name] = [(one, *span) for one, span in zip(layouts, itertools.pairwise(ends), strict=True)]
             if key not in shared:
                 tokens = [layout.tokens(call.a, n) for layout, call in zip(layouts, calls, strict=True)]
                 masks = [
@@ -238,7 +218,6 @@ class Capture:
                 ]
                 a = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
                 shared[key] = (layer.extend_input(a), _joined(masks, tokens))
-            self._layouts[name] = layouts
             self.inputs[name] = LayerInput(*shared[key], key)
 
     def backward(
@@ -257,19 +236,17 @@ class Capture:
             (float64 for a float64 model) for `weight_gradients`.
         """
         parts: dict[str, dict[int, Tensor]] = {name: {} for name in self.inputs}
-        dropped: list[_Dropped] = []
-        offsets = {name: self._offsets(name) for name in self.inputs}
-        n = self.result.logits.shape[0]
+        dropped: list[tuple[str, int, Tensor]] = []
 
         def receive(name: str, call: int, g: Tensor) -> None:
-            layer, (a, mask, _) = self.layers[name], self.inputs[name]
-            g = self._layouts[name][call].tokens(layer.used_rows(g.detach()), n)
-            start, stop = offsets[name][call]
+            a, mask, _ = self.inputs[name]
+            layout, start, stop = self._spans[name][call]
+            g = layout.tokens(self.layers[name].used_rows(g.detach()), len(self.logits))
             if mask is not None:
                 kept = mask[:, start:stop, None]
                 if self.forward.checks.mode != "off" and (g.device.type != "cpu" or bool(g[~kept[..., 0]].any())):
-                    rows = g.masked_fill(kept, 0).abs().amax(dim=2)
-                    dropped.append(_Dropped(name, start, rows, g.abs().amax()))
+                    rounding = NOTHING * torch.finfo(g.dtype).eps * g.abs().amax()
+                    dropped.append((name, start, g.masked_fill(kept, 0).abs().amax(dim=2) > rounding))
                 g = g.masked_fill(~kept, 0)
             if name in weight_gradients:
                 gradient = _weight_gradient(g, a[:, start:stop], None if mask is None else mask[:, start:stop])
@@ -281,13 +258,17 @@ class Capture:
         self._check_dropped(dropped)
         return {name: self._assemble(name, calls, name in weight_gradients) for name, calls in parts.items()}
 
-    def _check_dropped(self, dropped: Sequence[_Dropped]) -> None:
-        """Whether what was masked had no gradient, or no input: else leaving it out would leave something out."""
-        if not dropped or not torch.stack([one.counts().to(dropped[0].largest.device) for one in dropped]).any():
+    def _check_dropped(self, dropped: Sequence[tuple[str, int, Tensor]]) -> None:
+        """Whether what was masked had no input where it had a gradient: else leaving it out would leave something out.
+
+        Args:
+            dropped: layer, first token of a call, and whether its masked tokens had a gradient `[N, t]`.
+        """
+        if not dropped or not torch.stack([counts.any().to(dropped[0][2].device) for _, _, counts in dropped]).any():
             return
-        for name, start, rows, largest in dropped:
-            a = self.inputs[name].a[:, start : start + rows.shape[1]]
-            if ((rows > NOTHING * torch.finfo(rows.dtype).eps * largest) & (a != 0).any(dim=2)).any():
+        for name, start, counts in dropped:
+            a = self.inputs[name].a[:, start : start + counts.shape[1]]
+            if (counts & (a != 0).any(dim=2)).any():
                 raise ValueError(
                     f"{name}: padding counts: the logits depend on positions that the attention mask excludes, in this "
                     "batch and not in those before it. Let the model leave masked positions out, or pass batches "
@@ -330,14 +311,6 @@ class Capture:
         finally:
             self._mailbox.receive = None
 
-    def _offsets(self, name: str) -> list[tuple[int, int]]:
-        n, bounds, start = self.result.logits.shape[0], [], 0
-        for call in self.calls[name]:
-            tokens = call.a[..., 0].numel() // n
-            bounds.append((start, start + tokens))
-            start += tokens
-        return bounds
-
     def _assemble(self, name: str, parts: dict[int, Tensor], weight_gradient: bool) -> Tensor:
         """One tensor from the calls' parts; what the logits do not depend on has gradient zero."""
         layer, a = self.layers[name], self.inputs[name].a
@@ -347,7 +320,7 @@ class Capture:
         if len(parts) == 1 and len(self.calls[name]) == 1:
             return parts[0]
         g = a.new_zeros(n, tokens, layer.shape[0])
-        for call, (start, stop) in enumerate(self._offsets(name)):
+        for call, (_, start, stop) in enumerate(self._spans[name]):
             if call in parts:
                 g[:, start:stop] = parts[call]
         return g

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from bayesian_lora_kernels.model.arguments import decoder_inputs, is_left_padded, pass_on
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.findings import Checks, Findings, Way
-from bayesian_lora_kernels.model.head import HeadModule, find_head
-from bayesian_lora_kernels.model.masks import before_pads, parameters_of
+from bayesian_lora_kernels.model.head import OutputHead, find_head
+from bayesian_lora_kernels.model.masks import before_pads, last_valid, parameters_of
 from bayesian_lora_kernels.model.measuring import hooked
 from bayesian_lora_kernels.model.reading import DECODER_MASK, MASK_KEYS
 from bayesian_lora_kernels.surroundings import callers_surroundings
@@ -61,6 +61,7 @@ class Forward:
         prefix: of its names, in the model as it was given.
         base: the model inside the wrappers whose forward takes the batch's columns.
         head: of a causal LM, if the default forward can use it.
+        before_cap: whether logits are those before the soft cap that the model applies to them.
         checks: which of them are due.
         findings: what they found out about the model.
 
@@ -82,22 +83,25 @@ class Forward:
         self.masked = masked
         self.base = _base_of(self.model)
         self.head = None if function else find_head(model, self.base)
+        self.before_cap = False
         self.class_token_ids: Tensor | None = None
         if class_token_ids is not None:
             self.class_token_ids = _check_class_ids(class_token_ids, self.head, function)
         self.accepted = set(parameters_of(self.base))
         self.findings, self.checks = Findings(), Checks(check)
 
-    def whole_vocabulary(self) -> Forward:
-        """The same without `class_token_ids`."""
+    def whole_vocabulary(self, head: OutputHead | None = None) -> Forward:
+        """The same without `class_token_ids`, and before the soft cap that its head, if that has been read, has."""
         whole = copy(self)
         whole.class_token_ids = None
+        if head is not None:
+            whole.head, whole.before_cap = head, head.softcap is not None
         return whole
 
     @property
     def is_models_own(self) -> bool:
-        """Whether the logits are those that the model itself gives, rather than a function's."""
-        return self.function is None
+        """Whether the logits are those that the model itself gives, rather than a function's or those before a cap."""
+        return self.function is None and not self.before_cap
 
     @property
     def head_rows(self) -> dict[str, Tensor]:
@@ -170,6 +174,7 @@ class Forward:
         kwargs = self.model_inputs(inputs, targets if every else None)
         tokens = self.output_mask(kwargs)
         chosen: dict[str, Tensor] = {}
+        raw: list[Tensor] = []
 
         def choose(hidden: Tensor) -> Tensor:
             mask = head_mask(tokens, hidden)
@@ -178,7 +183,7 @@ class Forward:
                 positions, valid, labels_at = _labelled_positions(targets, mask, shift=0 if self.seq2seq else 1)
                 chosen.update(mask=valid, labels=labels_at)
             else:
-                positions = last_valid(mask, hidden)[:, None]
+                positions = last_valid(hidden, mask)[:, None]
                 chosen.update(positions=positions)
             index = positions.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[2])
             return hidden.gather(1, index)
@@ -187,8 +192,12 @@ class Forward:
             by_token = bool(args) and isinstance(args[0], Tensor) and args[0].ndim == 3
             return ((choose(args[0]), *args[1:]), kwargs) if by_token and not chosen else None
 
-        with hooked(pre=[(self.head.module, at_head)] if self.findings.way.cuts_positions else []):
+        with hooked(
+            pre=[(self.head.module, at_head)] if self.findings.way.cuts_positions else [],
+            post=[(self.head.module, lambda _m, _args, _k, output: raw.append(output))] if self.before_cap else [],
+        ):
             logits = _logits_of(self.model(**kwargs))
+        logits = raw[0] * self.head.scale if self.before_cap else logits
         in_head = bool(chosen)
         if not in_head:  # the model multiplies with the head's weight itself, or calls the head on something else
             if logits.ndim != 3:
@@ -299,7 +308,7 @@ def _base_of(model: nn.Module) -> nn.Module:
         model, _ = unwrapped(inner)
 
 
-def _check_class_ids(class_token_ids: Any, head: HeadModule | None, function: ForwardFunction | None) -> Tensor:
+def _check_class_ids(class_token_ids: Any, head: OutputHead | None, function: ForwardFunction | None) -> Tensor:
     with torch.inference_mode(False):
         ids = torch.as_tensor(class_token_ids).clone()
     if function is not None:
@@ -349,14 +358,6 @@ def head_mask(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
     return mask
 
 
-def last_valid(mask: Tensor | None, hidden: Tensor) -> Tensor:
-    """Index of the last valid token of each example, `[N]`, for `hidden [N, T, ...]`."""
-    n, t = hidden.shape[:2]
-    if mask is None:
-        return torch.full((n,), t - 1, device=hidden.device)
-    return (mask.long() * torch.arange(t, device=mask.device)).argmax(dim=1)
-
-
 def _labelled_positions(labels: Tensor, mask: Tensor | None, shift: int) -> tuple[Tensor, Tensor, Tensor]:
     """Positions whose next token has a label, packed to the front; which are real; their labels: all `[N, P]`.
 
@@ -375,14 +376,3 @@ def _labelled_positions(labels: Tensor, mask: Tensor | None, shift: int) -> tupl
 def model_device(model: nn.Module) -> torch.device:
     """Device of the model's first parameter."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-__all__ = [
-    "IGNORED_LABEL",
-    "Forward",
-    "ForwardFunction",
-    "ForwardResult",
-    "head_mask",
-    "last_valid",
-    "model_device",
-]

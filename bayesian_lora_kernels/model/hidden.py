@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayesian_lora_kernels.model.batches import Batch
-from bayesian_lora_kernels.model.forward import Forward, head_mask, last_valid
+from bayesian_lora_kernels.model.forward import Forward, head_mask
+from bayesian_lora_kernels.model.masks import last_valid
 from bayesian_lora_kernels.model.measuring import hooked, undone
 from bayesian_lora_kernels.surroundings import callers_surroundings
 
@@ -73,7 +74,7 @@ class HiddenStates:
 
     def last(self, batch: Batch, hidden: Tensor) -> Tensor:
         """`[N, d]`, the hidden state at the last valid token of each example."""
-        index = last_valid(self.mask(batch, hidden), hidden).to(hidden.device)
+        index = last_valid(hidden, self.mask(batch, hidden))
         return hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
 
 

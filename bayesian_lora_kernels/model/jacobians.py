@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.model.capture import Capture, LayerInput
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
+
+
+def unit_cotangents(logits: Tensor, indices: Tensor | Sequence[int]) -> Iterator[Tensor]:
+    """For each of C logits of every example, chosen by `indices` `[N, C]` or `[C]`, the cotangent that it is alone in.
+
+    Logits `[N, ...]` count as `[N, K]`; the cotangents are of their shape.
+    """
+    n = len(logits)
+    for index in torch.as_tensor(indices, device=logits.device).expand(n, -1).unbind(dim=1):
+        cotangent = logits.new_zeros(n, logits[0].numel()).scatter_(1, index[:, None], 1)
+        yield cotangent.reshape(logits.shape)
 
 
 class Jacobians:
@@ -37,13 +48,10 @@ class Jacobians:
 
     def _run(self, recorded: Capture) -> dict[str, Tensor]:
         """One backward pass for each chosen logit, summed over the batch: examples do not interact."""
-        logits, (n, count) = recorded.logits, self.indices.shape
+        n, count = self.indices.shape
         collected: dict[str, Tensor] = {}
-        for c in range(count):
-            cotangent = logits.new_zeros(n, logits[0].numel()).scatter_(1, self.indices[:, c : c + 1], 1)
-            gradients = recorded.backward(
-                cotangent.reshape(logits.shape), weight_gradients=self._formed, retain_graph=c + 1 < count
-            )
+        for c, cotangent in enumerate(unit_cotangents(recorded.logits, self.indices)):
+            gradients = recorded.backward(cotangent, weight_gradients=self._formed, retain_graph=c + 1 < count)
             for name, gradient in gradients.items():
                 if name not in collected:
                     collected[name] = gradient.new_empty(n, count, *gradient.shape[1:])

@@ -144,6 +144,14 @@ def before_pads(ids: Tensor, pad: int | None) -> Tensor:
     return valid
 
 
+def last_valid(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`[N]`, the index of the last token of each example of `x [N, T, ...]` that a mask `[N, T]` counts."""
+    n, t = x.shape[:2]
+    if mask is None:
+        return torch.full((n,), t - 1, device=x.device)
+    return (mask.long() * torch.arange(t, device=mask.device)).argmax(dim=1).to(x.device)
+
+
 def is_stack(module: nn.Module) -> bool:
     """Whether a module is a whole model of transformers (an encoder, a decoder), rather than a part of one."""
     return hasattr(module, "config") and hasattr(module, "get_input_embeddings")

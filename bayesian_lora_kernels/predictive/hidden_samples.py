@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, model_device
+from bayesian_lora_kernels.model.head import OutputHead, read_head
 from bayesian_lora_kernels.model.hidden import HiddenStates, differentiable_attention
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring, uninterrupted
 from bayesian_lora_kernels.model.memory import default_budget
-from bayesian_lora_kernels.model.output_map import OutputMap, read_output_map
 from bayesian_lora_kernels.model.reading import inputs_and_labels
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.posterior import Posterior
@@ -105,11 +105,11 @@ class HiddenSampler:
             raise ValueError("batch: expected at least one example")
         return prepared
 
-    def output_map(self, batch: Batch) -> OutputMap:
-        """What the head does with the hidden state; see `read_output_map` for errors."""
+    def head(self, batch: Batch) -> OutputHead:
+        """The output head, with what it does to the hidden state; see `read_head` for errors."""
         with measuring(self.model), torch.no_grad():
             self.model.eval()
-            return read_output_map(self.forward, [layer.name for layer in self.layers], batch)
+            return read_head(self.forward, [layer.name for layer in self.layers], batch)
 
     def mean(self, batch: Batch, every: bool) -> tuple[Tensor, Tensor | None]:
         """Hidden states at the MAP weights, `[N, d]` of the last valid token or `[N, T, d]` of every token; the mask.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels import ops
-from bayesian_lora_kernels.model.output_map import OutputMap
+from bayesian_lora_kernels.model.head import OutputHead
 from bayesian_lora_kernels.ops.vocabulary import VocabularyStatistics
 from bayesian_lora_kernels.predictive.hidden_samples import Deviations
 
@@ -35,28 +35,28 @@ class SampledLogits:
     """n samples of the logits of N examples.
 
     Args:
-        output_map: of the head.
+        head: what it computes; see `read_head`.
         hidden: `[N, d]`, at the MAP weights.
         deviations: at least as many as needed.
         n_samples: how many samples; with `mirrored`, every deviation serves twice, with both signs.
         mirrored: whether it does. Odd orders of the deviation then cancel out of every mean.
     """
 
-    def __init__(self, output_map: OutputMap, hidden: Tensor, deviations: Deviations, n_samples: int, mirrored: bool):
-        self.map, self.mirrored, self.n_samples = output_map, mirrored, n_samples
-        device = output_map.weight.device
+    def __init__(self, head: OutputHead, hidden: Tensor, deviations: Deviations, n_samples: int, mirrored: bool):
+        self.head, self.mirrored, self.n_samples = head, mirrored, n_samples
+        device = head.weight.device
         drawn = -(-n_samples // 2) if mirrored else n_samples
         self.hidden = hidden.to(device)
         self.delta = deviations.hidden[:drawn].to(device).transpose(0, 1)  # [N, S, d]
-        self.bias = None if output_map.bias is None else output_map.bias.to(hidden.dtype) * output_map.scale
-        self._head = {name: d[:drawn].to(device, hidden.dtype) for name, d in deviations.head.items()}
+        self.bias = None if head.bias is None else head.bias.to(hidden.dtype) * head.scale
+        self._moved = {name: d[:drawn].to(device, hidden.dtype) for name, d in deviations.head.items()}
 
     @torch.no_grad()
     def probs(self) -> Tensor:
         """`[N, V]`, the mean of the softmax."""
         total: Tensor | None = None
         for weight, hidden, share in self._products():
-            part = ops.vocabulary_probs(weight, hidden, bias=self.bias, softcap=self.map.softcap)
+            part = ops.vocabulary_probs(weight, hidden, bias=self.bias, softcap=self.head.softcap)
             if share == 1:
                 return part
             total = part.mul_(share) if total is None else total.add_(part, alpha=share)
@@ -69,7 +69,7 @@ class SampledLogits:
         total: Tensor | None = None
         conditional = torch.zeros(len(self.hidden), dtype=torch.float64, device=self.hidden.device)
         log_probs = []
-        softcap = self.map.softcap
+        softcap = self.head.softcap
         for weight, hidden, share in self._products():
             part = ops.vocabulary_statistics(weight, hidden, bias=self.bias, softcap=softcap, targets=targets)
             if share == 1:
@@ -108,30 +108,30 @@ class SampledLogits:
 
     def _products(self, deviation_only: bool = False) -> Iterator[_Product]:
         base = 0.0 if deviation_only else 1.0
-        adapters = self.map.adapters
+        adapters = self.head.adapters
         n, drawn, d = self.delta.shape
         if not adapters:
-            yield _Product(self.map.weight, self._signed(base * self.hidden, self.delta) * self.map.scale, 1.0)
+            yield _Product(self.head.weight, self._signed(base * self.hidden, self.delta) * self.head.scale, 1.0)
             return
         h, dtype = self.hidden, self.hidden.dtype
         a = torch.cat([adapter.a for adapter in adapters]).to(dtype)  # [R, d]
         b = torch.cat([adapter.scaling * adapter.b.to(dtype) for adapter in adapters], dim=1)  # [V, R]
         rank = len(a)
         inner = self.delta @ a.mT  # [N, S, R]
-        moved_a = [self._head.get(adapter.a_name) for adapter in adapters]
+        moved_a = [self._moved.get(adapter.a_name) for adapter in adapters]
         if any(m is not None for m in moved_a):
             parts = [
                 torch.zeros(drawn, n, len(adapter.a), dtype=dtype, device=h.device) if m is None else h @ m.mT
                 for adapter, m in zip(adapters, moved_a, strict=True)
             ]
             inner = inner + torch.cat(parts, dim=2).transpose(0, 1)
-        moved_b = [self._head.get(adapter.b_name) for adapter in adapters]
-        left = torch.cat([self.map.weight.to(dtype), b], dim=1)
+        moved_b = [self._moved.get(adapter.b_name) for adapter in adapters]
+        left = torch.cat([self.head.weight.to(dtype), b], dim=1)
         ah = h @ a.mT
         deviation = torch.cat([self.delta, inner], dim=2)
         center = base * torch.cat([h, ah], dim=1)
         if all(m is None for m in moved_b):
-            yield _Product(left, self._signed(center, deviation) * self.map.scale, 1.0)
+            yield _Product(left, self._signed(center, deviation) * self.head.scale, 1.0)
             return
         step = max(1, d // rank)
         for start in range(0, drawn, step):
@@ -145,7 +145,7 @@ class SampledLogits:
             wide = torch.cat([deviation[:, start:stop], placed], dim=2)
             middle = torch.cat([center, center.new_zeros(n, placed.shape[2])], dim=1)
             hidden = self._signed(middle, wide, first=start)
-            yield _Product(torch.cat([left, *slots], dim=1), hidden * self.map.scale, hidden.shape[1] / self.n_samples)
+            yield _Product(torch.cat([left, *slots], dim=1), hidden * self.head.scale, hidden.shape[1] / self.n_samples)
 
     def _signed(self, center: Tensor, deviation: Tensor, first: int = 0) -> Tensor:
         """`[N, s, D]`: center + deviation, and with `mirrored` also center - deviation; n_samples in all."""

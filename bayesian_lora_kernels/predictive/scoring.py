@@ -55,7 +55,7 @@ def score_tokens(sampler: HiddenSampler, batch: Any, n_samples: int, generator: 
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise ValueError("score: expected a batch with input_ids [N, T]")
     hidden, valid = sampler.mean(prepared, every=True)
-    output_map = sampler.output_map(prepared)
+    head = sampler.head(prepared)
     if hidden.shape[:2] != ids.shape:
         raise ValueError(
             f"score: expected hidden states of the {list(ids.shape)} tokens, got {list(hidden.shape[:2])} positions"
@@ -68,7 +68,7 @@ def score_tokens(sampler: HiddenSampler, batch: Any, n_samples: int, generator: 
     pairs = -(-n_samples // 2)
     budget = sampler.memory_budget or default_budget(hidden.device)
     examples = max(1, budget // max(3 * pairs * hidden[0].numel() * hidden.element_size(), 1))
-    step = max(1, PIECE_LOGITS // output_map.weight.shape[0])
+    step = max(1, PIECE_LOGITS // head.vocabulary)
     state = None if generator is None else generator.get_state()
     for rows, piece in prepared.pieces(examples):
         if generator is not None and state is not None:
@@ -79,9 +79,9 @@ def score_tokens(sampler: HiddenSampler, batch: Any, n_samples: int, generator: 
             n, t = at[i : i + step].unbind(dim=1)
             here, targets = hidden[rows][n, t - 1], ids[rows][n, t]
             still = Deviations(torch.zeros_like(here)[None], {})
-            point = SampledLogits(output_map, here, still, 1, mirrored=False).statistics(targets)
+            point = SampledLogits(head, here, still, 1, mirrored=False).statistics(targets)
             samples = Deviations(drawn.hidden[:, n, t - 1], drawn.head)
-            found = SampledLogits(output_map, here, samples, n_samples, mirrored=True).statistics(targets)
+            found = SampledLogits(head, here, samples, n_samples, mirrored=True).statistics(targets)
             values = (point.target_log_prob, found.target_log_prob, found.entropy, found.mutual_information)
             for result, value in zip(results, values, strict=True):
                 assert value is not None

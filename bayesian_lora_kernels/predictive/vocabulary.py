@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.model.batches import Batch
-from bayesian_lora_kernels.model.output_map import OutputMap, UncappedForward
+from bayesian_lora_kernels.model.head import OutputHead
 from bayesian_lora_kernels.ops.vocabulary import VocabularyStatistics
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.hidden_samples import Deviations, HiddenSampler
@@ -42,7 +42,7 @@ class VocabularyPosterior:
         predictor: of chosen logits, likewise before a cap.
         batch: on the model's device, without labels.
         hidden: see above.
-        output_map: of the head.
+        head: what it computes; see `read_head`.
     """
 
     def __init__(
@@ -51,21 +51,21 @@ class VocabularyPosterior:
         predictor: LogitPredictor,
         batch: Batch,
         hidden: Tensor,
-        output_map: OutputMap,
+        head: OutputHead,
     ):
         self._sampler, self._predictor, self._batch = sampler, predictor, batch
-        self._map = output_map
+        self._head = head
         self._kept: Deviations | None = None
         self._mean: Tensor | None = None
         self.hidden = hidden
-        self.softcap = output_map.softcap
+        self.softcap = head.softcap
 
     @property
     def mean(self) -> Tensor:
         """`[N, V]`, the logits at the MAP weights, before a cap; float32 (float64 for a float64 model)."""
         if self._mean is None:
             with torch.no_grad():
-                self._mean = self._map.logits(self.hidden.to(self._map.weight.device))
+                self._mean = self._head.logits(self.hidden.to(self._head.weight.device))
         return self._mean
 
     @property
@@ -84,7 +84,7 @@ class VocabularyPosterior:
         """
         _check_count("n", n)
         drawn = self._sampler.draw(self._batch, n, False, generator)
-        return SampledLogits(self._map, self.hidden, drawn, n, mirrored=False).logits()
+        return SampledLogits(self._head, self.hidden, drawn, n, mirrored=False).logits()
 
     @in_own_surroundings
     def probs(self, n_samples: int = SAMPLES, generator: torch.Generator | None = None) -> Tensor:
@@ -115,7 +115,7 @@ class VocabularyPosterior:
             ValueError: if n_samples is not positive, or targets are not `[N]` token ids.
         """
         if targets is not None:
-            targets = self._check_indices(targets, "targets", (1,)).to(self._map.weight.device)
+            targets = self._check_indices(targets, "targets", (1,)).to(self._head.weight.device)
             if targets.shape != self.hidden.shape[:1]:
                 raise ValueError(f"targets: expected [{len(self.hidden)}], got {list(targets.shape)}")
         return self._samples(n_samples, generator, mirrored=True).statistics(targets)
@@ -176,7 +176,7 @@ class VocabularyPosterior:
         if self.softcap is not None:
             slope = 1 - (mean / self.softcap).tanh().square()
             covariance = slope[:, :, None] * covariance * slope[:, None, :]
-            mean = self._map.capped(mean)
+            mean = self._head.capped(mean)
         return LogitPosterior(mean, covariance, indices)
 
     def _top_indices(self, k: int) -> Tensor:
@@ -197,10 +197,10 @@ class VocabularyPosterior:
                 self._kept = Deviations.join(have)
             assert self._kept is not None
             drawn = self._kept.first(needed)
-        return SampledLogits(self._map, self.hidden, drawn, n_samples, mirrored)
+        return SampledLogits(self._head, self.hidden, drawn, n_samples, mirrored)
 
     def _check_indices(self, indices: Tensor, name: str, dimensions: tuple[int, ...]) -> Tensor:
-        vocabulary = self._map.weight.shape[0]
+        vocabulary = self._head.vocabulary
         if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim not in dimensions:
             raise ValueError(f"{name}: expected token ids, got {indices.dtype} of shape {list(indices.shape)}")
         if not indices.numel() or indices.min() < 0 or indices.max() >= vocabulary:
@@ -212,16 +212,14 @@ def vocabulary_posterior(sampler: HiddenSampler, batch: Any) -> VocabularyPoster
     """The posterior over the vocabulary for one batch.
 
     Raises:
-        ValueError: for a head that cannot be served; see `read_output_map`.
+        ValueError: for a head that cannot be served; see `read_head`.
     """
     prepared = sampler.prepare(batch)
     hidden, _ = sampler.mean(prepared, every=False)
-    output_map = sampler.output_map(prepared)
-    capped = output_map.softcap is not None
-    forward = UncappedForward(sampler.forward, output_map.scale) if capped else sampler.forward.whole_vocabulary()
-    whole = sampler.posterior.curvature.whole_jacobians
+    head = sampler.head(prepared)
+    forward, whole = sampler.forward.whole_vocabulary(head), sampler.posterior.curvature.whole_jacobians
     predictor = LogitPredictor(sampler.model, sampler.layers, forward, whole, sampler.memory_budget)
-    return VocabularyPosterior(sampler, predictor, prepared, hidden, output_map)
+    return VocabularyPosterior(sampler, predictor, prepared, hidden, head)
 
 
 def relative_error(n: int) -> float:

@@ -27,35 +27,6 @@ _CONVERTED = 1 << 19
 
 
 @dataclass(frozen=True)
-class Head:
-    """The output layer: ``z = weight h + bias``, then ``softcap * tanh(z / softcap)``; where the bias is minus infinity
-    so is the logit.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-
-    def logits(self, out: Tensor, rows: Tensor, first: int, last: int) -> None:
-        """Write to ``out: [r, last - first]`` the logits of ``rows: [r, d]``, both in the dtype of ``out``."""
-        step = max(1, last - first)
-        if self.weight.dtype != out.dtype:
-            step = max(1, _CONVERTED // max(1, self.weight.shape[1]))
-        for start in range(first, last, step):
-            end = min(start + step, last)
-            columns = self.weight[start:end].to(out.dtype).T
-            part = out[:, start - first : end - first]
-            if self.bias is None:
-                torch.mm(rows, columns, out=part)
-            else:
-                torch.addmm(self.bias[start:end].to(out.dtype), rows, columns, out=part)
-        if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
-            if self.bias is not None:
-                out.masked_fill_(self.bias[first:last] == -math.inf, -math.inf)
-
-
-@dataclass(frozen=True)
 class Piece:
     """``probability = values * scale`` of the rows from ``row`` and the tokens from ``token``.
 
@@ -71,16 +42,26 @@ class Piece:
 class Pieces:
     """The pieces of ``hidden: [N, S, d]``.
 
+    Logits are ``z = weight h + bias``, then ``softcap * tanh(z / softcap)``; where the bias is minus infinity so is the
+    logit.
+
     ``logsumexp: [N * S]`` is float64: float32 would lose 1e-3 of every probability where it is 1e4. With ``targets:
     [N]`` the logits of the targets are picked up on the way, ``target_logits: [N * S]``; minus infinity where the
     vocabulary given does not hold the target.
     """
 
     def __init__(
-        self, head: Head, hidden: Tensor, dtype: torch.dtype, targets: Tensor | None, logsumexp: Tensor | None
+        self,
+        weight: Tensor,
+        hidden: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        dtype: torch.dtype,
+        targets: Tensor | None,
+        logsumexp: Tensor | None,
     ) -> None:
-        self.head, self.hidden, self.dtype = head, hidden, dtype
-        self.vocabulary = head.weight.shape[0]
+        self.weight, self.hidden, self.bias, self.softcap, self.dtype = weight, hidden, bias, softcap, dtype
+        self.vocabulary = weight.shape[0]
         self.samples = hidden.shape[1]
         self.rows = hidden.shape[0] * self.samples
         self.logsumexp = hidden.new_full((self.rows,), -math.inf, dtype=torch.float64)
@@ -162,7 +143,17 @@ class Pieces:
         first, end = row // self.samples, (last - 1) // self.samples + 1
         some = self.hidden[first:end].reshape((end - first) * self.samples, self.hidden.shape[2])
         some = some[row - first * self.samples : last - first * self.samples].to(out.dtype)
-        self.head.logits(out, some, token, token + out.shape[1])
+        tokens = slice(token, token + out.shape[1])
+        bias = None if self.bias is None else self.bias[tokens]
+        for part, weight in converted(self.weight[tokens], out.dtype, _CONVERTED // max(1, self.weight.shape[1])):
+            if bias is None:
+                torch.mm(some, weight.T, out=out[:, part])
+            else:
+                torch.addmm(bias[part].to(out.dtype), some, weight.T, out=out[:, part])
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+            if bias is not None:
+                out.masked_fill_(bias == -math.inf, -math.inf)
         if self._targets is not None:
             rows = slice(row, last)
             place = self._targets[rows] - token
@@ -178,6 +169,16 @@ class Pieces:
         shift = torch.where(maximum == -math.inf, 0, maximum)
         out.sub_(shift[:, None]).exp_()
         return maximum, out.sum(1)
+
+
+def converted(weight: Tensor, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of ``weight: [V, d]`` in a dtype: all at once if they have it, else so many at a time; and which they
+    are.
+    """
+    step = max(1, len(weight) if weight.dtype == dtype else rows)
+    for start in range(0, len(weight), step):
+        some = slice(start, start + step)
+        yield some, weight[some].to(dtype)
 
 
 def whole_examples(samples: int, rows: int) -> int:

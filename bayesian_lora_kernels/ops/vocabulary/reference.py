@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .pieces import PIECE, Head, Piece, Pieces, piece_rows, whole_examples
+from .pieces import PIECE, Piece, Pieces, piece_rows, whole_examples
 
 _LEAST_BYTES, _MOST_BYTES = 14 << 20, 64 << 20
 # With fewer rows in a strip, reading the weight for each strip costs more than a second pass.
@@ -27,7 +27,7 @@ def vocabulary_logsumexp(
     out: Tensor, weight: Tensor, hidden: Tensor, bias: Tensor | None, softcap: float | None
 ) -> None:
     """Write to ``out: [N, S]`` (float64) the log-sum-exps of the logits."""
-    pieces = Pieces(Head(weight, bias, softcap), hidden, _dtype(weight, hidden), None, None)
+    pieces = Pieces(weight, hidden, bias, softcap, _dtype(weight, hidden), None, None)
     pieces.first_pass(_probs_rows(pieces.samples), PIECE)
     out.copy_(pieces.logsumexp.view(out.shape))
 
@@ -42,7 +42,7 @@ def vocabulary_probs(
     scratch_bytes: int | None,
 ) -> None:
     """Write to ``out: [N, V]`` the mean over samples of the probabilities."""
-    pieces = Pieces(Head(weight, bias, softcap), hidden, out.dtype, None, logsumexp)
+    pieces = Pieces(weight, hidden, bias, softcap, out.dtype, None, logsumexp)
     if scratch_bytes is None:
         wanted = max(out.nbytes * 9 // 5, weight.nbytes // 2 if weight.nbytes >= 8 * out.nbytes else 0)
         scratch_bytes = max(_LEAST_BYTES, min(wanted, _MOST_BYTES))
@@ -74,7 +74,7 @@ def vocabulary_statistics(
     scratch_bytes: int | None,
 ) -> None:
     """Write the entropy of the mean probabilities, the mutual information, the log of the target's mean probability."""
-    pieces = Pieces(Head(weight, bias, softcap), hidden, entropy.dtype, targets, logsumexp)
+    pieces = Pieces(weight, hidden, bias, softcap, entropy.dtype, targets, logsumexp)
     elements = (_MOST_BYTES if scratch_bytes is None else scratch_bytes) // entropy.element_size()
     samples = pieces.samples
     if logsumexp is None and elements >= samples * pieces.vocabulary:
