@@ -95,3 +95,9 @@ def test_every_part_is_drawn():
     }
     missing = {name for name in files if name.endswith(".py") and name != "__init__.py" and name not in drawing}
     assert not missing
+
+
+def test_what_is_drawn_is_there():
+    drawing = DRAWING.read_text().split("```")[1]
+    there = {path.name for path in PACKAGE.rglob("*.py")}
+    assert set(re.findall(r"[a-z_]+\.py", drawing)) <= there
