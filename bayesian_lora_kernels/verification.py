@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -132,8 +133,9 @@ def _jacobians(
                 for name, truth in expected.items():
                     parts = [g[name][row] for g in captured if name in g]
                     own = torch.stack(parts).to(truth) if parts else torch.zeros_like(truth)
-                    sizes[name] = max(sizes[name], float(truth.abs().max()))
-                    differences[name] = max(differences[name], float((own - truth).abs().max()))
+                    sizes[name] = max(sizes[name], float(truth.abs().max().nan_to_num(0, 0)))
+                    difference = float((own - truth).abs().max().nan_to_num(math.inf))  # NaN is no agreement
+                    differences[name] = max(differences[name], difference)
     floor = max(1e-3 * max(sizes.values()), torch.finfo(torch.float32).tiny)  # below it is zero, but for rounding
     errors = {name: differences[name] / max(sizes[name], floor) for name in names}
     where = max(errors, key=lambda name: errors[name])

@@ -67,3 +67,30 @@ def test_a_gradient_that_is_infinite_at_the_first_position_only(curvature):
     laplace = blk.LaplaceLoRA(model, forward=forward, curvature=curvature, fisher="exact")
     with untouched(model), pytest.raises(ValueError, match=r"gradient is not finite .* in batch 0"):
         laplace.fit([(x, labels)], progress=False)
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "exact"])
+def test_a_prediction_whose_gradients_are_not_finite(curvature):
+    model = nn.Linear(4, 3).double()
+    slope = [1.0]
+
+    class Steep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * torch.tensor([[1.0], [slope[0]]], dtype=g.dtype)
+
+    x, labels = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).double(), torch.zeros(2).long()
+    laplace = blk.LaplaceLoRA(
+        model, forward=lambda m, batch: Steep.apply(m(batch[0])), curvature=curvature, check="off"
+    )
+    laplace.fit([(x, labels)], progress=False)
+    assert torch.isfinite(laplace.predict((x, None)).covariance).all()
+    slope[0] = float("nan")
+    with untouched(model), pytest.raises(ValueError, match=r"covariance of example 1 of 2 is not finite"):
+        laplace.predict((x, None))
+    with untouched(model), pytest.raises(ValueError, match="not finite"):
+        laplace.verify((x, labels))

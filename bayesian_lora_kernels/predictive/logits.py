@@ -97,6 +97,13 @@ class LogitPredictor:
         indices, per_example = choose_logits(logits.detach(), outputs)
         jacobians = Jacobians(recorded, per_example, self.whole)
         covariances = [posterior.covariance(jacobians) for posterior in posteriors]
+        finite = torch.isfinite(covariances[0]).flatten(1).all(dim=1)
+        if not finite.all():
+            raise ValueError(
+                f"predict: the covariance of example {int((~finite).nonzero()[0])} of {len(finite)} is not finite (NaN "
+                "or infinity), because the model's gradients are not: numbers that overflow in half precision, or "
+                "attention over rows that are masked altogether (another attn_implementation may do without)"
+            )
         dtype = accumulate_dtype(logits)
         mean = logits.detach().gather(1, per_example).to(dtype)
         return mean, [covariance.to(logits.device, dtype) for covariance in covariances], indices
