@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -94,6 +94,10 @@ class LaplaceConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.modules, Mapping):
+            object.__setattr__(self, "modules", dict(self.modules))
+        elif isinstance(self.modules, Iterable) and not isinstance(self.modules, str):
+            object.__setattr__(self, "modules", tuple(self.modules))
         for one in fields(self):
             _check(one, getattr(self, one.name))
 
@@ -126,11 +130,13 @@ class LaplaceConfig:
         names = saved_settings()
         for key in (*names, *settings):
             if key not in settings:
-                raise ValueError(f"settings.{key}: missing")
+                raise ValueError(f"settings.{key}: missing, expected a setting of LaplaceConfig")
             if key not in names:
                 raise ValueError(f"settings.{key}: expected no such key")
         row_dtype = settings["row_dtype"]
-        dtype = getattr(torch, row_dtype, row_dtype) if isinstance(row_dtype, str) else row_dtype
+        if row_dtype is not None and not isinstance(getattr(torch, str(row_dtype), None), torch.dtype):
+            raise ValueError(f"settings.row_dtype: expected null or the name of a torch.dtype, got {row_dtype!r}")
+        dtype = None if row_dtype is None else getattr(torch, row_dtype)
         try:
             return cls(**{**settings, "row_dtype": dtype})
         except (TypeError, ValueError) as error:

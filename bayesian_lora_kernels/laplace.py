@@ -59,7 +59,7 @@ class LaplaceLoRA:
         **settings: single settings, by the names that they have in `LaplaceConfig`, which describes them.
 
     Attributes:
-        config: the settings.
+        config: the settings, but for the prior.
         layers: that carry the posterior, in the order of the model.
 
     Raises:
@@ -83,7 +83,8 @@ class LaplaceLoRA:
             raise TypeError(f"forward: expected a callable(model, batch) -> logits, got {type(forward).__name__}")
         if class_token_ids is not None:
             settings["class_token_ids"] = class_token_ids
-        self.config = LaplaceConfig.of(config, settings)
+        given = LaplaceConfig.of(config, settings)
+        self.config = replace(given, prior_precision=LaplaceConfig.prior_precision)  # `prior` is what it is now
         if self.config.curvature not in CURVATURES:
             raise ValueError(f"curvature: expected one of {', '.join(CURVATURES)}, got {self.config.curvature!r}")
         masked = CURVATURES[self.config.curvature].masked
@@ -94,7 +95,7 @@ class LaplaceLoRA:
         self._posterior: Posterior | None = None  # of the fit, under the prior
         self._weights: MeasuredWeights | None = None
         self._jvp = JacobianVectorProduct()
-        self.prior_precision = self.config.prior_precision
+        self.prior_precision = given.prior_precision
 
     @in_own_surroundings
     def fit(self, loader: Iterable[Any], progress: bool = True) -> LaplaceLoRA:
@@ -113,7 +114,7 @@ class LaplaceLoRA:
             ValueError: for an empty loader, bad labels, numbers that are not finite, a layer that is never called.
         """
         passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress)
-        self._fit, self._posterior = fit_curvature(passes), None
+        self._fit = fit_curvature(passes)
         self._weights = MeasuredWeights.of(self.model, self._parameters())
         return self
 
@@ -402,12 +403,15 @@ class LaplaceLoRA:
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision | Prior) -> None:
         prior = Prior(value).over([layer.name for layer in self.layers])
-        given = value.precision if isinstance(value, Prior) else value
-        self._precision: Tensor | dict[str, Tensor] = prior.precision
-        if isinstance(given, Mapping) and any(isinstance(number, Tensor) for number in given.values()):
-            self._precision = {layer.name: as_precision(given[layer.name]) for layer in self.layers}
-        elif isinstance(given, Tensor):
-            self._precision = as_precision(given)
+        self._precision: Tensor | dict[str, Tensor]
+        if isinstance(value, Prior):
+            self._precision = Prior(prior.precision).precision  # not the tensors of the one that was given
+        elif not isinstance(value, Mapping):
+            self._precision = as_precision(value)
+        elif len({id(number) if isinstance(number, Tensor) else float(number) for number in value.values()}) == 1:
+            self._precision = as_precision(next(iter(value.values())))
+        else:
+            self._precision = {layer.name: as_precision(value[layer.name]) for layer in self.layers}
 
     @property
     def factors(self) -> dict[str, KroneckerFactors]:
@@ -420,18 +424,16 @@ class LaplaceLoRA:
     @property
     def posterior(self) -> Posterior:
         """The Gaussian over the weights under the current prior precision; as a mapping, `{module name: its own}`."""
-        curvature, prior = self._fitted("posterior").curvature, self.prior
-        if prior.requires_grad:  # whose graph serves once
-            return Posterior(curvature, prior)
-        if self._posterior is None or self._posterior.prior != prior:
-            self._posterior = Posterior(curvature, prior)
-        return self._posterior
+        prior = self.prior
+        return Posterior(self._fitted("posterior").curvature, prior) if prior.requires_grad else self._gaussian()
 
     def _gaussian(self) -> Posterior:
-        """The posterior without gradients of the prior."""
-        posterior = self.posterior
-        prior = posterior.prior
-        return Posterior(posterior.curvature, prior.detached()) if prior.requires_grad else posterior
+        """The posterior without gradients of the prior; kept as long as curvature and prior are the same."""
+        curvature, prior, kept = self._fitted("posterior").curvature, self.prior, self._posterior
+        prior = prior.detached() if prior.requires_grad else prior
+        if kept is None or kept.curvature is not curvature or kept.prior != prior:
+            self._posterior = kept = Posterior(curvature, prior)
+        return kept
 
     def _fitted(self, what: str) -> Fit:
         if self._fit is None:
@@ -464,8 +466,8 @@ class LaplaceLoRA:
 
 
 def _signature() -> inspect.Signature:
-    """`LaplaceLoRA`'s, with every setting by its name."""
-    own = list(inspect.signature(LaplaceLoRA.__init__).parameters.values())[1:-1]
+    """That of `LaplaceLoRA.__init__`, with every setting by its name."""
+    own = list(inspect.signature(LaplaceLoRA.__init__).parameters.values())[:-1]
     named = {parameter.name for parameter in own}
     types = LaplaceConfig.__annotations__
     settings = [
@@ -476,7 +478,7 @@ def _signature() -> inspect.Signature:
     return inspect.Signature([*own, *settings])
 
 
-LaplaceLoRA.__signature__ = _signature()  # type: ignore[attr-defined]
+LaplaceLoRA.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -218,7 +218,7 @@ REDUCED = {"fisher": "exact", "fisher_samples": 2, "tokens": "reduce"}
     [
         (["--curvature", "ekfac", "--rank", "full"], {"curvature": "ekfac", "rank": None}, False),
         (["--curvature", "exact"], {"curvature": "exact"}, False),
-        (["--per-module"], {}, True),
+        (["--per-module", "--modules", "none"], {}, True),
         (["--modules", ".*q_proj.*"], {"modules": ".*q_proj.*"}, False),
         (["--no-tail", "--rank", "1", "--rank-threshold", "8"], {"tail": False, "rank": 1, "rank_threshold": 8}, False),
         (["--fisher", "exact", "--fisher-samples", "2", "--tokens", "reduce"], REDUCED, False),
@@ -244,7 +244,7 @@ def test_every_setting_is_an_option_but_three(place: Path, capsys: Any) -> None:
     shown = capsys.readouterr().out
     absent = {one.name for one in dataclasses.fields(LaplaceConfig) if f"--{one.name.replace('_', '-')} " not in shown}
     assert absent == {"class_token_ids", "likelihood", "prior_precision"}
-    assert "memory_budget: expected at least 1, got 0" in error_of(capsys, "fit", "--memory-budget", "0")
+    assert "--memory-budget: expected at least 1, got 0" in error_of(capsys, "fit", "--memory-budget", "0")
 
 
 def test_monte_carlo_does_not_depend_on_the_batch_size(fitted: Path) -> None:
@@ -449,6 +449,7 @@ def safetensors_save(tensors: dict[str, torch.Tensor], path: str) -> None:
         ["--max-length", "-1"],
         ["--modules", "("],
         ["--seed", "9" * 30],
+        ["--row-dtype", "float4_e2m1fn_x2"],
     ],
 )
 def test_bad_options(place: Path, capsys: Any, options: list[str]) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import gc
+import inspect
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,7 +16,8 @@ from models import llama, mlp
 from safetensors.torch import load_file
 
 import bayesian_lora_kernels as blk
-from bayesian_lora_kernels.posterior.kronecker import KroneckerDecomposition
+from bayesian_lora_kernels.curvature import KroneckerCurvature
+from bayesian_lora_kernels.posterior.kronecker import KroneckerDecomposition, KroneckerPosterior
 
 FILES = Path(__file__).parent / "files"
 KINDS = ["kfac", "ekfac", "exact"]
@@ -27,6 +33,7 @@ def fitted(case, **settings) -> blk.LaplaceLoRA:
 def test_a_prior_says_whether_it_is_shared():
     assert blk.Prior(0.5).shared == 0.5
     assert blk.Prior(0.5).modules is None
+    assert blk.Prior({"a": 1.0, "b": 1.0}).modules == ("a", "b")
     each = blk.Prior({"a": 1.0, "b": 2.0})
     assert each.shared is None
     assert each.modules == ("a", "b")
@@ -90,6 +97,62 @@ def test_a_prior_over_other_modules_is_refused():
         blk.Posterior(curvature, blk.Prior({"first": 1.0, "twice": 2.0, "other": 3.0}))
 
 
+@pytest.mark.parametrize("per_module", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_of_the_evidence_forwards_too(kind, per_module):
+    laplace = fitted(mlp(n=6), curvature=kind)
+    names = [layer.name for layer in laplace.layers]
+
+    def evidence(*values):
+        return laplace.log_marginal_likelihood(dict(zip(names, values, strict=True)) if per_module else values[0])
+
+    point = tuple(torch.full((), 0.7, dtype=torch.float64, requires_grad=True) for _ in names[: 3 if per_module else 1])
+    assert torch.autograd.gradcheck(evidence, point, check_forward_ad=True)
+    backward = torch.autograd.grad(evidence(*point), point)
+    forward = torch.func.jacfwd(evidence, argnums=tuple(range(len(point))))(*(p.detach() for p in point))
+    for one, other in zip(forward, backward, strict=True):
+        assert float(one) == pytest.approx(float(other), rel=1e-9)
+
+
+def test_one_tensor_for_all_modules_is_shared():
+    leaf = torch.tensor(0.5, requires_grad=True)
+    assert blk.Prior({"a": leaf, "b": leaf}).shared is not None
+    laplace = fitted(mlp(n=6), curvature="exact")
+    laplace.prior_precision = {layer.name: leaf for layer in laplace.layers}
+    assert isinstance(laplace.prior_precision, torch.Tensor)
+    (gradient,) = torch.autograd.grad(laplace.log_marginal_likelihood(), leaf)
+    assert torch.isfinite(gradient)
+    assert "layer_grams" not in vars(laplace.posterior.curvature)  # the eigenvalues of the whole are enough
+
+
+def test_what_is_given_out_is_not_the_value_itself():
+    laplace = fitted(mlp(n=6))
+    names = [layer.name for layer in laplace.layers]
+    for prior in (blk.Prior(2.0), blk.Prior({n: 1.0 + i for i, n in enumerate(names)})):
+        laplace.prior_precision = prior
+        given = laplace.prior_precision
+        for number in given.values() if isinstance(given, dict) else [given]:
+            number *= 3
+        assert prior == blk.Prior(prior.precision)
+        assert laplace.prior != prior
+    leaf = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    prior, posterior = blk.Prior(leaf), blk.Posterior(laplace.posterior.curvature, blk.Prior(leaf))
+    with torch.no_grad():
+        leaf *= 4
+    assert prior == blk.Prior(0.5)
+    assert float(posterior.logdet.detach()) == float(blk.Posterior(posterior.curvature, blk.Prior(0.5)).logdet)
+
+
+def test_precisions_of_modules_stand_for_themselves():
+    laplace = fitted(mlp(n=6))
+    laplace.prior_precision = {layer.name: 1.0 + i for i, layer in enumerate(laplace.layers)}
+    numbers = [value.requires_grad_() for value in laplace.prior_precision.values()]
+    value = laplace.log_marginal_likelihood()
+    with torch.no_grad():
+        numbers[0] *= 2
+    assert torch.isfinite(torch.autograd.grad(value, numbers[1])[0])
+
+
 # ---- posteriors ------------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +173,53 @@ def test_a_posterior_computes_once_and_never_changes(kind):
         posterior.prior = blk.Prior(1.0)
     refitted = laplace.fit(case.loader(3), progress=False).posterior
     assert refitted.curvature is not posterior.curvature
+
+
+def test_a_fit_elsewhere_meanwhile_leaves_no_stale_posterior():
+    case = mlp(n=6)
+    laplace = fitted(case, prior_precision=0.5)
+    stale = laplace.posterior
+    laplace.fit(case.loader(3)[:1], progress=False)
+    laplace._posterior = stale  # what a thread that had begun before writes
+    assert laplace.posterior.curvature is not stale.curvature
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loop_of_predictions_prepares_once(kind, monkeypatch):
+    case = mlp(n=6)
+    laplace = fitted(case, curvature=kind)
+    prepared = []
+    kind_of = type(laplace.posterior.curvature)
+    prepare = kind_of.prepare
+    monkeypatch.setattr(kind_of, "prepare", lambda self, prior: prepared.append(prior) or prepare(self, prior))
+    for gradients in (False, True):
+        laplace.prior_precision = {
+            layer.name: torch.tensor(1.0 + i, dtype=torch.float64, requires_grad=gradients)
+            for i, layer in enumerate(laplace.layers)
+        }
+        for _ in range(3):
+            laplace.predict(case.batch())
+            laplace.sample_weights(2)
+    assert len(prepared) == 1  # the numbers are the same
+
+
+def test_tuning_keeps_no_posterior(monkeypatch):
+    case = mlp(n=6)
+    laplace = fitted(case)
+    alive, most = weakref.WeakSet(), []
+    prepare = KroneckerCurvature.prepare
+
+    def watched(self, prior):
+        gc.collect()
+        result = prepare(self, prior)
+        alive.update(result.values())
+        most.append(len(alive))
+        return result
+
+    monkeypatch.setattr(KroneckerCurvature, "prepare", watched)
+    monkeypatch.setattr(KroneckerPosterior, "__hash__", object.__hash__)
+    laplace.optimize_prior_precision("nll", val_loader=case.loader(3))
+    assert max(most) <= 2 * len(laplace.layers)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,6 +285,29 @@ def test_settings_are_given_singly_or_at_once():
         blk.LaplaceLoRA(model, rang=7)
     with pytest.raises(TypeError, match="config: expected a LaplaceConfig, got dict"):
         blk.LaplaceLoRA(model, config={"rank": 7})
+
+
+def test_the_signature_has_every_setting():
+    names = list(inspect.signature(blk.LaplaceLoRA).parameters)
+    assert names[:4] == ["model", "forward", "class_token_ids", "config"]
+    assert set(names[4:]) == {one.name for one in dataclasses.fields(blk.LaplaceConfig)} - {"class_token_ids"}
+
+    class Own(blk.LaplaceLoRA):
+        def __init__(self, model, extra):
+            super().__init__(model)
+
+    assert list(inspect.signature(Own).parameters) == ["model", "extra"]
+
+
+def test_a_copy_of_one_that_was_made_with_a_graph():
+    leaf = torch.tensor(0.0, requires_grad=True)
+    model = mlp().model
+    laplace = blk.LaplaceLoRA(model, prior_precision=leaf.exp(), modules=(n for n in ("first", "last")))
+    laplace.prior_precision = 2.0
+    again = copy.deepcopy(laplace)
+    assert again.prior == laplace.prior == blk.Prior(2.0)
+    assert again.config == laplace.config
+    assert laplace.config.modules == ("first", "last")
 
 
 def test_the_json_of_a_configuration_is_read_back():

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from bayesian_lora_kernels.commands.errors import as_input_errors
+from bayesian_lora_kernels.commands.errors import InputError
 from bayesian_lora_kernels.config import LaplaceConfig, choices
 from bayesian_lora_kernels.curvature import CURVATURES
 from bayesian_lora_kernels.predictive.distribution import PROBABILITY_METHODS
@@ -75,8 +75,11 @@ def config_of(args: Namespace) -> LaplaceConfig:
     Raises:
         InputError: for a number out of its range.
     """
-    with as_input_errors():
+    try:
         return LaplaceConfig(**{k: v for k, v in vars(args).items() if k in SETTINGS})
+    except (TypeError, ValueError) as error:
+        name, _, what = str(error).partition(":")
+        raise InputError(f"--{name.replace('_', '-')}:{what}") from None
 
 
 def add_probabilities(parser: ArgumentParser) -> None:
@@ -125,13 +128,14 @@ def _number(text: str) -> int | None:
 
 
 def _dtype(text: str) -> torch.dtype | None:
-    dtype = None if text == "none" else getattr(torch, text, text)
-    if not (dtype is None or isinstance(dtype, torch.dtype)):
-        raise ArgumentTypeError(f"expected the name of a torch.dtype or none, got {text!r}")
-    return dtype
+    if text not in (*DTYPES[1:], "none"):
+        raise ArgumentTypeError(f"expected one of {', '.join(DTYPES[1:])}, none, got {text!r}")
+    return None if text == "none" else getattr(torch, text)
 
 
-def _pattern(text: str) -> str:
+def _pattern(text: str) -> str | None:
+    if text == "none":
+        return None
     try:
         re.compile(text)
     except re.error as error:

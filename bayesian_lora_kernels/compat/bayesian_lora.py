@@ -6,6 +6,7 @@ Signatures, tensor layouts and dictionary keys are that package's. What differs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Literal
 
@@ -130,7 +131,9 @@ def calculate_kronecker_factors(
     layers = _matching_layers(model, target_module_keywords, exclude_bias)
     published = scale == "published"
     tokens: Literal["last", "expand"] = "last" if published else "expand"
-    sums = KroneckerSums(LaplaceConfig(tokens=tokens, rank=n_kfac, rank_threshold=max(lr_threshold - 1, 1), tail=False))
+    threshold = max(math.ceil(min(lr_threshold, 2**62)) - 1, 1)
+    rank = None if n_kfac is None else int(n_kfac)
+    sums = KroneckerSums(LaplaceConfig(tokens=tokens, rank=rank, rank_threshold=threshold, tail=False))
     forward = BoxedForward(model, forward_call, masked=not published)
     likelihood, generator = Classification(), torch.Generator(model_device(model)).manual_seed(0)
     rows: dict[str, int] = {}

@@ -99,7 +99,7 @@ def check_description(content: Mapping[str, Any], version: int) -> None:
     if curvature not in CURVATURES:
         raise ValueError(
             f"settings.curvature: expected one of {', '.join(CURVATURES)}, got {curvature!r}; import the module that "
-            "registers it first"
+            "registers it first (bayesian_lora_kernels.compat.laplace_lora has 'kfac-published')"
         )
     _check("tensors.", content["tensors"], _TENSORS)
     layers = content["layers"]

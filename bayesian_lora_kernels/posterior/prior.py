@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bayesian_lora_kernels.config import PriorPrecision
 from bayesian_lora_kernels.surroundings import in_own_surroundings
@@ -15,12 +15,13 @@ from bayesian_lora_kernels.surroundings import in_own_surroundings
 class Prior:
     """Independent Gaussians around zero, all of one precision, or of one precision for each module.
 
-    A value: it is never changed, and two are equal if their numbers are. Precisions that require a gradient carry it
-    along; others are copied. A mapping of equal numbers without gradients, or of a single one, is one precision for all
-    modules.
+    A value: it is never changed, and two are equal if their numbers are. Derivatives go through it, forwards and
+    backwards; the tensors that it was made from may change afterwards.
 
     Attributes:
-        shared: the one precision, 0-d float64; None if there is one for each module.
+        shared: the precision that all modules have, 0-d float64; None if each has its own. It is shared if one number
+            was given, one tensor for all modules, or equal numbers of which no derivative is wanted.
+        modules: the modules that it was given for, None: any.
 
     Args:
         precision: one finite positive number, or `{module name: number}`.
@@ -33,67 +34,58 @@ class Prior:
     @in_own_surroundings
     def __init__(self, precision: PriorPrecision | Prior):
         self.shared: Tensor | None = None
-        self._by_module: dict[str, Tensor] | None = None
-        self._given_for: tuple[str, ...] | None = tuple(precision) if isinstance(precision, Mapping) else None
+        self.modules: tuple[str, ...] | None = None
+        self._by_module: dict[str, Tensor] = {}
         if isinstance(precision, Prior):
             vars(self).update(vars(precision))
             return
-        given: dict[str, Any] = dict(precision) if isinstance(precision, Mapping) else {"": precision}
-        if not given:
+        if not isinstance(precision, Mapping):
+            self.shared = as_precision(precision).clone()  # type: ignore[arg-type]  # a Tensor is no Prior
+            return
+        if not precision:
             raise ValueError("prior_precision: expected one number for each module, got an empty mapping")
-        values = [as_number(value) for value in given.values()]
-        self._numbers = torch.stack([value.detach().to(values[0].device) for value in values])
-        _check_positive(self._numbers)
-        kept = [v if v.requires_grad else own for v, own in zip(values, self._numbers.unbind(), strict=True)]
-        equal = bool((self._numbers == self._numbers[0]).all()) and not any(value.requires_grad for value in values)
-        if equal or len(given) == 1:
-            self.shared = kept[0]
+        self.modules = tuple(precision)
+        given = list(precision.values())
+        values = [as_number(value) for value in given]
+        numbers = torch.stack([value.detach().to(values[0].device) for value in values])
+        _check_positive(numbers)
+        same = all(value is given[0] for value in given)
+        if same or (bool((numbers == numbers[0]).all()) and not any(map(_has_derivative, values))):
+            self.shared = values[0].clone()
         else:
-            self._by_module = dict(zip(given, kept, strict=True))
+            self._by_module = {name: value.clone() for name, value in zip(self.modules, values, strict=True)}
 
     @property
     def precision(self) -> Tensor | dict[str, Tensor]:
         """0-d float64, or `{module name: 0-d float64}`."""
-        if self.shared is not None:
-            return self.shared
-        assert self._by_module is not None
-        return dict(self._by_module)
-
-    @property
-    def modules(self) -> tuple[str, ...] | None:
-        """See the class."""
-        return None if self._by_module is None else tuple(self._by_module)
+        return dict(self._by_module) if self.shared is None else self.shared
 
     @property
     def requires_grad(self) -> bool:
         """Whether a precision carries a gradient."""
-        values = [self.shared] if self._by_module is None else self._by_module.values()
-        return any(value is not None and value.requires_grad for value in values)
+        return any(value.requires_grad for value in self._values())
 
     def __getitem__(self, module: str) -> Tensor:
         """The precision of a module, 0-d float64."""
-        if self.shared is not None:
-            return self.shared
-        assert self._by_module is not None
-        return self._by_module[module]
+        return self._by_module[module] if self.shared is None else self.shared
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Prior):
             return NotImplemented
-        numbers = [prior._numbers[: None if prior.modules else 1].cpu() for prior in (self, other)]
-        return self.modules == other.modules and torch.equal(*numbers)
+        if self._by_module.keys() != other._by_module.keys():
+            return False
+        return torch.equal(*(torch.stack([v.detach().cpu() for v in prior._values()]) for prior in (self, other)))
 
-    __hash__ = None  # type: ignore[assignment]  # a tensor that carries a gradient may change
+    __hash__ = None  # type: ignore[assignment]  # a tensor that carries a gradient has no hash of its number
 
     def __repr__(self) -> str:
-        values = self._numbers.tolist()
-        return f"Prior({values[0] if self.modules is None else dict(zip(self.modules, values, strict=True))})"
+        numbers = {name: float(value) for name, value in self._by_module.items()}
+        return f"Prior({numbers if self.shared is None else float(self.shared)})"
 
     def detached(self) -> Prior:
-        """The same numbers, without gradients, and independent of the tensors that they came from."""
+        """The same numbers, without derivatives."""
         if self.shared is not None:
             return Prior(self.shared.detach())
-        assert self._by_module is not None
         return Prior({name: value.detach() for name, value in self._by_module.items()})
 
     def over(self, modules: Collection[str]) -> Prior:
@@ -102,14 +94,17 @@ class Prior:
         Raises:
             ValueError: if one is missing, or unknown.
         """
-        if self._given_for is not None and (difference := sorted(set(self._given_for) ^ set(modules))):
+        if self.modules is not None and (difference := sorted(set(self.modules) ^ set(modules))):
             raise ValueError(
                 f"prior_precision: expected one number for each of {len(modules)} modules; missing or unknown: "
                 f"{', '.join(difference[:3])}"
             )
-        if self._by_module is None:
+        if self.shared is not None or self.modules == tuple(modules):
             return self
         return Prior({name: self._by_module[name] for name in modules})
+
+    def _values(self) -> list[Tensor]:
+        return list(self._by_module.values()) if self.shared is None else [self.shared]
 
 
 def as_number(value: float | Tensor, device: torch.device | None = None) -> Tensor:
@@ -138,6 +133,12 @@ def as_precision(value: float | Tensor, device: torch.device | None = None) -> T
     tensor = as_number(value, device)
     _check_positive(tensor.reshape(1))
     return tensor
+
+
+def _has_derivative(value: Tensor) -> bool:
+    """Whether it is a variable of some derivative: backward, forward, or of `torch.func`."""
+    transformed = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return value.requires_grad or transformed or forward_ad.unpack_dual(value).tangent is not None
 
 
 def _check_positive(numbers: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def minimise_nll(
 
     def nll(log_precisions: Tensor) -> Tensor:
         totals, seen = torch.zeros(len(log_precisions), dtype=torch.float64), False
-        posteriors = [Posterior(curvature, Prior(precision)) for precision in log_precisions.exp()]
+        posteriors = _Posteriors(curvature, log_precisions.exp())
         for index, given in enumerate(loader):
             batch = Batch.of(given, model_device(predictor.model))
             labels = batch.labels
@@ -58,6 +58,19 @@ def minimise_nll(
         return totals
 
     return Prior(math.exp(minimise_on_grid(nll, "the model", ROUNDS, GRID)))
+
+
+class _Posteriors(Sequence[Posterior]):
+    """One for each precision, made when it is looked at: what one of them computes does not stay."""
+
+    def __init__(self, curvature: Curvature, precisions: Tensor):
+        self.curvature, self.precisions = curvature, precisions
+
+    def __getitem__(self, index: Any) -> Any:
+        return Posterior(self.curvature, Prior(self.precisions[index]))
+
+    def __len__(self) -> int:
+        return len(self.precisions)
 
 
 def _nll(likelihood: Likelihood, mean: Tensor, covariance: Tensor, labels: Tensor) -> Tensor:
