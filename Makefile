@@ -1,7 +1,7 @@
 # make demo      the whole story on real data            make lint      only checks
 # make test      the tests, without the slow ones        make format    rewrites the sources
 # make bench     the benchmarks                          make clean     removes all that make made
-# make aot       compiles the GPU kernels without a GPU and writes docs/aot.md
+# make aot       compiles the GPU kernels without a GPU and writes benchmarks/results/aot.md
 # make test-interpret: the kernels in Triton's interpreter; make aot-check: as make aot, writing nothing; both with each
 #   Triton of TRITON_VERSIONS, in environments of their own
 # make test-floors: part of the tests with the lowest versions that pyproject.toml allows, Python 3.10 and PyTorch 2.6 among
@@ -60,7 +60,7 @@ aot-check-%: $(VENV)-triton-%/.ready
 	@$(<D)/bin/python -m benchmarks.aot $(AOT)
 
 aot: $(lastword $(TRITONS))
-	@$(<D)/bin/python -m benchmarks.aot --write docs/aot.md
+	@$(<D)/bin/python -m benchmarks.aot --write benchmarks/results/aot.md
 
 # The lowest Python that pyproject.toml allows: by its name, or where pyenv keeps it.
 FLOOR_PYTHON ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null) \

@@ -1,8 +1,9 @@
-"""Compiles every kernel as it is shipped, for every architecture, without a GPU: `python -m benchmarks.aot`.
+"""Compiles every kernel as `benchmarks.launches` saw it launched, for every architecture, without a GPU:
+`python -m benchmarks.aot`.
 
 For each: registers, bytes of stack (spills), shared memory, matrix and FMA instructions. Ends with an error where a
 kernel needs stack without a listed reason, more shared memory than a block gets, or lacks the matrix instruction that
-is meant. `--write docs/aot.md` keeps the table. Compiles in several processes; results come in order.
+is meant. `--write benchmarks/results/aot.md` keeps the table. Compiles in several processes; results come in order.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import functools
-import importlib
+import math
 import multiprocessing
 import os
 import re
@@ -20,31 +21,94 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bayesian_lora_kernels.ops.shipped import ARCHITECTURES, KERNEL_MODULES, Shipped
+from benchmarks.launches import ARCHITECTURES, Launch, recorded
 
+# Compute capability and shared memory per block, in bytes.
+CAPABILITIES = {"sm_80": (80, 166912), "sm_90": (90, 232448), "sm_100": (100, 232448)}
 MATRIX = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}
 FMA = r"\bfma\.rn\.(?:f32x2|f32|f64)\b"
 BEST = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 
+# The constants whose product is the height of a kernel's matrix product.
+HEIGHTS = {
+    "outer_product_kernel": ("BD",),
+    "grouped_outer_product_kernel": ("BD",),
+    "project_kernel": ("BM",),
+    "back_project_kernel": ("BD",),
+    "touch_kernel": ("BM",),
+    "wide_input_kernel": ("C_", "O_"),
+    "wide_output_kernel": ("C_", "O_"),
+    "kept_rows_kernel": ("C_",),
+    "exponentials_kernel": ("BV",),
+    "means_kernel": ("BV",),
+    "squares_kernel": ("BV",),
+}
+OF_FLOAT32 = {"exponentials_kernel", "means_kernel", "squares_kernel"}  # any matrix instruction will do, in tf32x3
+# Multiply-adds are meant: a matrix instruction would round to TF32.
+MULTIPLY_ADDS = {"narrow_rows_kernel"}
+# Kernel, constants, and why bytes on the stack are accepted, per architecture or on all.
+STACK: tuple[tuple[str, dict[str, Any], dict[str, str]], ...] = (
+    (
+        "orthonormalise_kernel",
+        {"BL": 128},
+        {
+            "all": "two 128 x 128 matrices in float64 are the whole register file of a multiprocessor; runs once or "
+            "twice per update, one program per stream"
+        },
+    ),
+    (
+        "exponentials_kernel",
+        {"HAS_TARGETS": False, "STORE": True, "WIDEN": False, "BV": 64, "BC": 32},
+        {"sm_80": "8 bytes, with which the assembler fits a fourth program of 128 registers a thread"},
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a kernel should be as compiled.
+
+    Args:
+        matrix: ``"best"``: the architecture's own matrix instruction is meant (wgmma on sm_90, tcgen05 on sm_100);
+            ``"mma"``: any matrix instruction; ``"fma"``: none may be there; ``"none"``: none is needed.
+        stack: per architecture (or ``"all"``), why bytes on the stack are accepted.
+    """
+
+    matrix: str = "none"
+    stack: Mapping[str, str] = field(default_factory=dict)
+
+
+def expected(launch: Launch) -> Expected:
+    name, constants = launch.function, launch.constants
+    matrix = "fma" if name in MULTIPLY_ADDS else "none"
+    if name in HEIGHTS:
+        any_will_do = name in OF_FLOAT32 and constants["PRECISION"] == "tf32x3"
+        matrix = "best" if math.prod(constants[one] for one in HEIGHTS[name]) >= 64 and not any_will_do else "mma"
+    stack = [why for kernel, some, why in STACK if name == kernel and some.items() <= constants.items()]
+    return Expected(matrix, stack[0] if stack else {})
+
 
 @dataclass(frozen=True)
 class Task:
-    """Where to find a configuration: what a process can hand to another, which a kernel is not."""
+    """Where to find a launch: what a process can hand to another, which a kernel is not."""
 
-    module: str
     architecture: str
     name: str
+
+    @property
+    def launch(self) -> Launch:
+        return recorded(self.architecture)[self.name]
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one configuration; ``error`` if nothing."""
+    """What the compiler made of one launch; ``error`` if nothing."""
 
     registers: int = 0
     stack: int = 0
@@ -60,30 +124,30 @@ class Compiled:
 @dataclass(frozen=True)
 class Row:
     task: Task
-    shipped: Shipped
+    expected: Expected
     compiled: Compiled
 
     @property
     def problem(self) -> str:
-        return problem(self.task.architecture, self.shipped, self.compiled)
+        return problem(self.task.architecture, self.expected, self.compiled)
 
 
-def problem(architecture: str, shipped: Shipped, compiled: Compiled) -> str:
+def problem(architecture: str, expected: Expected, compiled: Compiled) -> str:
     """What is wrong with a kernel as compiled, or nothing."""
     if compiled.error:
         return f"does not compile: {compiled.error}"
     found = []
     ptx = compiled.ptx or {}
-    if compiled.stack and not (shipped.stack.get(architecture) or shipped.stack.get("all")):
+    if compiled.stack and not (expected.stack.get(architecture) or expected.stack.get("all")):
         found.append(f"{compiled.stack} bytes of stack")
-    if compiled.shared > ARCHITECTURES[architecture][1]:
-        found.append(f"{compiled.shared} bytes of shared memory, a block gets {ARCHITECTURES[architecture][1]}")
-    if shipped.matrix == "best" and BEST[architecture] not in ptx:
+    if compiled.shared > CAPABILITIES[architecture][1]:
+        found.append(f"{compiled.shared} bytes of shared memory, a block gets {CAPABILITIES[architecture][1]}")
+    if expected.matrix == "best" and BEST[architecture] not in ptx:
         found.append(f"no {BEST[architecture]}")
     of_matrix = [name for name in MATRIX if name in ptx]
-    if shipped.matrix == "mma" and not of_matrix:
+    if expected.matrix == "mma" and not of_matrix:
         found.append("no matrix instruction")
-    if shipped.matrix == "fma" and of_matrix:
+    if expected.matrix == "fma" and of_matrix:
         found.append(f"{of_matrix[0]} where multiply-adds are meant")
     return "; ".join(found)
 
@@ -116,43 +180,29 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def compile_one(shipped: Shipped, architecture: str) -> Any:
+def compile_one(launch: Launch, architecture: str) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = shipped.kernel.arg_names
-    missing = [name for name in names if name not in shipped.types and name not in shipped.constants]
-    unknown = [name for name in (*shipped.types, *shipped.constants) if name not in names]
-    if missing or unknown:
-        raise ValueError(f"{shipped.name}: arguments missing {missing}, unknown {unknown}")
-    signature = {name: "constexpr" if name in shipped.constants else shipped.types[name] for name in names}
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in shipped.aligned}
-    source = ASTSource(shipped.kernel, signature, dict(shipped.constants), attrs)
+    names = launch.kernel.arg_names
+    signature = {name: launch.types.get(name, "constexpr") for name in names}
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
+    source = ASTSource(launch.kernel, signature, dict(launch.constants), attrs)
     options = {
-        "num_warps": shipped.num_warps,
-        "num_stages": shipped.num_stages,
-        "enable_fp_fusion": shipped.enable_fp_fusion,
-        "maxnreg": shipped.max_registers,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": launch.enable_fp_fusion,
+        "maxnreg": launch.max_registers,
     }
-    return triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[architecture][0], 32), options=options)
-
-
-@functools.cache
-def shipped_by(module: str, architecture: str) -> dict[str, Shipped]:
-    """What a module ships, by name."""
-    found = importlib.import_module(module).shipped(architecture)
-    by_name = {one.name: one for one in found}
-    if len(by_name) < len(found):
-        raise ValueError(f"{module}: two configurations have the same name")
-    return by_name
+    return triton.compile(source, target=GPUTarget("cuda", CAPABILITIES[architecture][0], 32), options=options)
 
 
 def measure(task: Task) -> Compiled:
-    """Compile one configuration; runs in a process of the pool."""
-    start = _processor_seconds()
+    """Compile one launch; runs in a process of the pool."""
+    launch, start = task.launch, _processor_seconds()
     try:
-        compiled = compile_one(shipped_by(task.module, task.architecture)[task.name], task.architecture)
+        compiled = compile_one(launch, task.architecture)
         registers, stack = resources(compiled.asm["cubin"])
     except Exception as error:  # any failure of the compiler is a row of the table, and the others go on
         return Compiled(error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
@@ -167,36 +217,33 @@ def _processor_seconds() -> float:
 
 
 def tasks(architectures: Sequence[str], modules: str = "", names: str = "") -> list[Task]:
-    """Everything that is shipped, as far as regular expressions for modules and names ask for it."""
+    """Everything that is launched, as far as regular expressions for modules and names ask for it."""
     return [
-        Task(module, architecture, name)
+        Task(architecture, name)
         for architecture in architectures
-        for module in KERNEL_MODULES
-        if re.search(modules, module)
-        for name in shipped_by(module, architecture)
-        if re.search(names, name)
+        for name, launch in recorded(architecture).items()
+        if re.search(modules, launch.module) and re.search(names, name)
     ]
 
 
 def line(row: Row) -> str:
     one = row.compiled
     return (
-        f"{row.task.architecture:7} {row.shipped.name:52} {one.registers:4} registers {one.stack:5} stack "
+        f"{row.task.architecture:7} {row.task.name:110} {one.registers:4} registers {one.stack:5} stack "
         f"{one.shared:7} shared {one.seconds:6.1f} s  {one.instructions()}  {row.problem}"
     )
 
 
 def table(rows: Sequence[Row]) -> str:
     """One line per kernel, its architectures beside each other."""
-    by_name: dict[tuple[str, int, int], dict[str, Row]] = {}
+    by_name: dict[str, dict[str, Row]] = {}
     for row in rows:
-        key = row.shipped.name, row.shipped.num_warps, row.shipped.num_stages
-        by_name.setdefault(key, {})[row.task.architecture] = row
+        by_name.setdefault(row.task.name, {})[row.task.architecture] = row
     shown = [name for name in ARCHITECTURES if any(row.task.architecture == name for row in rows)]
-    lines = [f"| kernel | warps | stages | {' | '.join(shown)} |", "|---|---|---|" + "---|" * len(shown)]
-    for (name, warps, stages), of_name in by_name.items():
+    lines = [f"| kernel | {' | '.join(shown)} |", "|---|" + "---|" * len(shown)]
+    for name, of_name in by_name.items():
         cells = [_cell(of_name[one]) if one in of_name else "" for one in shown]
-        lines.append(f"| {name} | {warps} | {stages} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -213,10 +260,10 @@ with every Triton version of the Makefile. It fails on stack (spills) without a 
 a block gets, on a missing matrix instruction where one is meant (wgmma on sm_90 and tcgen05 on sm_100 for products of
 64 rows and more), and on a matrix instruction where float32 multiply-adds are meant.
 
-A row is a kernel, a dtype and a tile configuration; `tests/test_kernels_shipped.py` runs the launchers over a grid of
-sizes and finds no other. Of masked and unmasked, accumulating and not, it is the variant with the most code (outer
-products: with masks and without); the others are not compiled. Some fp16 kernels that differ from bf16 only in the
-type of the matrix instruction have no row.
+A row is a kernel as a launcher launches it (`benchmarks/launches.py`): operation and dtype, the constants that it is
+compiled for, warps (w), stages (s), and where they are limited its registers (r). Of masked and unmasked, accumulating
+and not, it is the variant with the most code (outer products: with masks and without); few others are compiled.
+Some fp16 kernels that differ from bf16 only in the type of the matrix instruction have no row.
 
 A cell: registers per thread / bytes of stack / bytes of shared memory / instructions in the PTX (static counts).
 
@@ -225,7 +272,7 @@ A cell: registers per thread / bytes of stack / bytes of shared memory / instruc
 
 def document(rows: Sequence[Row], triton_version: str) -> str:
     reasons = sorted(
-        {f"- {row.shipped.name}, {where}: {why}" for row in rows for where, why in row.shipped.stack.items()}
+        {f"- {row.task.name}, {where}: {why}" for row in rows for where, why in row.expected.stack.items()}
     )
     listed = "\nStack that is accepted, and why:\n\n" + "\n".join(reasons) + "\n" if reasons else ""
     return HEAD.format(version=triton_version) + table(rows) + listed
@@ -235,23 +282,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a regular expression for names")
     parser.add_argument("--module", default="", help="a regular expression for modules")
-    parser.add_argument("--architecture", choices=list(ARCHITECTURES), action="append")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, action="append")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: all cores")
     parser.add_argument("--write", type=Path, help="the markdown file to write")
     arguments = parser.parse_args()
     if arguments.write and (arguments.only or arguments.module or arguments.architecture):
         parser.error("--write keeps the whole table: no --only, --module or --architecture with it")
     triton_version = version("triton")
-    wanted = tasks(arguments.architecture or list(ARCHITECTURES), arguments.module, arguments.only)
+    wanted = tasks(arguments.architecture or ARCHITECTURES, arguments.module, arguments.only)
     rows = []
     # New processes, not copies of this one: PyTorch and the compiler have threads.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
         for task, compiled in zip(wanted, pool.map(measure, wanted), strict=True):
-            rows.append(Row(task, shipped_by(task.module, task.architecture)[task.name], compiled))
+            rows.append(Row(task, expected(task.launch), compiled))
             print(line(rows[-1]), flush=True)
     if arguments.write:
-        rows.sort(key=lambda row: row.shipped.name)
+        rows.sort(key=lambda row: row.task.name)
         arguments.write.write_text(document(rows, triton_version))
     failed = [row for row in rows if row.problem]
     for row in failed if len(failed) < len(rows) else []:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from types import SimpleNamespace
 
 import pytest
 
-from bayesian_lora_kernels.ops.shipped import ARCHITECTURES, Shipped
 from benchmarks import aot
+from benchmarks.launches import ARCHITECTURES, Launch
 
-SHIPPED = Shipped("product bf16 64x64", None, {}, {}, num_warps=4, num_stages=3)
 GOOD = aot.Compiled(registers=128, stack=0, shared=49152, ptx={"mma": 32, "fma": 4})
 
 
-def refusal(architecture="sm_90", compiled=GOOD, **changes):
-    return aot.problem(architecture, dataclasses.replace(SHIPPED, **changes), compiled)
+def refusal(architecture="sm_90", compiled=GOOD, **expected):
+    return aot.problem(architecture, aot.Expected(**expected), compiled)
 
 
 def test_a_spill_needs_a_reason_for_its_architecture():
@@ -30,7 +28,7 @@ def test_a_spill_needs_a_reason_for_its_architecture():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_shared_memory_within_what_a_block_gets(architecture):
-    limit = ARCHITECTURES[architecture][1]
+    limit = aot.CAPABILITIES[architecture][1]
     assert refusal(architecture, dataclasses.replace(GOOD, shared=limit)) == ""
     assert "shared memory" in refusal(architecture, dataclasses.replace(GOOD, shared=limit + 1))
 
@@ -71,21 +69,36 @@ def test_instructions_are_counted():
     assert aot.count_instructions("ret;") == {}
 
 
-def test_two_configurations_of_one_name_are_an_error(monkeypatch):
-    module = SimpleNamespace(shipped=lambda architecture: [SHIPPED, SHIPPED])
-    monkeypatch.setitem(sys.modules, "shipped_twice", module)
-    with pytest.raises(ValueError, match="same name"):
-        aot.shipped_by("shipped_twice", "sm_90")
+def launch(kernel, **constants):
+    function = SimpleNamespace(fn=SimpleNamespace(__name__=f"{kernel}_kernel", __module__="ops.operation.kernel"))
+    return Launch(function, {"x_ptr": "*bf16"}, constants, (), 4, 3, False, None)
+
+
+def test_what_is_expected_of_a_kernel():
+    assert aot.expected(launch("outer_product", BD=64)).matrix == "best"
+    assert aot.expected(launch("outer_product", BD=32)).matrix == "mma"
+    assert aot.expected(launch("wide_input", C_=4, O_=16)).matrix == "best"
+    assert aot.expected(launch("wide_input", C_=4, O_=8)).matrix == "mma"
+    assert aot.expected(launch("means", BV=128, PRECISION="ieee")).matrix == "best"
+    assert aot.expected(launch("means", BV=64, PRECISION="tf32x3")).matrix == "mma"
+    assert aot.expected(launch("narrow_rows")).matrix == "fma"
+    assert aot.expected(launch("merge")) == aot.expected(launch("orthonormalise", BL=64)) == aot.Expected()
+    assert list(aot.expected(launch("orthonormalise", BL=128)).stack) == ["all"]
+
+
+def test_a_name_says_everything_but_the_alignment():
+    one = launch("outer_product", stride_o1=1, HAS_MASK=True, SPLIT=False, PRECISION="ieee", BD=64)
+    assert one.name == "operation outer_product bf16 stride_o1=1 HAS_MASK ieee BD=64 w4 s3"
+    assert dataclasses.replace(one, max_registers=128).name == f"{one.name} r128"
 
 
 def test_a_kernel_is_one_row_of_the_table():
-    rows = [aot.Row(aot.Task("", name, SHIPPED.name), SHIPPED, GOOD) for name in ("sm_80", "sm_90")]
-    other = dataclasses.replace(SHIPPED, name="other", stack={"sm_90": "a reason"})
+    rows = [aot.Row(aot.Task(name, "product"), aot.Expected(), GOOD) for name in ("sm_80", "sm_90")]
     spilled = dataclasses.replace(GOOD, stack=8)
-    rows.append(aot.Row(aot.Task("", "sm_90", "other"), other, spilled))
+    rows.append(aot.Row(aot.Task("sm_90", "other"), aot.Expected(stack={"sm_90": "a reason"}), spilled))
     assert aot.table(rows).splitlines()[2:] == [
-        "| product bf16 64x64 | 4 | 3 | 128 / 0 / 49152 / 32 mma 4 fma | 128 / 0 / 49152 / 32 mma 4 fma |",
-        "| other | 4 | 3 |  | 128 / 8 / 49152 / 32 mma 4 fma |",
+        "| product | 128 / 0 / 49152 / 32 mma 4 fma | 128 / 0 / 49152 / 32 mma 4 fma |",
+        "| other |  | 128 / 8 / 49152 / 32 mma 4 fma |",
     ]
     text = aot.document(rows, "3.9.0")
     assert "- other, sm_90: a reason" in text

@@ -5,5 +5,5 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-# Triton's type of each; its `name` is what signatures are written with.
+# Triton's type of each.
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

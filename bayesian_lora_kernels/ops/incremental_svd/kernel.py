@@ -23,14 +23,12 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from .. import native
 from ..device import architecture, in_vectors, int64_table, multiprocessors, on_device
 from ..kernel_types import TYPES
 from ..masking import zero_masked
-from ..shipped import Shipped
 from ..tuning import choose_configuration
 from . import columns as around
 from . import nystrom, reference
@@ -353,103 +351,3 @@ class _Update:
         back_project_kernel[(products, count)](
             *(self.table, *scratch, self.r, self.y), **common, BM=one.step_m, BD=one.block_d
         )
-
-
-def shipped(architecture: str) -> list[Shipped]:
-    """What an update launches: every dtype and padded width, many rows (in either layout) and few; masked, which is
-    more code than unmasked.
-    """
-    found = []
-    for block in (16, 32, 64, 128):
-        found += _shipped_around(block)
-        for dtype in TYPES:
-            for programs, contiguous in ((1000, True), (1, True), (1000, False)):
-                for one in configurations(architecture, dtype, block, programs, contiguous):
-                    found += _shipped_touch(one, dtype, block, contiguous)
-    return list({one.name: one for one in found}.values())  # configurations share kernels
-
-
-def _shipped_touch(one: Configuration, dtype: torch.dtype, block: int, contiguous: bool) -> list[Shipped]:
-    name, halves = TYPES[dtype].name, dtype == torch.bfloat16
-    x_type = {"z_ptr": "*fp32", "high_ptr": "*bf16" if halves else "*fp32", "low_ptr": "*bf16" if halves else "*fp32"}
-    types = {"table_ptr": "*i64", "omega_ptr": f"*{name}", "r_ptr": "*fp32", "y_ptr": "*fp32", **x_type}
-    sizes = {"modules": "i32", "projections": "i32", "products": "i32", "counters_ptr": "*i32"}
-    constants = {"DTYPE": TYPES[dtype], "CONTIGUOUS": contiguous, "HAS_MASK": True, "HALVES": halves, "BL": block}
-    project = {"PRECISION": "tf32x3" if dtype == torch.float32 else "ieee", "BM": one.block_m, "BK": one.block_k}
-    suffix = f" w{one.num_warps} s{one.num_stages}" + ("" if contiguous else " strided")
-    if one.fused:
-        kernels = [
-            (
-                f"touch {name} {one.block_m}x{one.block_k}x{block} {one.block_d}x{one.block_k}x{block}",
-                touch_kernel,
-                {**types, **sizes},
-                {**constants, **project, "BD": one.block_d, "LAG": 3},
-            )
-        ]
-    else:
-        without = {key: types[key] for key in types if key not in ("r_ptr", "y_ptr")}
-        behind = {key: types[key] for key in types if key != "omega_ptr"}
-        kernels = [
-            (f"project {name} {one.block_m}x{one.block_k}x{block}", project_kernel, without, {**constants, **project}),
-            (
-                f"back_project {name} {one.block_d}x{one.step_m}x{block}",
-                back_project_kernel,
-                behind,
-                {**constants, "BM": one.step_m, "BD": one.block_d},
-            ),
-        ]
-    return [
-        Shipped(
-            f"incremental_svd {title}{suffix}",
-            kernel,
-            arguments,
-            values,
-            one.num_warps,
-            one.num_stages,
-            aligned=tuple(key for key, kind in arguments.items() if kind.startswith("*") and key != "counters_ptr"),
-            matrix="best" if one.block_m >= 64 else "mma",
-            max_registers=one.max_registers,
-        )
-        for title, kernel, arguments, values in kernels
-    ]
-
-
-_SPILLS = (
-    "two 128 x 128 matrices in float64 are the whole register file of a multiprocessor; runs once or twice per update, "
-    "one program per stream"
-)
-
-
-def _shipped_around(block: int) -> list[Shipped]:
-    warps, step = _WARPS[block], _STEP[block]
-    pointers = {"parts_ptr": "*fp64", "fresh_ptr": "*fp32", "present_ptr": "*i32", "stack_ptr": "*fp32"}
-    pointers |= {"rounded_ptr": "*fp32", "p_ptr": "*fp32", "q_ptr": "*fp32", "w_ptr": "*fp64", "gram_ptr": "*fp64"}
-    pointers |= {"table_ptr": "*i64"}
-    fresh = {"PARTS": _PARTS, "BN": 1024, "BL": block}
-    gram = {"OVER_M": False, "BN": min(32, step), "BL": block}
-    cases = [
-        ("norms", around.norms_kernel, {"BN": step, "BL": block}, warps),
-        ("fresh bf16", around.fresh_kernel, {**fresh, "DTYPE": tl.bfloat16}, warps),
-        ("fresh fp32", around.fresh_kernel, {**fresh, "DTYPE": tl.float32}, warps),
-        ("stack", around.stack_kernel, {"PARTS": _PARTS, "BN": step, "BL": block}, warps),
-        ("gram", around.gram_kernel, {**gram, "P_IS_BASIS": False, "SAME": True}, warps),
-        ("gram of basis", around.gram_kernel, {**gram, "P_IS_BASIS": True, "SAME": False}, warps),
-        ("orthonormalise", around.orthonormalise_kernel, {"DROPPED": _DROPPED, "BL": block}, _SMALL_WARPS[block]),
-        ("apply", around.apply_kernel, {"TO_OUT": False, "BN": _APPLY_STEP[block], "BL": block}, warps),
-        ("apply to out", around.apply_kernel, {"TO_OUT": True, "BN": _APPLY_STEP[block], "BL": block}, warps),
-    ]
-    return [
-        Shipped(
-            f"incremental_svd {title} {block}",
-            kernel,
-            {key: kind for key, kind in pointers.items() if key in kernel.arg_names}
-            | ({"q_ptr": "*bf16"} if kernel is around.apply_kernel else {}),
-            values,
-            number,
-            2,
-            aligned=tuple(key for key in pointers if key in kernel.arg_names),
-            stack={"all": _SPILLS} if kernel is around.orthonormalise_kernel and block == 128 else {},
-            enable_fp_fusion=False,
-        )
-        for title, kernel, values, number in cases
-    ]

@@ -15,7 +15,6 @@ tiles, 141.7 GFLOP, 177 us at 798 TFLOP/s; traffic 67 + 67 MB, 45 us at 3 TB/s.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -23,8 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import SCRATCH_BYTES, architecture, is_aligned, multiprocessors, on_device
-from ..kernel_types import TYPES
-from ..shipped import Shipped
 from ..tuning import choose_configuration
 from .tiles import lower_tile, lower_tile_in_bands, narrow_product, store_symmetric, tile_product
 
@@ -294,80 +291,3 @@ def _launch(
             num_stages=2,
             enable_fp_fusion=False,
         )
-
-
-_SIZES = ("rows", "width", "rows_per_split", "stride_xm", "stride_o0")
-
-
-def _shipped_product(configuration: Configuration, dtype: torch.dtype, has_mask: bool, strided: bool) -> Shipped:
-    name = TYPES[dtype].name
-    tile = f"{configuration.block_m}x{configuration.block_d}x{configuration.block_d}"
-    types = {"out_ptr": "*fp32", "x_ptr": f"*{name}", "mask_ptr": "*u8", "scale": "fp32"}
-    types |= {size: "i32" for size in (*_SIZES, "stride_mask")}
-    constants: dict[str, Any] = {
-        "stride_o1": 1,
-        "HAS_MASK": has_mask,
-        "ACCUMULATE": True,
-        "MIRROR": True,
-        "SPLIT": False,
-    }
-    constants |= {"PRECISION": PRECISION[dtype], "BM": configuration.block_m, "BD": configuration.block_d}
-    aligned = ["out_ptr", "x_ptr", "mask_ptr", *_SIZES]
-    if strided:
-        types["stride_xd"] = "i32"
-        aligned = ["out_ptr", "x_ptr", "mask_ptr", "rows", "rows_per_split"]
-    else:
-        constants["stride_xd"] = 1
-    return Shipped(
-        f"outer_product {name} {tile} w{configuration.num_warps} s{configuration.num_stages}"
-        + (" mask" if has_mask else "")
-        + (" strided" if strided else ""),
-        outer_product_kernel,
-        types,
-        {**constants, "BAND": configuration.band},
-        configuration.num_warps,
-        configuration.num_stages,
-        aligned=tuple(aligned),
-        matrix="best" if configuration.block_d >= 64 else "mma",
-        enable_fp_fusion=False,
-        max_registers=configuration.max_registers,
-    )
-
-
-def shipped(architecture: str) -> list[Shipped]:
-    """What ``outer_product`` launches: every dtype, width class and layout, with masks and without."""
-    found = []
-    for dtype in TYPES:
-        for width in (16, 32, 64, 4096):
-            for has_mask, strided in ((False, False), (True, False), (True, True)):
-                if dtype == torch.float16 and (has_mask or strided):  # compiles to what bfloat16 does
-                    continue
-                for configuration in configurations(architecture, dtype, width, strided):
-                    found.append(_shipped_product(configuration, dtype, has_mask, strided))
-    for block, warps in ((16, 4), (32, 4), (64, 4), (128, 8)):
-        found.append(
-            Shipped(
-                f"sum_splits {block}x{block}",
-                sum_splits_kernel,
-                {"out_ptr": "*fp32", "parts_ptr": "*fp32", "scale": "fp32"}
-                | {"width": "i32", "splits": "i32", "stride_o0": "i32"},
-                {"stride_o1": 1, "ACCUMULATE": True, "MIRROR": True, "BD": block, "BAND": 8},
-                warps,
-                2,
-                aligned=("out_ptr", "parts_ptr", "width", "stride_o0"),
-                enable_fp_fusion=False,
-            )
-        )
-    found.append(
-        Shipped(
-            "mirror_lower 64x64",
-            mirror_lower_kernel,
-            {"out_ptr": "*fp32", "width": "i32", "stride_o0": "i32"},
-            {"stride_o1": 1, "BD": 64},
-            4,
-            1,
-            aligned=("out_ptr", "width", "stride_o0"),
-            enable_fp_fusion=False,
-        )
-    )
-    return list({one.name: one for one in found}.values())  # float32 has one tile for 64 columns and more

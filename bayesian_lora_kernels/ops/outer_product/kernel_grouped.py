@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ..device import in_vectors, int64_table, multiprocessors, on_device
 from ..kernel_types import TYPES
-from ..shipped import Shipped
 from .kernel import PRECISION, choose_splits
 from .kernel import outer_product as outer_product_alone
 from .tiles import narrow_product, store_symmetric, tile_product
@@ -288,47 +287,3 @@ def _launch(one: _Class, table: Tensor, rows: int, accumulate: bool) -> None:
             num_stages=2,
             enable_fp_fusion=False,
         )
-
-
-def shipped(architecture: str) -> list[Shipped]:
-    """What ``grouped_outer_product`` launches: every dtype, width class and layout, with masks and without."""
-    found = []
-    for dtype, kind in TYPES.items():
-        for block in (16, 32, 64, 128):
-            for has_mask, contiguous in ((False, True), (True, True), (True, False)):
-                if dtype == torch.float16 and has_mask:  # compiles to what bfloat16 does
-                    continue
-                if _Class(dtype, block, contiguous, has_mask).is_alone():
-                    continue
-                chosen = configuration(dtype, block, contiguous)
-                found.append(
-                    Shipped(
-                        f"grouped_outer_product {kind.name} {chosen.block_m}x{block}x{block}"
-                        + (" mask" if has_mask else "")
-                        + ("" if contiguous else " strided"),
-                        grouped_outer_product_kernel,
-                        {"table_ptr": "*i64", "parts_ptr": "*fp32"},
-                        {"DTYPE": kind, "CONTIGUOUS": contiguous, "HAS_MASK": has_mask, "SPLIT": False}
-                        | {"ACCUMULATE": True, "PRECISION": PRECISION[dtype], "BM": chosen.block_m, "BD": block},
-                        chosen.num_warps,
-                        chosen.num_stages,
-                        aligned=("table_ptr", "parts_ptr"),
-                        matrix="best" if block >= 64 else "mma",
-                        enable_fp_fusion=False,
-                        max_registers=chosen.max_registers,
-                    )
-                )
-    for block in (16, 32, 64, 128):
-        found.append(
-            Shipped(
-                f"grouped_sum_splits {block}x{block}",
-                grouped_sum_splits_kernel,
-                {"table_ptr": "*i64", "parts_ptr": "*fp32", "splits": "i32"},
-                {"CONTIGUOUS": True, "ACCUMULATE": True, "BD": block},
-                8 if block == 128 else 4,
-                2,
-                aligned=("table_ptr", "parts_ptr"),
-                enable_fp_fusion=False,
-            )
-        )
-    return found

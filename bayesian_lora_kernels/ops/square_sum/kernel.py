@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..device import in_vectors, int64_table, multiprocessors, on_device
 from ..kernel_types import TYPES
-from ..shipped import Shipped
 
 _FIELDS = tl.constexpr(7)  # x, mask, rows, width, and the strides of x and of the mask
 _ELEMENTS = {torch.bfloat16: 4096, torch.float16: 4096, torch.float32: 2048}  # of a step: two or four vectors a thread
@@ -115,22 +114,3 @@ def _fields(x: Tensor, mask: Tensor | None) -> tuple[int, ...]:
 
 def _inverse(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
-
-
-def shipped(architecture: str) -> list[Shipped]:
-    """Every dtype and step, in vectors as in a model and in any strides, masked."""
-    kinds = [(dtype, kind.name, contiguous) for dtype, kind in TYPES.items() for contiguous in (True, False)]
-    return [
-        Shipped(
-            f"square_sum {name} {_rows(dtype, contiguous, width)}x{width}{'' if contiguous else ' strided'}",
-            square_sum_kernel,
-            {"table_ptr": "*i64", "parts_ptr": "*fp64"},
-            {"DTYPE": TYPES[dtype], "CONTIGUOUS": contiguous, "HAS_MASK": True}
-            | {"BM": _rows(dtype, contiguous, width), "BD": width},
-            _WARPS,
-            2,
-            aligned=("table_ptr", "parts_ptr"),
-        )
-        for dtype, name, contiguous in kinds
-        for width in _WIDTHS
-    ]

@@ -1,0 +1,138 @@
+"""What `benchmarks.launches` records for `make aot`: every kernel, every configuration, specialised as by Triton."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks import aot, launches
+from benchmarks.launches import ARCHITECTURES, DTYPES, launched, recorded
+
+pytestmark = pytest.mark.interpret
+pytest.importorskip("triton")
+# Problems have bfloat16 for both halves where they compile to the same but for the matrix instruction's type.
+AS_BF16 = {"wide_output_kernel", "outer_product_kernel", "grouped_outer_product_kernel", "squares_kernel"}
+AS_BF16 |= {"exponentials_kernel", "means_kernel"}
+# Constants that follow from the size, not from a configuration: the columns that an example takes, and the like.
+OF_SIZE = {"BAND", "LAG", "PADDED"}
+
+
+def configuration(launch):
+    """Kernel, dtype, tile and resources; no flags, of which problems have the variant with the most code."""
+    constants = {
+        name: str(value)
+        for name, value in launch.constants.items()
+        if name.isupper() and not isinstance(value, bool) and name not in OF_SIZE
+    }
+    # Outputs and directions side by side make up the rows of one tile; each K_ has one of the layouts.
+    if "O_" in constants:
+        constants["rows"] = str(int(constants.pop("C_")) * int(constants.pop("O_")))
+        constants["K_"] = str(constants["K_"] != "0")
+    widened = launch.constants.get("WIDEN", False)
+    data = "bf16" if launch.function in AS_BF16 and launch.data == "fp16" and not widened else launch.data
+    constants.pop("DTYPE", None)
+    options = (launch.num_warps, launch.num_stages, launch.enable_fp_fusion, launch.max_registers)
+    return launch.function, data, tuple(sorted(constants.items())), options
+
+
+def outer_products():
+    for height in (0, 1, 100, 5000):
+        launches.outer_products((1, 8, 24, 48, 65, 100, 129, 1000), height)
+
+
+def square_sums():
+    launches.square_sums((1, 8, 33))
+
+
+def incremental_svds():
+    launches.incremental_svds((1, 16, 33, 65, 128))
+
+
+def jacobians():
+    outputs, narrow, kept = (1, 2, 7, 16, 33, 64), (2, 8, 33, 64), ((0, 0), (0, 30), (1, 10))
+    launches.jacobians([(c, n, n - less, k) for c, n, (less, k) in itertools.product(outputs, narrow, kept)])
+
+
+def vocabularies():
+    for examples, samples in itertools.product((1, 40), (1, 5, 33, 64, 70, 300)):
+        launches.vocabularies(tuple(itertools.product(DTYPES, DTYPES)), examples, samples)
+
+
+def what_no_problem_calls():
+    from bayesian_lora_kernels.ops.incremental_svd import kernel
+    from bayesian_lora_kernels.ops.jacobian_covariance import kernel_launch
+    from bayesian_lora_kernels.ops.vocabulary.kernel_launch import vocabulary_logsumexp
+
+    empty = launches._empty
+    x, out, rows = empty(200, 320), empty(320, 30), empty(30, 16, dtype=torch.int64)
+    kernel.incremental_svd(out, empty(320, 0), x, None, rows, empty(30, 16), 10)  # a first batch
+    vocabulary_logsumexp(empty(4, 60, dtype=torch.float64), empty(100, 64), empty(4, 60, 64), None, None)
+    for narrow in (1, 8, 64):
+        a, g = empty(3, 50, 300), empty(3, 4, 50, narrow)
+        kernel_launch.jacobian_gram(empty(3, 4, 4), a, g, None)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "ask",
+    [outer_products, square_sums, incremental_svds, jacobians, vocabularies, what_no_problem_calls],
+    ids=lambda function: function.__name__,
+)
+def test_other_sizes_launch_no_other_configuration(architecture, ask):
+    compiled = {configuration(one) for one in recorded(architecture).values()}
+    asked = {configuration(one) for one in launched(architecture, ask)}
+    assert asked
+    assert asked <= compiled
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_is_recorded(architecture):
+    kernels = {
+        value.fn.__name__
+        for module in launches.modules()
+        for name, value in vars(module).items()
+        if launches.is_kernel(name, value)
+    }
+    assert {one.function for one in recorded(architecture).values()} == kernels
+    expected_of = {*aot.HEIGHTS, *aot.MULTIPLY_ADDS, *(kernel for kernel, *_ in aot.STACK)}
+    assert expected_of <= kernels
+
+
+def test_a_launch_is_specialised_as_triton_does():
+    from bayesian_lora_kernels.ops.outer_product import kernel
+
+    def mirror():
+        kernel.mirror_lower(launches._empty(16, 12))
+        kernel.mirror_lower(launches._empty(16, 17)[:, 1:])
+
+    original = kernel.mirror_lower_kernel
+    found = launched("sm_90", mirror)
+    assert kernel.mirror_lower_kernel is original
+    for launch, aligned in zip(found, (("out_ptr", "width"), ("width",)), strict=True):
+        assert launch.types == {"out_ptr": "*fp32", "width": "i32", "stride_o0": "i32"}
+        assert launch.constants == {"stride_o1": 1, "BD": 64}
+        assert launch.aligned == aligned
+    assert found[0].name == found[1].name == "outer_product mirror_lower fp32 stride_o1=1 BD=64 w4 s1"
+
+
+def test_two_alignments_of_one_launch_are_an_error(monkeypatch):
+    monkeypatch.setattr(launches, "PROBLEMS", (lambda: launches.square_sums((32,)), launches.mirrored))
+    assert len(recorded.__wrapped__("sm_90")) == 7
+    from bayesian_lora_kernels.ops.outer_product import kernel
+
+    odd = lambda: kernel.mirror_lower(launches._empty(15, 15))  # noqa: E731
+    monkeypatch.setattr(launches, "PROBLEMS", (launches.mirrored, odd))
+    with pytest.raises(ValueError, match=r"mirror_lower .* in two ways"):
+        recorded.__wrapped__("sm_90")
+
+
+def test_a_launch_without_an_argument_is_an_error():
+    from bayesian_lora_kernels.ops.outer_product import kernel
+
+    def incomplete():
+        kernel.mirror_lower_kernel[(1,)](launches._empty(2, 2), num_warps=4, num_stages=1, enable_fp_fusion=False)
+
+    with pytest.raises(TypeError, match="mirror_lower_kernel takes"):
+        launched("sm_90", incomplete)
