@@ -189,10 +189,11 @@ def test_one_half_of_the_heads_adapter():
     assert ((variance - expected.diagonal(dim1=1, dim2=2)).abs() < 5 * error).all()
 
 
-def test_before_the_cap_of_a_model_whose_head_gets_every_position():
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_before_the_cap_of_a_model_whose_head_gets_every_position(side):
     case = made("gemma2")
     case.model.float()  # transformers' masks turn into infinity where float64 becomes float32
-    laplace, batch = fitted(case), case.batch(side="left")
+    laplace, batch = fitted(case), case.batch([1, 0], side=side)  # the first of them is padded
     expected = laplace.predict(batch, "vocabulary").covariance(torch.arange(VOCABULARY))
     findings = laplace._forward.findings
     findings.way = dataclasses.replace(findings.way, cuts_positions=False)

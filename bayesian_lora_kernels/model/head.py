@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.batches import Batch
+from bayesian_lora_kernels.model.masks import last_valid
 from bayesian_lora_kernels.model.measuring import hooked
 from bayesian_lora_kernels.ops.vocabulary.pieces import converted
 
@@ -221,7 +222,8 @@ def _probe(forward: Forward, head: OutputHead, batch: Batch) -> tuple[Tensor, Te
     if not seen:
         raise ValueError(f"outputs='vocabulary': the model does not call its output head {head.name}")
     hidden, raw = seen[0]
-    return hidden.detach()[0, -1], raw.detach()[0, -1].clone(), final.detach()
+    at = 0 if hidden.shape[1] == 1 else int(last_valid(hidden, forward.output_mask(forward.model_inputs(batch.inputs))))
+    return hidden.detach()[0, at], raw.detach()[0, at].clone(), final.detach()
 
 
 def _candidates(config: Any) -> tuple[dict[str, float], dict[str, float]]:
