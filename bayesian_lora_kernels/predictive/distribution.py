@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayesian_lora_kernels.predictive.probabilities import pairwise_log_probs, scalar_log_probs
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 
-PROBABILITY_METHODS = ("mc", "probit", "bridge", "map")
+PROBABILITY_METHODS = ("mc", "pairwise", "scalar", "probit", "bridge", "map")
+DIFFERENCES = {"pairwise": pairwise_log_probs, "scalar": scalar_log_probs}
 # What is added to the diagonal, relative to its mean, until the Cholesky decomposition succeeds.
 JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
 
@@ -82,6 +84,7 @@ class LogitPosterior:
 
         Args:
             method: `mc`, the average of the softmax over samples of the logits (not the softmax of their average);
+                `pairwise` and `scalar`, which see the variances of differences of logits only (`probabilities.py`);
                 `probit`, the softmax of `mean / sqrt(1 + pi / 8 variance)` (MacKay 1992); `bridge`, the mean of the
                 Dirichlet of the Laplace bridge (Hobbhahn et al. 2022); `map`, the softmax of the mean.
             n_samples: for `mc`.
@@ -96,6 +99,8 @@ class LogitPosterior:
             return self.mean.softmax(dim=-1)
         if method == "probit":
             return (self.mean / (1 + math.pi / 8 * self.variance).sqrt()).softmax(dim=-1)
+        if method in DIFFERENCES:
+            return DIFFERENCES[method](self.mean, self.covariance).exp()
         if method == "bridge":
             return self._bridge()
         if method != "mc":
