@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward
+from bayesian_lora_kernels.model.jacobians import Jacobians
 from bayesian_lora_kernels.model.layers import find_layers
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.pieces import capture
@@ -220,3 +221,21 @@ def test_an_input_changed_in_place_between_two_layers():
     expected = (4 * x.T @ x / 4).clone()
     factors = blk.LaplaceLoRA(model).fit([(x.clone(), None)], progress=False).factors
     assert relative(factors["two"].a[:3, :3], expected) < 1e-12
+
+
+def test_inputs_that_do_not_count_may_be_anything():
+    """What a padded position holds has no part in a Jacobian, not even NaN."""
+    case = llama()
+    layers, forward = find_layers(case.model), Forward(case.model, None, [2, 5, 7])
+    found = []
+    for poison in (0.0, float("nan")):
+        with measuring(case.model):
+            recorded = capture(layers, forward, Batch.of(case.batch(side="right")))
+            indices = torch.arange(3).expand(4, -1)
+            jacobians_ = Jacobians(recorded, indices)
+        for a, mask, _ in jacobians_.inputs.values():
+            if mask is not None:
+                a[~mask] = poison
+        found.append({layer.name: jacobians_.matrix(layer.name) for layer in layers})
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+    assert all(torch.isfinite(value).all() for value in found[1].values())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from dense import relative
 from models import llama, mlp
-from torch import Tensor
+from torch import Tensor, nn
 
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature, joined_spectra, register
@@ -160,6 +160,39 @@ def test_it_is_saved_and_loaded(case, tmp_path):
     del CURVATURES["diagonal"]
     with pytest.raises(ValueError, match=r"settings\.curvature: expected one of .*, got 'diagonal'"):
         blk.LaplaceLoRA.from_pretrained(case.model, tmp_path)
+
+
+class Sometimes(nn.Module):
+    """A layer that only batches with a positive first number call."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.sometimes = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.always(x) + self.sometimes(x) if x[0, 0] > 0 else self.always(x)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "exact"])
+def test_a_layer_that_only_some_batches_call(kind):
+    torch.manual_seed(0)
+    model, x = Sometimes().double(), torch.randn(3, 4, dtype=torch.float64)
+    batches = [(x.abs(), torch.tensor([0, 1, 2])), (-x.abs(), torch.tensor([2, 1, 0]))]
+
+    def curvature(some):
+        laplace = blk.LaplaceLoRA(model, curvature=kind, fisher="exact", modules=["always", "sometimes"])
+        return laplace.fit(some, progress=False).posterior.curvature
+
+    both, first = curvature(batches), curvature(batches[:1])
+    if kind == "diagonal":
+        assert torch.equal(both.diagonals["sometimes"], first.diagonals["sometimes"])
+        assert (both.diagonals["always"] > first.diagonals["always"]).all()
+    else:
+        n = len(first.gram)
+        assert relative(both.layer_grams["sometimes"][:n, :n], first.layer_grams["sometimes"]) < 1e-12
+        assert not both.layer_grams["sometimes"][n:].any()
+    with pytest.raises(ValueError, match="sometimes: never called by forward"):
+        curvature(batches[1:])
 
 
 def test_what_it_does_not_have(case):

@@ -136,9 +136,8 @@ def as_precision(value: float | Tensor, device: torch.device | None = None) -> T
 
 
 def _has_derivative(value: Tensor) -> bool:
-    """Whether it is a variable of some derivative: backward, forward, or of `torch.func`."""
-    transformed = torch._C._functorch.is_functorch_wrapped_tensor(value)
-    return value.requires_grad or transformed or forward_ad.unpack_dual(value).tangent is not None
+    """Whether it is a variable of some derivative, backward or forward; those of `torch.func` are one of these."""
+    return value.requires_grad or forward_ad.unpack_dual(value).tangent is not None
 
 
 def _check_positive(numbers: Tensor) -> None:
