@@ -28,16 +28,21 @@ from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.posterior.prior import Prior, as_precision
 from bayesian_lora_kernels.posterior.stored import Stored
 from bayesian_lora_kernels.posterior.weights import MeasuredWeights, adapter_digest, covered_by, find_adapter
+from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelEvidence, Notice
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.hidden_samples import HiddenSampler
 from bayesian_lora_kernels.predictive.jvp import JacobianVectorProduct
 from bayesian_lora_kernels.predictive.logits import LogitPredictor, Outputs
 from bayesian_lora_kernels.predictive.scoring import TokenScores, score_tokens
-from bayesian_lora_kernels.predictive.tuning import minimise_nll
+from bayesian_lora_kernels.predictive.tuning import labelled_predictions, minimise_nll
 from bayesian_lora_kernels.predictive.vocabulary import SAMPLES, VocabularyPosterior, vocabulary_posterior
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 from bayesian_lora_kernels.verification import Verification, verify
 
+UNCALIBRATED = (
+    "probs: the prior precision is the evidence's, which says nothing of the level of these probabilities; "
+    "calibrate(held-out labelled batches), or crossfit without any, sets it"
+)
 BASE = "base_model"  # the tensor that holds the fingerprint of the base model
 
 
@@ -93,6 +98,8 @@ class LaplaceLoRA:
         self.layers: Sequence[LinearLayer] = find_layers(model, self.config.modules, self._forward.head_rows)
         self._fit: Fit | None = None
         self._posterior: Posterior | None = None  # of the fit, under the prior
+        self._calibration: tuple[Calibration, Posterior] | None = None  # and what it belongs to
+        self._notice: Notice | None = None
         self._weights: MeasuredWeights | None = None
         self._jvp = JacobianVectorProduct()
         self.prior_precision = given.prior_precision
@@ -140,9 +147,12 @@ class LaplaceLoRA:
     ) -> LaplaceLoRA:
         """Choose the prior precision; later calls use it.
 
+        The evidence compares priors and models. It is no calibration: the level of the probabilities under its prior
+        can be far off (docs/calibration.md), and `calibrate` is what sets it.
+
         Args:
             method: `marglik` maximises the log marginal likelihood; `nll` minimises the negative log-likelihood of the
-                probit predictive on held-out data.
+                pairwise predictive on held-out data.
             per_module: one precision for each module (`marglik` only).
             val_loader: labelled batches, for `nll`; goes over it a few times.
 
@@ -157,6 +167,7 @@ class LaplaceLoRA:
         _check_choice("method", method, ("marglik", "nll"))
         if method == "marglik":
             self.prior_precision = maximise_evidence(fit.curvature, self._square_norms(), per_module)
+            self._notice = Notice(UNCALIBRATED)
             return self
         if val_loader is None:
             raise ValueError('val_loader: method="nll" needs held-out labelled batches, got None')
@@ -166,15 +177,73 @@ class LaplaceLoRA:
         self.prior_precision = minimise_nll(self._predictor(fit), likelihood, val_loader, fit.curvature)
         return self
 
+    @in_own_surroundings
+    def calibrate(self, val_loader: Iterable[Any] | LabelEvidence, progress: bool = True) -> LaplaceLoRA:
+        """Set the level of the probabilities by held-out labels; `probs` uses it from then on.
+
+        Temperatures that depend on the posterior variance are weighed by the likelihood of the labels and averaged
+        (`Calibration`, docs/calibration.md). One prediction of every batch, and no refit. It belongs to this fit under
+        this prior precision: after a change of either, `probs` raises until it is called again.
+
+        Args:
+            val_loader: labelled batches of examples that the model was not trained on; ten labels do, a hundred are
+                good. Or what `label_evidence` said of them, on this model or on others like it.
+            progress: whether to show a progress bar.
+
+        Returns:
+            Itself; `.calibration` says how many labels there were, and over how much of the grid their weight spreads.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as `label_evidence`; for labels of one class only.
+        """
+        fit = self._fitted("calibrate")
+        if not isinstance(val_loader, LabelEvidence):
+            val_loader = self.label_evidence(val_loader, progress)
+        self._calibration = Calibration.of(val_loader, self._variance_scale(fit)), self._gaussian()
+        return self
+
+    @in_own_surroundings
+    def label_evidence(self, val_loader: Iterable[Any], progress: bool = True) -> LabelEvidence:
+        """What labels that the model was not trained on say of its level; parts of it add up. See `calibrate`.
+
+        Raises:
+            RuntimeError: before `fit`.
+            ValueError: for a regression, an empty loader, a batch without labels, labels out of range, logits that are
+                not finite, or more than 4096 of them (a vocabulary: pass `class_token_ids`).
+            TypeError: for a single batch instead of a loader.
+        """
+        fit = self._fitted("calibrate")
+        if self.likelihood != "classification":
+            raise ValueError(f"calibrate: expected likelihood='classification', got {self.likelihood!r}")
+        likelihood = LIKELIHOODS[self.likelihood]()
+        found, scale = LabelEvidence(), self._variance_scale(fit)
+        predictor, posterior = self._predictor(fit), self._gaussian()
+        for mean, (covariance,), labels in labelled_predictions(
+            predictor, likelihood, val_loader, [posterior], progress
+        ):
+            found.add(mean, covariance, labels, scale)
+        return found
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What `calibrate` or `crossfit` found; `.outdated` says if fit or prior changed since. None before."""
+        if self._calibration is None:
+            return None
+        found, posterior = self._calibration
+        now = self._gaussian()
+        if posterior.curvature is not now.curvature:
+            return replace(found, outdated="fit was called again")
+        return found if posterior.prior == now.prior else replace(found, outdated="the prior precision changed")
+
     @overload
     def predict(self, batch: Any, outputs: Literal["vocabulary"]) -> VocabularyPosterior: ...
 
     @overload
-    def predict(self, batch: Any, outputs: Outputs = None) -> LogitPosterior: ...
+    def predict(self, batch: Any, outputs: Outputs = None, differences: bool = False) -> LogitPosterior: ...
 
     @in_own_surroundings
     def predict(
-        self, batch: Any, outputs: Outputs | Literal["vocabulary"] = None
+        self, batch: Any, outputs: Outputs | Literal["vocabulary"] = None, differences: bool = False
     ) -> LogitPosterior | VocabularyPosterior:
         """The Gaussian posterior over logits of a batch.
 
@@ -182,6 +251,9 @@ class LaplaceLoRA:
             batch: as for `fit`; labels are ignored.
             outputs: None, all the logits that forward returns; a LongTensor `[C]`, or `[N, C]` for each example; an int
                 k, the k most probable of each example; `"vocabulary"`, the same as `predict_vocabulary`.
+            differences: whether only differences of these logits are wanted, which are all that probabilities see: the
+                Gaussian of the logits less their mean over the classes, from C - 1 backward passes instead of C (half
+                of them for two classes), and without the digits that a large common variance costs.
 
         Returns:
             Mean `[N, C]` and covariance `[N, C, C]`, float32 (float64 for a float64 model); a `VocabularyPosterior`,
@@ -189,14 +261,25 @@ class LaplaceLoRA:
 
         Raises:
             RuntimeError: before `fit`.
-            ValueError, TypeError: for `outputs` out of range, and logits that are not finite or not `[N, C]`.
+            ValueError, TypeError: for `outputs` out of range, differences of one logit or of a vocabulary, and logits
+                that are not finite or not `[N, C]`.
         """
         if isinstance(outputs, str) and outputs == "vocabulary":
+            if differences:
+                raise ValueError("differences: not of a vocabulary; its probabilities are averages over samples")
             return self.predict_vocabulary(batch)
         fit = self._fitted("predict")
         parsed = Batch.of(batch, model_device(self.model), labels=False)
-        mean, covariances, indices = self._predictor(fit).predict(parsed, outputs, [self._gaussian()])
-        return LogitPosterior(mean, covariances[0], indices, self.likelihood == "classification")
+        mean, (covariance,), indices = self._predictor(fit).predict(parsed, outputs, [self._gaussian()], differences)
+        return LogitPosterior(
+            mean,
+            covariance,
+            indices,
+            classification=self.likelihood == "classification",
+            differences=differences,
+            calibration=self.calibration,
+            notice=self._notice,
+        )
 
     @in_own_surroundings
     def predict_vocabulary(self, batch: Any) -> VocabularyPosterior:
@@ -294,6 +377,10 @@ class LaplaceLoRA:
         """
         fit, weights = self._fitted("save_pretrained"), self._weights
         assert weights is not None
+        calibration = self.calibration
+        if calibration is not None and calibration.outdated is not None:
+            warnings.warn(f"{folder}: saved without its calibration: {calibration.outdated} since", stacklevel=2)
+            calibration = None
         tensors, described = fit.curvature.pack()
         layers = {
             layer.name: {
@@ -315,6 +402,7 @@ class LaplaceLoRA:
             "adapter_sha256": weights.digest or adapter_digest(self._parameters()),
             "layers": layers,
             "base_model": base,
+            "calibration": None if calibration is None else calibration.as_json(),
         }
         storage.save(folder, tensors, description)
 
@@ -339,6 +427,8 @@ class LaplaceLoRA:
             raise ValueError(f"{folder}: this posterior was fitted with its own forward; pass the same forward=...")
         config = LaplaceConfig.from_json(content["settings"])
         with _errors_name(folder):
+            saved = content.get("calibration")
+            calibration = None if saved is None else Calibration.from_json(saved)
             place, same_weights = find_adapter(model, content)
             config = replace(config, modules=covered_by(model, content["layers"], place))
         laplace = cls(model, forward, content["class_token_ids"], config=config)
@@ -370,6 +460,8 @@ class LaplaceLoRA:
         laplace._fit = Fit(curvature, content["n_examples"], content["log_likelihood"])
         laplace._weights = MeasuredWeights.of(laplace.model, laplace._parameters())
         laplace.prior_precision = {place.layers[name]: value for name, value in content["prior_precision"].items()}
+        if calibration is not None:
+            laplace._calibration = calibration, laplace._gaussian()
         return laplace
 
     @property
@@ -403,6 +495,7 @@ class LaplaceLoRA:
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision | Prior) -> None:
         prior = Prior(value).over([layer.name for layer in self.layers])
+        self._notice = None
         self._precision: Tensor | dict[str, Tensor]
         if isinstance(value, Prior):
             self._precision = Prior(prior.precision).precision  # not the tensors of the one that was given
@@ -457,6 +550,12 @@ class LaplaceLoRA:
         return HiddenSampler(
             self.model, self.layers, self._forward, self._gaussian(), self.config.memory_budget, self._jvp
         )
+
+    def _variance_scale(self, fit: Fit) -> float:
+        """See `Calibration`: with it, variances do not depend on what the prior precision happens to be."""
+        prior, norms = self.prior, self._square_norms()
+        total = sum(float(prior[name]) * float(norm) for name, norm in norms.items())
+        return total / sum(fit.curvature.n_parameters.values())
 
     def _square_norms(self) -> dict[str, Tensor]:
         return {layer.name: layer.matrix().double().square().sum() for layer in self.layers}

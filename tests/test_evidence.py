@@ -181,7 +181,7 @@ def test_nll_finds_the_best_held_out_probabilities():
 
     def nll(precision: float) -> float:
         laplace.prior_precision = precision
-        p = laplace.predict(held_out.batch()).probs("probit")
+        p = laplace.predict(held_out.batch()).probs("pairwise")
         return -float(p[torch.arange(24), held_out.labels].log().sum())
 
     found = float(laplace.prior_precision)

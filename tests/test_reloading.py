@@ -682,6 +682,7 @@ def small(folder: Path, curvature: str = "kfac") -> Case:
 
 POSSIBLE = {  # another value of the same type
     "class_token_ids": ("null",),
+    "calibration": ("null",),
     "log_likelihood": ("null", "negative", "number"),
     "row_dtype": ("null",),
     "rank": ("null",),

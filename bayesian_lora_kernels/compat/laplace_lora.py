@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from bayesian_lora_kernels.model.reading import MASK_KEYS, inputs_and_labels
 from bayesian_lora_kernels.posterior.curvature import register
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
+from bayesian_lora_kernels.predictive.probabilities import bridge_log_probs
 
 STRUCTURES = {"kron": "kfac", "ekfac": "ekfac", "full": "exact"}
 SCALES = ("correct", "published")
@@ -230,7 +232,9 @@ class Laplace:
         prediction = self.predict(batch)
         if self.likelihood == "regression":
             return prediction.mean, prediction.covariance
-        return prediction.probs(link_approx, n_samples=n_samples, generator=generator)
+        if link_approx == "mc":
+            return prediction.probs("mc", n_samples=n_samples, generator=generator)
+        return _LINKS[link_approx](prediction.mean, prediction.covariance)
 
     def sample(self, n_samples: int = 100) -> Tensor:
         """`[n_samples, n_params]` samples of the weights, in the order of `mean`."""
@@ -239,6 +243,20 @@ class Laplace:
         return torch.cat([samples[name].flatten(1) for name in names], dim=1)
 
 
+def _probit(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Theirs: with all of each logit's variance, also what all logits share."""
+    return (mean / (1 + math.pi / 8 * covariance.diagonal(dim1=1, dim2=2)).sqrt()).softmax(dim=1)
+
+
+def _bridge(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Theirs: of the Gaussian conditioned on logits that sum to zero, rather than of the logits less their mean."""
+    row = covariance.sum(dim=2)
+    total = row.sum(dim=1, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
+    conditioned = covariance - row[:, :, None] * row[:, None, :] / total[:, :, None]
+    return bridge_log_probs(mean - row * mean.sum(dim=1, keepdim=True) / total, conditioned).exp()
+
+
+_LINKS = {"probit": _probit, "bridge": _bridge}
 _UNUSED = {"loss", "link_approx", "n_samples", "verbose", "log_prior_prec_min", "log_prior_prec_max", "grid_size"}
 
 

@@ -106,7 +106,7 @@ class FunctionSpaceCurvature(Curvature):
 
         `Sigma = D - D R^T (I + R D R^T)^-1 R D` with D the inverse prior precisions.
         """
-        n, c = jacobians.indices.shape
+        n, c = jacobians.shape
         own = torch.zeros(n, c, c, dtype=torch.float64, device=self.device)
         cross = torch.zeros(n * c, self.store.n_rows, dtype=torch.float64, device=self.device)
         for name in self.store.names:

@@ -16,41 +16,51 @@ def unit_cotangents(logits: Tensor, indices: Tensor | Sequence[int]) -> Iterator
 
     Logits `[N, ...]` count as `[N, K]`; the cotangents are of their shape.
     """
+    for index in torch.as_tensor(indices, device=logits.device).expand(len(logits), -1).unbind(dim=1):
+        yield _cotangent(logits, index[:, None], logits.new_ones(1))
+
+
+def _cotangent(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """Of the shape of the logits `[N, ...]`: `values` `[C]` added at the `indices` `[N, C]` of every example."""
     n = len(logits)
-    for index in torch.as_tensor(indices, device=logits.device).expand(n, -1).unbind(dim=1):
-        cotangent = logits.new_zeros(n, logits[0].numel()).scatter_(1, index[:, None], 1)
-        yield cotangent.reshape(logits.shape)
+    cotangent = logits.new_zeros(n, logits[0].numel())
+    return cotangent.scatter_add_(1, indices, values.to(logits).expand(n, -1)).reshape(logits.shape)
 
 
 class Jacobians:
-    """`J [N, C, d_out, d_in]` of every layer, from one backward pass for each of the C logits.
+    """`J [N, C, d_out, d_in]` of every layer, from one backward pass for each of the C logits, or contrasts of logits.
 
     A layer keeps its input and the gradients of the logits with respect to its output, or the Jacobian itself where
     that is smaller (fewer inputs than tokens), or wanted. Layers that were not called have the Jacobian zero.
 
     Attributes:
-        indices: `[N, C]`, the logits.
+        shape: `(N, C)`.
         inputs: of the layers that were called.
 
     Args:
         recorded: one forward pass with logits `[N, ...]`, which count as `[N, K]`; its graph is used up here.
-        indices: `[N, C]`, which of the K logits of each example.
+        indices: `[N, L]`, which of the K logits of each example.
         whole: whether every Jacobian itself is kept.
+        contrasts: `[L, C]`, the sums of these logits whose Jacobians are wanted; None: each by itself, C = L.
     """
 
-    def __init__(self, recorded: Capture, indices: Tensor, whole: bool = False):
-        self.indices = indices
+    def __init__(self, recorded: Capture, indices: Tensor, whole: bool = False, contrasts: Tensor | None = None):
+        self.shape = len(indices), (indices if contrasts is None else contrasts).shape[1]
         self.inputs: dict[str, LayerInput] = dict(recorded.inputs)
         self._formed = {name for name, (a, _, _) in self.inputs.items() if whole or a.shape[2] < a.shape[1]}
-        self._gradients = self._run(recorded)
+        if contrasts is None:
+            cotangents = unit_cotangents(recorded.logits, indices)
+        else:
+            cotangents = (_cotangent(recorded.logits, indices, column) for column in contrasts.unbind(dim=1))
+        self._gradients = self._run(recorded, cotangents)
         self._not_called = recorded.without_gradient() if whole else {}
         self._units: dict[Hashable, Tensor] = {}  # which layers share
 
-    def _run(self, recorded: Capture) -> dict[str, Tensor]:
-        """One backward pass for each chosen logit, summed over the batch: examples do not interact."""
-        n, count = self.indices.shape
+    def _run(self, recorded: Capture, cotangents: Iterator[Tensor]) -> dict[str, Tensor]:
+        """One backward pass for each cotangent, summed over the batch: examples do not interact."""
+        n, count = self.shape
         collected: dict[str, Tensor] = {}
-        for c, cotangent in enumerate(unit_cotangents(recorded.logits, self.indices)):
+        for c, cotangent in enumerate(cotangents):
             gradients = recorded.backward(cotangent, weight_gradients=self._formed, retain_graph=c + 1 < count)
             for name, gradient in gradients.items():
                 if name not in collected:
@@ -61,7 +71,7 @@ class Jacobians:
     def matrix(self, layer: str) -> Tensor:
         """`[N, C, d_out, d_in]` of a layer, float32 (float64 for a float64 model)."""
         if layer in self._not_called:
-            return self._not_called[layer][:, None].expand(-1, self.indices.shape[1], -1, -1)
+            return self._not_called[layer][:, None].expand(-1, self.shape[1], -1, -1)
         gradients = self._gradients[layer]
         if layer in self._formed:
             return gradients

@@ -118,6 +118,8 @@ def check_description(content: Mapping[str, Any], version: int) -> None:
         for name, tensor in tensors.items():
             _check("base_model.tensors.", tensors, {name: (_is_object, "an object")})
             _check(f"base_model.tensors.{name}.", tensor, _BASE_TENSOR)
+    if version > 2:  # what it holds, Calibration.from_json checks
+        _check("", content, {"calibration": (_optional(_is_object), "null or an object")})
 
 
 def _check(prefix: str, content: Mapping[str, Any], spec: Mapping[str, tuple[Check, str]]) -> None:

@@ -34,7 +34,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = "bayesian_lora_kernels.laplace"
-VERSION = 2
+VERSION = 3
 JSON_NAME = "laplace.json"
 LOCK_NAME = ".laplace.lock"
 DAY = 24 * 3600

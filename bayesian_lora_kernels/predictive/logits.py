@@ -1,4 +1,4 @@
-"""The posterior over chosen logits: one backward pass per logit, for all examples of a batch at once.
+"""The posterior over chosen logits: one backward pass per logit, or contrast, for all examples of a batch at once.
 
 `f ~ N(f_MAP, J Sigma J^T)`, with J the Jacobian at the MAP weights. Source: Yang et al. 2024 (Laplace-LoRA), section 4.
 """
@@ -20,6 +20,7 @@ from bayesian_lora_kernels.model.memory import examples_within, frugal_examples
 from bayesian_lora_kernels.model.pieces import captures
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.posterior import Posterior
+from bayesian_lora_kernels.predictive.probabilities import contrasts
 
 MAX_LOGITS = 4096
 
@@ -49,15 +50,16 @@ class LogitPredictor:
         self.whole, self.memory_budget = whole, memory_budget
 
     def predict(
-        self, batch: Batch, outputs: Outputs, posteriors: Sequence[Posterior]
+        self, batch: Batch, outputs: Outputs, posteriors: Sequence[Posterior], differences: bool = False
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """Means `[N, C]`, one covariance `[N, C, C]` for each posterior, and the indices of the logits.
 
-        The Jacobian is formed once, whatever the number of posteriors.
+        The Jacobian is formed once, whatever the number of posteriors. With `differences` all is of the logits less
+        their mean, from C - 1 backward passes: what they share is never computed, and no digits are lost to it.
 
         Raises:
-            ValueError: for logits with a token dimension, indices out of range, too many logits at once, or values
-                that are not finite.
+            ValueError: for logits with a token dimension, indices out of range, too many logits at once, values that
+                are not finite, or differences of a single logit.
         """
         size = batch.size
         if size == 0:
@@ -75,7 +77,7 @@ class LogitPredictor:
         with measuring(self.model):
             for rows, recorded in captures(self.layers, self.forward, batch, step):
                 chosen = outputs[rows] if isinstance(outputs, Tensor) and outputs.ndim == 2 else outputs
-                parts.append(self._piece(recorded, chosen, posteriors))
+                parts.append(self._piece(recorded, chosen, posteriors, differences))
         means = torch.cat([mean for mean, _, _ in parts])
         covariances = [torch.cat([part[1][i] for part in parts]) for i in range(len(posteriors))]
         indices = parts[0][2]
@@ -84,7 +86,7 @@ class LogitPredictor:
         return means, covariances, indices
 
     def _piece(
-        self, recorded: Capture, outputs: Outputs, posteriors: Sequence[Posterior]
+        self, recorded: Capture, outputs: Outputs, posteriors: Sequence[Posterior], differences: bool
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         logits = recorded.logits
         if logits.ndim != 2:
@@ -95,7 +97,11 @@ class LogitPredictor:
         if not torch.isfinite(logits).all():
             raise ValueError("predict: the logits are not finite (NaN or infinity)")
         indices, per_example = choose_logits(logits.detach(), outputs)
-        jacobians = Jacobians(recorded, per_example, self.whole)
+        count = per_example.shape[1]
+        if differences and count < 2:
+            raise ValueError("differences: expected at least 2 logits, got 1, of which there is no difference")
+        columns = contrasts(count, logits) if differences else None
+        jacobians = Jacobians(recorded, per_example, self.whole, columns)
         covariances = [posterior.covariance(jacobians) for posterior in posteriors]
         finite = torch.isfinite(covariances[0]).flatten(1).all(dim=1)
         if not finite.all():
@@ -106,6 +112,10 @@ class LogitPredictor:
             )
         dtype = accumulate_dtype(logits)
         mean = logits.detach().gather(1, per_example).to(dtype)
+        if columns is not None:
+            mean -= mean.mean(dim=1, keepdim=True)
+            back = columns.to(covariances[0]) / columns.to(covariances[0]).square().sum(dim=0)
+            covariances = [back @ covariance @ back.T for covariance in covariances]
         return mean, [covariance.to(logits.device, dtype) for covariance in covariances], indices
 
 

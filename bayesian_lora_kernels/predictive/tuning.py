@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from bayesian_lora_kernels.curvature.likelihood import Likelihood
+from bayesian_lora_kernels.curvature.likelihood import Classification, Likelihood
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import model_device
 from bayesian_lora_kernels.model.reading import check_loader
@@ -17,8 +18,8 @@ from bayesian_lora_kernels.posterior.curvature import Curvature
 from bayesian_lora_kernels.posterior.evidence import minimise_on_grid
 from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.posterior.prior import Prior
-from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.logits import LogitPredictor
+from bayesian_lora_kernels.predictive.probabilities import pairwise_log_probs
 
 # Each round is one pass over the held-out data and leaves two of its 16 intervals.
 ROUNDS = 3
@@ -30,34 +31,51 @@ def minimise_nll(
 ) -> Prior:
     """The prior of one precision with the smallest negative log-likelihood of the predictive.
 
-    Classification: the probit predictive. Regression: the Gaussian with the logits' variance and the unit noise. Each
+    Classification: the pairwise predictive. Regression: the Gaussian with the logits' variance and the unit noise. Each
     batch is captured once for all precisions of a round.
 
     Raises:
         TypeError: if the loader is a single batch.
         ValueError: if the loader is empty, an iterator that cannot start again, or has no labels.
     """
-    check_loader(loader, "val_loader")
     if isinstance(loader, Iterator):
         raise ValueError("val_loader: expected an iterable that can start again (a DataLoader or a list)")
 
     def nll(log_precisions: Tensor) -> Tensor:
-        totals, seen = torch.zeros(len(log_precisions), dtype=torch.float64), False
+        totals = torch.zeros(len(log_precisions), dtype=torch.float64)
         posteriors = _Posteriors(curvature, log_precisions.exp())
-        for index, given in enumerate(loader):
-            batch = Batch.of(given, model_device(predictor.model))
-            labels = batch.labels
-            if labels is None:
-                raise ValueError(f"val_loader: expected labels, batch {index} has none")
-            mean, covariances, _ = predictor.predict(batch, None, posteriors)
-            labels = likelihood.check_labels(mean, labels.to(mean.device))
+        for mean, covariances, labels in labelled_predictions(predictor, likelihood, loader, posteriors):
             totals += torch.stack([_nll(likelihood, mean, c, labels) for c in covariances]).cpu()
-            seen = True
-        if not seen:
-            raise ValueError("val_loader: expected at least one batch, got none")
         return totals
 
     return Prior(math.exp(minimise_on_grid(nll, "the model", ROUNDS, GRID)))
+
+
+def labelled_predictions(
+    predictor: LogitPredictor,
+    likelihood: Likelihood,
+    loader: Iterable[Any],
+    posteriors: Sequence[Posterior],
+    progress: bool = False,
+) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
+    """Means, covariances under every posterior, and labels, batch by batch; of classes, only of their differences.
+
+    Raises:
+        TypeError: if the loader is a single batch.
+        ValueError: if the loader is empty, or a batch has no labels, or labels that cannot be.
+    """
+    check_loader(loader, "val_loader")
+    seen = False
+    for index, given in enumerate(tqdm(loader, desc="held-out data", unit="batch", disable=not progress)):
+        batch = Batch.of(given, model_device(predictor.model))
+        labels = batch.labels
+        if labels is None:
+            raise ValueError(f"val_loader: expected labels, batch {index} has none")
+        mean, covariances, _ = predictor.predict(batch, None, posteriors, isinstance(likelihood, Classification))
+        yield mean, covariances, likelihood.check_labels(mean, labels.to(mean.device))
+        seen = True
+    if not seen:
+        raise ValueError("val_loader: expected at least one batch, got none")
 
 
 class _Posteriors(Sequence[Posterior]):
@@ -78,5 +96,4 @@ def _nll(likelihood: Likelihood, mean: Tensor, covariance: Tensor, labels: Tenso
         variance = covariance.diagonal(dim1=-2, dim2=-1) + 1
         density = -0.5 * ((labels - mean).square() / variance + variance.log() + math.log(2 * math.pi))
         return -density.sum(dtype=torch.float64)
-    probs = LogitPosterior(mean, covariance).probs("probit")
-    return -likelihood.log_likelihood(probs.clamp_min(torch.finfo(probs.dtype).tiny).log(), labels, None)
+    return -likelihood.log_likelihood(pairwise_log_probs(mean, covariance), labels, None)

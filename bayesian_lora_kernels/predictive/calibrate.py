@@ -1,0 +1,254 @@
+"""What held-out labels say of the level of the probabilities: a temperature that depends on the posterior variance.
+
+Of the pairs (T, b) of a grid each gets a weight, its prior times the likelihood of the labels, and the probabilities of
+all pairs are averaged. b multiplies the variances, T stands for all that they do not know of; b = 0 would be
+temperature scaling. A weighted average needs few labels, and never asks for more than the grid has.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesian_lora_kernels.predictive.probabilities import SLICE, pairwise_log_probs, scalar_log_probs
+
+logger = logging.getLogger(__name__)
+
+METHODS: Mapping[str, Callable[..., Tensor]] = {"pairwise": pairwise_log_probs, "scalar": scalar_log_probs}
+LOG_FACTORS = (-7.0, 5.0, 13)  # first, last, how many
+LOG_TEMPERATURES = (-1.4, 3.0, 15)
+# Mean and standard deviation of the normal priors of ln b and ln T.
+FACTOR_PRIOR = (-1.0, 2.5)
+TEMPERATURE_PRIOR = (0.5, 1.0)
+EDGE = 0.5  # of the weight: the grid is too small if so much is at an end of it
+
+
+class Notice:
+    """One line of the log, said once.
+
+    Args:
+        text: the line.
+    """
+
+    def __init__(self, text: str):
+        self.text, self.said = text, False
+
+    def say(self) -> None:
+        """Log it at INFO, the first time."""
+        if not self.said:
+            self.said = True
+            logger.info(self.text)
+
+
+@dataclass
+class LabelEvidence:
+    """What labels say of every pair (b, T) of the grid; that of several parts of the data adds up.
+
+    Attributes:
+        log_likelihood: `{method: [13, 15]}`, float64: of the labels, for every b and T.
+        counts: `[C]`, how many labels there are of each class; None before the first.
+        folds: of how many folds of the training data these labels are; None: they were held out.
+        report: what there is to say of the folds.
+    """
+
+    log_likelihood: dict[str, Tensor] = field(
+        default_factory=lambda: {name: torch.zeros(LOG_FACTORS[2], LOG_TEMPERATURES[2]).double() for name in METHODS}
+    )
+    counts: Tensor | None = None
+    folds: int | None = None
+    report: Mapping[str, Any] | None = None
+
+    def add(self, mean: Tensor, covariance: Tensor, labels: Tensor, scale: float) -> None:
+        """Look at some labelled examples.
+
+        Args:
+            mean: `[N, C]`.
+            covariance: `[N, C, C]`.
+            labels: `[N]`, class indices.
+            scale: `variance_scale` of the posterior that predicted them.
+        """
+        factors, temperatures = _grid(mean.device)
+        for name, method in METHODS.items():
+            for log_probs, rows, points in _on_grid(method, mean, covariance, factors * scale, temperatures):
+                chosen = log_probs.gather(2, labels[rows].expand(len(log_probs), -1)[:, :, None])
+                flat = self.log_likelihood[name].view(-1)
+                flat[points] += chosen.sum(dim=(1, 2), dtype=torch.float64).cpu()
+        counts = torch.bincount(labels, minlength=mean.shape[1]).cpu()
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    def __add__(self, other: LabelEvidence) -> LabelEvidence:
+        tables = {name: table + other.log_likelihood[name] for name, table in self.log_likelihood.items()}
+        counts = [one.counts for one in (self, other) if one.counts is not None]
+        return LabelEvidence(tables, torch.stack(counts).sum(dim=0) if counts else None)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Weights of temperatures and factors of the variance, over whose probabilities a prediction is averaged.
+
+    Source: none in print; `docs/calibration.md` has the measurements.
+
+    Attributes:
+        weights: `{method: [13, 15]}`, float64: of every factor b and temperature T; their sum is 1.
+        variance_scale: `sum_m l_m ||theta_m||^2 / P`, of the posterior that this belongs to: in the units of its prior,
+            variances that do not depend on what the prior precision happens to be.
+        n_labels: how many labels were seen.
+        folds: how many folds of the training data they are from; None: they were held out.
+        report: what `crossfit` has to say of the folds.
+        outdated: why this no longer belongs to the posterior, None: it does.
+    """
+
+    weights: Mapping[str, Tensor]
+    variance_scale: float
+    n_labels: int
+    folds: int | None = None
+    report: Mapping[str, Any] | None = None
+    outdated: str | None = None
+
+    @classmethod
+    def of(cls, evidence: LabelEvidence, variance_scale: float) -> Calibration:
+        """The weights that labels give, and a line at INFO that says how many there were.
+
+        Raises:
+            ValueError: for no labels, or labels of one class only.
+        """
+        if evidence.counts is None:
+            raise ValueError("calibrate: expected labels, there are none")
+        if len(seen := evidence.counts.nonzero().flatten()) < 2:
+            raise ValueError(
+                f"labels: expected at least two classes to calibrate with, all {int(evidence.counts.sum())} are class "
+                f"{int(seen[0])}"
+            )
+        prior = _log_prior()
+        weights = {}
+        for name, table in evidence.log_likelihood.items():
+            weights[name] = (table + prior).flatten().softmax(dim=0).view_as(table)
+        found = cls(weights, variance_scale, int(evidence.counts.sum()), evidence.folds, evidence.report)
+        logger.info(str(found))
+        by_factor, by_temperature = weights["pairwise"].sum(dim=1), weights["pairwise"].sum(dim=0)
+        for share, what in (
+            (by_temperature[0], f"lowest temperature, {math.exp(LOG_TEMPERATURES[0]):.3g}"),
+            (by_temperature[-1], f"highest temperature, {math.exp(LOG_TEMPERATURES[1]):.3g}"),
+            (by_factor[-1], f"largest factor of the variance, {math.exp(LOG_FACTORS[1]):.3g}"),
+        ):
+            if share > EDGE:
+                logger.warning(f"calibrate: {share:.0%} of the weight is at the {what}; the labels ask for one beyond")
+        return found
+
+    @property
+    def effective_points(self) -> dict[str, float]:
+        """`{method: 1 / sum of squared weights}`: over how many of the 195 pairs an average really goes."""
+        return {name: float(1 / values.square().sum()) for name, values in self.weights.items()}
+
+    def probs(self, method: str, mean: Tensor, covariance: Tensor) -> Tensor:
+        """Probabilities `[N, C]`, averaged over the pairs.
+
+        Raises:
+            RuntimeError: if this is outdated.
+        """
+        if self.outdated is not None:
+            raise RuntimeError(
+                f"probs: {self.outdated} since calibrate was called; call it again, or probs(calibrated=False)"
+            )
+        factors, temperatures = _grid(mean.device)
+        weights = self.weights[method].flatten().to(mean.device, mean.dtype)
+        total = torch.zeros_like(mean)
+        scaled = factors * self.variance_scale
+        for log_probs, rows, points in _on_grid(METHODS[method], mean, covariance, scaled, temperatures):
+            total[rows] += torch.einsum("g,gnc->nc", weights[points], log_probs.exp())
+        return total / total.sum(dim=1, keepdim=True)
+
+    def __str__(self) -> str:
+        source = "held-out labels" if self.folds is None else f"labels of {self.folds} folds"
+        points = ", ".join(f"{value:.1f} ({name})" for name, value in self.effective_points.items())
+        return f"calibrated with {self.n_labels} {source}; effective number of grid points of 195: {points}"
+
+    def as_json(self) -> dict[str, Any]:
+        """What a file keeps."""
+        return {
+            "weights": {name: values.tolist() for name, values in self.weights.items()},
+            "log_factors": list(LOG_FACTORS),
+            "log_temperatures": list(LOG_TEMPERATURES),
+            "variance_scale": self.variance_scale,
+            "n_labels": self.n_labels,
+            "folds": self.folds,
+            "report": self.report,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Calibration:
+        """What `as_json` gave.
+
+        Raises:
+            ValueError: for a key that is missing or unknown, or a value that cannot be; it is named.
+        """
+        expected = {
+            "weights": (
+                lambda v: isinstance(v, dict) and v.keys() == METHODS.keys(),
+                f"one table of each of {[*METHODS]}",
+            ),
+            "log_factors": (lambda v: v == [*LOG_FACTORS], f"{[*LOG_FACTORS]}"),
+            "log_temperatures": (lambda v: v == [*LOG_TEMPERATURES], f"{[*LOG_TEMPERATURES]}"),
+            "variance_scale": (lambda v: isinstance(v, float) and 0 <= v < math.inf, "a finite number, not negative"),
+            "n_labels": (lambda v: _is_count(v, 2), "a number of labels"),
+            "folds": (lambda v: v is None or _is_count(v, 2), "null or a number of folds"),
+            "report": (lambda v: v is None or isinstance(v, dict), "null or an object"),
+        }
+        for key in (*expected, *content):
+            if key not in content:
+                raise ValueError(f"calibration.{key}: missing, expected {expected[key][1]}")
+            if key not in expected:
+                raise ValueError(f"calibration.{key}: expected no such key")
+            check, text = expected[key]
+            if not check(content[key]):
+                raise ValueError(f"calibration.{key}: expected {text}, got {content[key]!r:.80}")
+        weights = {name: _weights(name, table) for name, table in content["weights"].items()}
+        return cls(weights, *(content[key] for key in ("variance_scale", "n_labels", "folds", "report")))
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _weights(name: str, table: Any) -> Tensor:
+    shape = LOG_FACTORS[2], LOG_TEMPERATURES[2]
+    try:
+        weights = torch.tensor(table, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        weights = torch.empty(0)
+    if weights.shape != shape or not (weights >= 0).all() or not abs(float(weights.sum()) - 1) < 1e-6:
+        raise ValueError(
+            f"calibration.weights.{name}: expected {list(shape)} weights whose sum is 1, got {table!r:.80}"
+        )
+    return weights
+
+
+def _grid(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factors and temperatures of all pairs, `[195]` float64; the temperature goes fastest."""
+    b, t = (torch.linspace(*axis, dtype=torch.float64, device=device).exp() for axis in (LOG_FACTORS, LOG_TEMPERATURES))
+    return b.repeat_interleave(len(t)), t.repeat(len(b))
+
+
+def _log_prior() -> Tensor:
+    """`[13, 15]`, up to a constant."""
+    b, t = (torch.linspace(*axis, dtype=torch.float64) for axis in (LOG_FACTORS, LOG_TEMPERATURES))
+    (mean_b, std_b), (mean_t, std_t) = FACTOR_PRIOR, TEMPERATURE_PRIOR
+    return -0.5 * (((b - mean_b) / std_b).square()[:, None] + ((t - mean_t) / std_t).square()[None, :])
+
+
+def _on_grid(
+    method: Callable[..., Tensor], mean: Tensor, covariance: Tensor, factors: Tensor, temperatures: Tensor
+) -> Iterable[tuple[Tensor, slice, slice]]:
+    """Log-probabilities `[g, n, C]` of some examples at some pairs, and which: a slice of either."""
+    c = mean.shape[1]
+    n = max(1, SLICE // (16 * c * c))
+    for rows in (slice(i, i + n) for i in range(0, len(mean), n)):
+        g = max(1, SLICE // (c * c * len(mean[rows])))
+        for points in (slice(i, i + g) for i in range(0, len(factors), g)):
+            yield method(mean[rows], covariance[rows], temperatures[points], factors[points]), rows, points
