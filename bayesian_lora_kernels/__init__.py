@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.config import LaplaceConfig
+from bayesian_lora_kernels.crossfitting.crossfit import crossfit
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.ops.dispatch import backends, set_default_impl
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior
@@ -26,6 +27,7 @@ __all__ = [
     "TokenScores",
     "VocabularyPosterior",
     "backends",
+    "crossfit",
     "ops",
     "patch",
     "set_default_impl",

@@ -21,6 +21,7 @@ FLOORS = [
     {"predictive"},
     {"verification.py"},
     {"laplace.py"},
+    {"crossfitting"},
     {"__init__.py"},
     {"demo", "compat"},
     {"commands"},

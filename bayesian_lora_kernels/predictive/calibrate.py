@@ -53,6 +53,8 @@ class LabelEvidence:
     Attributes:
         log_likelihood: `{method: [13, 15]}`, float64: of the labels, for every b and T.
         counts: `[C]`, how many labels there are of each class; None before the first.
+        hits: how many labels are the most probable class.
+        map_log_likelihood: of the labels, of the softmax of the means.
         folds: of how many folds of the training data these labels are; None: they were held out.
         report: what there is to say of the folds.
     """
@@ -61,6 +63,8 @@ class LabelEvidence:
         default_factory=lambda: {name: torch.zeros(LOG_FACTORS[2], LOG_TEMPERATURES[2]).double() for name in METHODS}
     )
     counts: Tensor | None = None
+    hits: int = 0
+    map_log_likelihood: float = 0.0
     folds: int | None = None
     report: Mapping[str, Any] | None = None
 
@@ -81,11 +85,50 @@ class LabelEvidence:
                 flat[points] += chosen.sum(dim=(1, 2), dtype=torch.float64).cpu()
         counts = torch.bincount(labels, minlength=mean.shape[1]).cpu()
         self.counts = counts if self.counts is None else self.counts + counts
+        self.hits += int((mean.argmax(dim=1) == labels).sum())
+        chosen = mean.double().log_softmax(dim=1).gather(1, labels[:, None])
+        self.map_log_likelihood += float(chosen.sum())
 
     def __add__(self, other: LabelEvidence) -> LabelEvidence:
         tables = {name: table + other.log_likelihood[name] for name, table in self.log_likelihood.items()}
         counts = [one.counts for one in (self, other) if one.counts is not None]
-        return LabelEvidence(tables, torch.stack(counts).sum(dim=0) if counts else None)
+        if len({len(one) for one in counts}) > 1:
+            raise ValueError(f"label evidence: expected one number of classes, got {[len(one) for one in counts]}")
+        return LabelEvidence(
+            tables,
+            torch.stack(counts).sum(dim=0) if counts else None,
+            self.hits + other.hits,
+            self.map_log_likelihood + other.map_log_likelihood,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """What a file keeps."""
+        return {
+            "log_likelihood": {name: table.tolist() for name, table in self.log_likelihood.items()},
+            "log_factors": list(LOG_FACTORS),
+            "log_temperatures": list(LOG_TEMPERATURES),
+            "counts": None if self.counts is None else self.counts.tolist(),
+            "hits": self.hits,
+            "map_log_likelihood": self.map_log_likelihood,
+            "report": self.report,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> LabelEvidence:
+        """What `as_json` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it cannot be that.
+        """
+        if content["log_factors"] != [*LOG_FACTORS] or content["log_temperatures"] != [*LOG_TEMPERATURES]:
+            raise ValueError("it is of another grid of factors and temperatures")
+        tables = {name: torch.tensor(content["log_likelihood"][name], dtype=torch.float64) for name in METHODS}
+        if any(
+            t.shape != (LOG_FACTORS[2], LOG_TEMPERATURES[2]) or not torch.isfinite(t).all() for t in tables.values()
+        ):
+            raise ValueError("log_likelihood: expected finite numbers, one for each pair of the grid")
+        counts = None if content["counts"] is None else torch.tensor(content["counts"], dtype=torch.int64)
+        return cls(tables, counts, int(content["hits"]), float(content["map_log_likelihood"]), report=content["report"])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Calibration without held-out labels: every training example is held out once."""
