@@ -345,7 +345,8 @@ def test_parts_of_data_sets():
 def test_a_digest_sees_every_value():
     values = [
         1, 1.0, "1", b"1", True, None, [1], [[1]], [1, 1], {"a": 1}, {"b": 1}, {"a": 2}, torch.ones(2),
-        torch.ones(1, 2), torch.ones(2, dtype=torch.int64), torch.zeros(2), torch.tensor(1.0), torch.zeros(0), Path("a"),
+        torch.ones(1, 2), torch.ones(2, dtype=torch.int64), torch.zeros(2), torch.tensor(1.0), torch.zeros(0),
+        Path("a"),
     ]  # fmt: skip
     assert len({digest(value) for value in values}) == len(values)
     assert digest(torch.ones(2)) == digest(torch.ones(2).numpy()) == digest(torch.ones(4)[::2])
