@@ -196,10 +196,10 @@ class LaplaceLoRA:
         Raises:
             RuntimeError, ValueError, TypeError: as `label_evidence`; for labels of one class only.
         """
-        fit = self._fitted("calibrate")
+        self._fitted("calibrate")
         if not isinstance(val_loader, LabelEvidence):
             val_loader = self.label_evidence(val_loader, progress)
-        self._calibration = Calibration.of(val_loader, self._variance_scale(fit)), self._gaussian()
+        self._calibration = Calibration.of(val_loader, self.variance_scale), self._gaussian()
         return self
 
     @in_own_surroundings
@@ -216,13 +216,19 @@ class LaplaceLoRA:
         if self.likelihood != "classification":
             raise ValueError(f"calibrate: expected likelihood='classification', got {self.likelihood!r}")
         likelihood = LIKELIHOODS[self.likelihood]()
-        found, scale = LabelEvidence(), self._variance_scale(fit)
+        found, scale = LabelEvidence(), self.variance_scale
         predictor, posterior = self._predictor(fit), self._gaussian()
         for mean, (covariance,), labels in labelled_predictions(
             predictor, likelihood, val_loader, [posterior], progress
         ):
             found.add(mean, covariance, labels, scale)
         return found
+
+    @property
+    def variance_scale(self) -> float:
+        """`sum_m l_m ||theta_m||^2 / P`, the unit of calibrated variances: weights squared over the prior's variance."""
+        prior, count = self.prior, sum(self._fitted("variance_scale").curvature.n_parameters.values())
+        return sum(float(prior[name]) * float(norm) for name, norm in self._square_norms().items()) / count
 
     @property
     def calibration(self) -> Calibration | None:
@@ -550,12 +556,6 @@ class LaplaceLoRA:
         return HiddenSampler(
             self.model, self.layers, self._forward, self._gaussian(), self.config.memory_budget, self._jvp
         )
-
-    def _variance_scale(self, fit: Fit) -> float:
-        """See `Calibration`: with it, variances do not depend on what the prior precision happens to be."""
-        prior, norms = self.prior, self._square_norms()
-        total = sum(float(prior[name]) * float(norm) for name, norm in norms.items())
-        return total / sum(fit.curvature.n_parameters.values())
 
     def _square_norms(self) -> dict[str, Tensor]:
         return {layer.name: layer.matrix().double().square().sum() for layer in self.layers}

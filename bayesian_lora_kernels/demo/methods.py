@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.calibration import temperature_scale
+from bayesian_lora_kernels.crossfitting.crossfit import crossfit
 from bayesian_lora_kernels.demo.settings import DemoSettings
-from bayesian_lora_kernels.demo.task import Splits, Task, in_order
-from bayesian_lora_kernels.demo.training import class_logits
+from bayesian_lora_kernels.demo.task import Example, Splits, Task, in_order, make_batch
 from bayesian_lora_kernels.laplace import LaplaceLoRA
+from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelEvidence
+from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 
 NAMES = {
     "map": "MAP",
     "temperature": "temperature scaling",
-    "kfac": "Laplace, K-FAC",
-    "ekfac": "Laplace, EKFAC",
-    "exact": "Laplace, exact GGN",
-    "ekfac_labels": "Laplace, EKFAC, labels",  # the prior precision by held-out labels, those of the temperature
+    "averaged": "temperatures, averaged",
+    "labels": "Laplace, same labels",
+    "ekfac_labels": "Laplace EKFAC, same labels",
+    "folds": "Laplace, no held-out labels",
+    "evidence": "Laplace, evidence alone",
 }
-LAPLACE = ("kfac", "ekfac", "exact")
+WITH_LABELS = ("temperature", "averaged", "labels", "ekfac_labels")
 SETS = ("test", "shift", "foreign")
+FOLDS = 2
 
-# Both are measured; the first is what the table shows: it needs no random numbers. Which of them predicts better
-# depends on the model; the JSON file has both.
-PREDICTIVES = ("probit", "mc")
+FineTune = Callable[[Sequence[Example]], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -37,93 +40,108 @@ class Outcome:
 
     Attributes:
         probs: `{set: [N, C]}`.
-        by_sampling: the same by Monte-Carlo averaging; empty where there is no posterior.
-        chosen: what was tuned: a temperature or a prior precision.
-        evidence: log marginal likelihood at that precision, or None.
-        seconds: that fitting, tuning and predicting took.
+        chosen: what was tuned, `{name: number}`.
+        seconds: that it took beyond what the methods before it had done.
     """
 
     probs: dict[str, Tensor]
-    by_sampling: dict[str, Tensor]
-    chosen: float | None
-    evidence: float | None
+    chosen: dict[str, float]
     seconds: float
 
 
 def compare_methods(
-    model: nn.Module,
+    fine_tune: FineTune,
     task: Task,
     splits: Splits,
     settings: DemoSettings,
     seed: int,
     watch: Callable[[str], None] = lambda name: None,
-) -> dict[str, Outcome]:
-    """Every method of `NAMES` on one fine-tuned model.
+) -> tuple[dict[str, Outcome], dict[str, Any]]:
+    """Every method of `NAMES` on one fine-tuned model, and the report of its folds.
 
     Args:
-        model: fine-tuned.
+        fine_tune: makes a model from a part of the training examples.
         task: for its tokens.
-        splits: `train` is for the curvature, `held_out` for the temperature and for the prior precision of the one
-            method that uses labels, the rest is predicted.
+        splits: `train` is what fine-tuning and curvature see, `held_out` the labels of `WITH_LABELS`; the rest is
+            predicted.
         settings: sizes.
-        seed: of Monte-Carlo averaging.
+        seed: of the folds and the curvature.
         watch: is told the name of a method when its turn comes.
     """
-    outcomes = {}
-    watch(NAMES["map"])
+    labels = torch.tensor([example.answer for example in splits.held_out])
+    options = {"class_token_ids": task.class_token_ids, "seed": seed}
+
+    watch(NAMES["folds"])
     start = perf_counter()
-    logits = {name: _logits(model, task, splits, name, settings) for name in SETS}
-    probs = {name: values.softmax(dim=-1) for name, values in logits.items()}
-    outcomes["map"] = Outcome(probs, {}, None, None, perf_counter() - start)
+    laplace = crossfit(
+        fine_tune,
+        splits.train,
+        FOLDS,
+        collate=make_batch,
+        batch_size=settings.predict_batch_size,
+        labels=[example.answer for example in splits.train],
+        groups=[example.document for example in splits.train],
+        curvature="exact",
+        progress=False,
+        **options,
+    )
+    folds = laplace.calibration
+    assert folds is not None
+    assert folds.report is not None
+    predicted = {name: _predict(laplace, getattr(splits, name), settings) for name in (*SETS, "held_out")}
+    outcomes = {"folds": _calibrated(predicted, folds, start)}
+
+    watch(NAMES["labels"])
+    start = perf_counter()
+    outcomes["labels"] = _calibrated(predicted, _by_labels(laplace, predicted["held_out"], labels), start)
+
+    watch(NAMES["evidence"])
+    start = perf_counter()
+    precision = float(laplace.prior[laplace.layers[0].name])
+    probs = {name: predicted[name].probs(calibrated=False) for name in SETS}
+    outcomes["evidence"] = Outcome(probs, {"prior precision": precision}, perf_counter() - start)
+
+    watch(NAMES["map"])
+    probs = {name: predicted[name].probs("map") for name in SETS}
+    outcomes["map"] = Outcome(probs, {}, 0.0)
 
     watch(NAMES["temperature"])
     start = perf_counter()
-    labels = torch.tensor([example.answer for example in splits.held_out])
-    temperature = temperature_scale(_logits(model, task, splits, "held_out", settings), labels)
-    probs = {name: (values / temperature).softmax(dim=-1) for name, values in logits.items()}
-    outcomes["temperature"] = Outcome(probs, {}, temperature, None, perf_counter() - start)
+    temperature = temperature_scale(predicted["held_out"].mean, labels)
+    probs = {name: (predicted[name].mean / temperature).softmax(dim=1) for name in SETS}
+    outcomes["temperature"] = Outcome(probs, {"temperature": temperature}, perf_counter() - start)
 
-    fitted = {}
-    for curvature in LAPLACE:
-        watch(NAMES[curvature])
-        start = perf_counter()
-        fitted[curvature] = _fit(model, task, splits, settings, curvature, seed).optimize_prior_precision()
-        outcomes[curvature] = _outcome(fitted[curvature], splits, settings, seed, start)
+    watch(NAMES["averaged"])
+    start = perf_counter()
+    # The same grid, prior and average as the posterior gets; without variances only the temperatures are left.
+    certain = {name: replace(one, covariance=torch.zeros_like(one.covariance)) for name, one in predicted.items()}
+    outcomes["averaged"] = _calibrated(certain, _by_labels(laplace, certain["held_out"], labels), start)
 
     watch(NAMES["ekfac_labels"])
     start = perf_counter()
-    held_out = in_order(splits.held_out, settings.predict_batch_size)
-    fitted["ekfac"].optimize_prior_precision("nll", val_loader=held_out)
-    outcomes["ekfac_labels"] = _outcome(fitted["ekfac"], splits, settings, seed, start)
-    return outcomes
+    ekfac = LaplaceLoRA(laplace.model, curvature="ekfac", **options)
+    ekfac.fit(in_order(splits.train, settings.predict_batch_size), progress=False).optimize_prior_precision()
+    approximate = {name: _predict(ekfac, getattr(splits, name), settings) for name in (*SETS, "held_out")}
+    outcomes["ekfac_labels"] = _calibrated(approximate, _by_labels(ekfac, approximate["held_out"], labels), start)
+    return {name: outcomes[name] for name in NAMES}, dict(folds.report)
 
 
-def _logits(model: nn.Module, task: Task, splits: Splits, name: str, settings: DemoSettings) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        batches = in_order(getattr(splits, name), settings.predict_batch_size)
-        return torch.cat([class_logits(model, batch, task.class_token_ids) for batch in batches])
-
-
-def _fit(
-    model: nn.Module, task: Task, splits: Splits, settings: DemoSettings, curvature: str, seed: int
-) -> LaplaceLoRA:
-    """Curvature from the training set: no label beyond those of the fine-tuning."""
-    laplace = LaplaceLoRA(model, class_token_ids=task.class_token_ids, curvature=curvature, seed=seed)
-    return laplace.fit(in_order(splits.train, settings.predict_batch_size), progress=False)
-
-
-def _outcome(laplace: LaplaceLoRA, splits: Splits, settings: DemoSettings, seed: int, start: float) -> Outcome:
-    generator = torch.Generator().manual_seed(seed)
-    probs: dict[str, dict[str, Tensor]] = {method: {} for method in PREDICTIVES}
-    for name in SETS:
-        posteriors = [laplace.predict(b) for b in in_order(getattr(splits, name), settings.predict_batch_size)]
-        for method in PREDICTIVES:
-            probs[method][name] = torch.cat(
-                [p.probs(method, n_samples=settings.samples, generator=generator) for p in posteriors]
-            )
-    precision = laplace.prior_precision
-    assert isinstance(precision, Tensor)  # one for all modules
-    return Outcome(
-        probs["probit"], probs["mc"], float(precision), float(laplace.log_marginal_likelihood()), perf_counter() - start
+def _predict(laplace: LaplaceLoRA, examples: Sequence[Example], settings: DemoSettings) -> LogitPosterior:
+    batches = in_order(examples, settings.predict_batch_size)
+    parts = [laplace.predict(batch, differences=True) for batch in batches]
+    return replace(
+        parts[0], mean=torch.cat([p.mean for p in parts]), covariance=torch.cat([p.covariance for p in parts])
     )
+
+
+def _by_labels(laplace: LaplaceLoRA, held_out: LogitPosterior, labels: Tensor) -> Calibration:
+    """What `laplace.calibrate` finds, of predictions that are there already."""
+    evidence = LabelEvidence()
+    evidence.add(held_out.mean, held_out.covariance, labels, laplace.variance_scale)
+    return Calibration.of(evidence, laplace.variance_scale)
+
+
+def _calibrated(predicted: dict[str, LogitPosterior], calibration: Calibration, start: float) -> Outcome:
+    probs = {name: replace(predicted[name], calibration=calibration).probs() for name in SETS}
+    points = {"effective number of grid points": calibration.effective_points["pairwise"]}
+    return Outcome(probs, points, perf_counter() - start)

@@ -1,4 +1,4 @@
-"""What the demo says: the table, sentences computed from it, JSON."""
+"""What the demo says: the tables, sentences computed from them, JSON."""
 
 from __future__ import annotations
 
@@ -9,29 +9,39 @@ from typing import Any
 
 import torch
 
-from bayesian_lora_kernels.demo.methods import LAPLACE, NAMES, PREDICTIVES
-from bayesian_lora_kernels.demo.results import Results, Run, Statistic, measure
+from bayesian_lora_kernels.demo.methods import NAMES
+from bayesian_lora_kernels.demo.results import COMPARED, Results, Run, Statistic, differences
 from bayesian_lora_kernels.demo.settings import CLASSES, DemoSettings
 
-COLUMNS = {"accuracy": "ACC", "nll": "NLL", "ece": "ECE", "brier": "Brier", "ood_auroc": "OOD AUROC"}
+COLUMNS = {"accuracy": "ACC", "nll": "NLL", "ece": "ECE", "brier": "Brier", "error_auroc": "error AUROC"}
+LAST = {"ood_auroc": "OOD AUROC"}
 TITLES = {"test": "test: docstrings", "shift": "shift: comments of the same modules"}
 POOR_AUROC = 0.7  # what does not reach this tells foreign from own badly
 
 
 def format_table(results: Results, settings: DemoSettings) -> str:
     """One block for each set, one row for each method; with several runs, mean and standard error."""
-    width = max(map(len, NAMES.values())) + 2
     blocks = []
     for name, methods in results.items():
-        metrics = list(next(iter(methods.values())))
-        cells = {method: [_cell(row[metric]) for metric in metrics] for method, row in methods.items()}
-        wide = max(len(COLUMNS["ood_auroc"]), *(len(cell) for row in cells.values() for cell in row))
+        columns = COLUMNS if name == "shift" else COLUMNS | LAST
+        cells = {method: [_cell(row[metric]) for metric in columns] for method, row in methods.items()}
         size = len(CLASSES) * getattr(settings, name)
-        lines = [f"{TITLES[name]} ({size} examples)"]
-        lines.append(" " * width + "  ".join(COLUMNS[metric].rjust(wide) for metric in metrics))
-        for method, row in cells.items():
-            lines.append(NAMES[method].ljust(width) + "  ".join(cell.rjust(wide) for cell in row))
-        blocks.append("\n".join(lines))
+        blocks.append(_block(f"{TITLES[name]} ({size} examples)", list(columns.values()), cells))
+    return "\n\n".join(blocks)
+
+
+def format_differences(results: Results) -> str:
+    """Differences to temperature scaling, run by run: mean, standard error, and in how many runs it is lower."""
+    blocks = []
+    for name, methods in differences(results).items():
+        cells = {
+            method: [
+                f"{row[m].mean:+.3f} ±{row[m].standard_error:.3f} ({round(row[m].share_lower * row[m].n)}/{row[m].n})"
+                for m in COMPARED
+            ]
+            for method, row in methods.items()
+        }
+        blocks.append(_block(f"{name}, less temperature scaling (lower in)", [COLUMNS[m] for m in COMPARED], cells))
     return "\n\n".join(blocks)
 
 
@@ -40,24 +50,28 @@ def conclusions(results: Results, settings: DemoSettings) -> list[str]:
     labels = len(CLASSES) * settings.held_out
     sentences = []
     for name, methods in results.items():
-        map_row, scaled = methods["map"], methods["temperature"]
-        found = [f"{COLUMNS[m]} {_range(methods, m)} (MAP {map_row[m].mean:.3f})" for m in ("nll", "ece")]
-        wins = [f"{_verdict(methods, m)} in {COLUMNS[m]} ({scaled[m].mean:.3f})" for m in ("nll", "ece")]
-        sentences.append(
-            f"On {name}, Laplace has {' and '.join(found)}, with no extra labels; temperature scaling, with {labels}, "
-            f"{', and '.join(wins)}."
+        scaled = methods["temperature"]
+        found = " ".join(
+            f"{_numbers(methods[method])} {text}{'.' if method == 'evidence' else ','}"
+            for method, text in (
+                ("map", "as fine-tuned"),
+                ("temperature", f"by temperature scaling with {labels} labels"),
+                ("labels", "by Laplace with the same labels"),
+                ("folds", "by Laplace with none held out"),
+                ("evidence", "by the evidence alone"),
+            )
         )
-    same = ", ".join(
-        f"on {name} NLL {methods['ekfac_labels']['nll'].mean:.3f} and ECE {methods['ekfac_labels']['ece'].mean:.3f}"
-        for name, methods in results.items()
-    )
-    sentences.append(f"With the same {labels} labels to choose its prior precision, EKFAC has {same}.")
+        better = [
+            f"{text} is {_better(methods[method], scaled)}"
+            for method, text in (("labels", "Laplace with the same labels"), ("folds", "Laplace without them"))
+        ]
+        sentences.append(f"On {name}: {found} Beside temperature scaling, {', and '.join(better)}.")
     changes = [
         100 * (methods[method]["accuracy"].mean - methods["map"]["accuracy"].mean)
         for methods in results.values()
-        for method in LAPLACE
+        for method in ("labels", "ekfac_labels", "folds")
     ]
-    sentences.append(f"Laplace changes accuracy by {min(changes):+.1f} to {max(changes):+.1f} points.")
+    sentences.append(f"Calibrated, Laplace changes accuracy by {min(changes):+.1f} to {max(changes):+.1f} points.")
     aurocs = [row["ood_auroc"].mean for row in results["test"].values()]
     verdict = "no method tells them apart well" if max(aurocs) < POOR_AUROC else "the best tells them apart fairly well"
     sentences.append(
@@ -81,52 +95,49 @@ def as_json(
         },
         "seeds": [run.seed for run in runs],
         "classes": list(CLASSES),
-        "predictive": PREDICTIVES[0],
-        "results": _plain(results),
-        "results_by_monte_carlo": _plain(measure(runs, by_sampling=True)),
-        "chosen": {
-            method: {
-                "what": "temperature" if method == "temperature" else "prior precision",
-                "values": [run.outcomes[method].chosen for run in runs],
-                "log_marginal_likelihood": [run.outcomes[method].evidence for run in runs],
+        "results": {
+            name: {
+                method: {
+                    metric: {"mean": s.mean, "standard_error": s.standard_error, "values": list(s.values)}
+                    for metric, s in row.items()
+                }
+                for method, row in methods.items()
             }
-            for method in NAMES
-            if method != "map"
+            for name, methods in results.items()
         },
+        "differences_to_temperature_scaling": {
+            name: {
+                method: {metric: asdict(difference) for metric, difference in row.items()}
+                for method, row in methods.items()
+            }
+            for name, methods in differences(results).items()
+        },
+        "chosen": {method: [run.outcomes[method].chosen for run in runs] for method in NAMES},
+        "folds": [run.folds for run in runs],
         "conclusions": conclusions(results, settings),
         "settings": asdict(settings),
         "seconds": {**seconds, **{m: sum(run.outcomes[m].seconds for run in runs) for m in NAMES}},
     }
 
 
-def _range(methods: Mapping[str, Mapping[str, Statistic]], metric: str) -> str:
-    values = [methods[method][metric].mean for method in LAPLACE]
-    low, high = f"{min(values):.3f}", f"{max(values):.3f}"
-    return low if low == high else f"{low} to {high}"
+def _block(title: str, columns: Sequence[str], cells: Mapping[str, Sequence[str]]) -> str:
+    first = max(map(len, NAMES.values())) + 2
+    wide = max(len(text) for row in (columns, *cells.values()) for text in row)
+    lines = [title, " " * first + "  ".join(column.rjust(wide) for column in columns)]
+    lines += [NAMES[method].ljust(first) + "  ".join(cell.rjust(wide) for cell in row) for method, row in cells.items()]
+    return "\n".join(lines)
 
 
-def _verdict(methods: Mapping[str, Mapping[str, Statistic]], metric: str) -> str:
-    """How temperature scaling's mean compares with the three of Laplace, where smaller is better."""
-    theirs = methods["temperature"][metric].mean
-    ours = [methods[method][metric].mean for method in LAPLACE]
-    if theirs < min(ours):
-        return "is better than all of them"
-    return "is worse than all of them" if theirs > max(ours) else "lies among them"
+def _numbers(row: Mapping[str, Statistic]) -> str:
+    return f"NLL {row['nll'].mean:.3f} and ECE {row['ece'].mean:.3f}"
+
+
+def _better(ours: Mapping[str, Statistic], theirs: Mapping[str, Statistic]) -> str:
+    """In words, by the means."""
+    verdicts = [f"{'better' if ours[m].mean < theirs[m].mean else 'no better'} in {COLUMNS[m]}" for m in ("nll", "ece")]
+    return " and ".join(verdicts)
 
 
 def _cell(statistic: Statistic) -> str:
     error = statistic.standard_error
     return f"{statistic.mean:.3f}" + ("" if error is None else f" ±{error:.3f}")
-
-
-def _plain(results: Results) -> dict[str, Any]:
-    return {
-        name: {
-            method: {
-                metric: {"mean": s.mean, "standard_error": s.standard_error, "values": list(s.values)}
-                for metric, s in row.items()
-            }
-            for method, row in methods.items()
-        }
-        for name, methods in results.items()
-    }

@@ -14,15 +14,16 @@ import torch
 from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.calibration.plots import reliability_diagrams, save_figure
-from bayesian_lora_kernels.demo.methods import NAMES, compare_methods
-from bayesian_lora_kernels.demo.report import TITLES, as_json, conclusions, format_table
+from bayesian_lora_kernels.demo.methods import FOLDS, NAMES, WITH_LABELS, compare_methods
+from bayesian_lora_kernels.demo.report import TITLES, as_json, conclusions, format_differences, format_table
 from bayesian_lora_kernels.demo.results import MEASURED, Run, make_run, measure
 from bayesian_lora_kernels.demo.sentences import read_standard_library
 from bayesian_lora_kernels.demo.settings import CLASSES, FOREIGN, DemoSettings
-from bayesian_lora_kernels.demo.task import Task
+from bayesian_lora_kernels.demo.task import Example, Task
 from bayesian_lora_kernels.demo.training import add_lora, fine_tune, make_base_model, train_base_model
 from bayesian_lora_kernels.posterior.storage import write_text
 
+DRAWN = ("map", "temperature", "labels", "folds", "evidence")
 JSON_NAME, PLOT_NAME = "results.json", "reliability.png"
 MOST_THREADS = 4  # the model is small: more of them wait for each other
 
@@ -74,6 +75,8 @@ def run_demo(settings: DemoSettings, seeds: int, seed: int, out: Path, progress:
     print(_heading(settings, seeds))
     print(format_table(results, settings))
     print()
+    if seeds > 1:
+        print(format_differences(results) + "\n")
     for sentence in conclusions(results, settings):
         print(sentence)
     print(f"\n{out / PLOT_NAME}, {out / JSON_NAME}; {seconds['total']:.0f} s")
@@ -108,32 +111,26 @@ def _base_model(task: Task, settings: DemoSettings, seed: int, progress: bool) -
 
 def _one_run(task: Task, base: torch.nn.Module, settings: DemoSettings, seed: int, name: str, progress: bool) -> Run:
     splits = task.splits(seed)
-    model = add_lora(copy.deepcopy(base), settings.tuning, seed)
-    epochs = settings.tuning.epochs
-    with tqdm(total=epochs, desc=f"{name}, fine-tuning", unit="epoch", disable=not progress) as bar:
+    total = (FOLDS + 1) * settings.tuning.epochs  # without each fold, and with all
+    with tqdm(total=total, desc=name, unit="epoch", disable=not progress) as bar:
 
         def show(numbers: dict[str, float]) -> None:
             bar.set_postfix({key: f"{value:.3f}" for key, value in numbers.items()}, refresh=False)
             bar.update()
 
-        fine_tune(model, task.class_token_ids, splits.train, settings.tuning, seed, show)
-    with tqdm(total=len(NAMES), desc=f"{name}, methods", unit="method", disable=not progress) as bar:
-        started: list[str] = []
+        def tuned(examples: Sequence[Example]) -> torch.nn.Module:
+            model = add_lora(copy.deepcopy(base), settings.tuning, seed)
+            fine_tune(model, task.class_token_ids, examples, settings.tuning, seed, show)
+            return model
 
-        def begin(method: str) -> None:
-            bar.update(len(started) - bar.n)
-            started.append(method)
-            bar.set_postfix_str(method)
-
-        outcomes = compare_methods(model, task, splits, settings, seed, begin)
-        bar.update(len(started) - bar.n)
-    return make_run(seed, splits, outcomes)
+        outcomes, folds = compare_methods(tuned, task, splits, settings, seed, bar.set_postfix_str)
+    return make_run(seed, splits, outcomes, folds)
 
 
 def _pooled(runs: Sequence[Run], name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Predictions of all runs, one after the other."""
     assert name in MEASURED
-    probs = {title: torch.cat([run.outcomes[m].probs[name] for run in runs]) for m, title in NAMES.items()}
+    probs = {NAMES[m]: torch.cat([run.outcomes[m].probs[name] for run in runs]) for m in DRAWN}
     return probs, torch.cat([run.labels[name] for run in runs])
 
 
@@ -142,8 +139,8 @@ def _heading(settings: DemoSettings, seeds: int) -> str:
     spread = f"; mean ± standard error of {seeds} fine-tunings of one base model" if seeds > 1 else ""
     return (
         f"\nWhich module is a sentence from: {', '.join(CLASSES)}? {sizes}{spread}.\n"
-        "Laplace: prior precision by the evidence (in the last row by held-out labels), probit predictive "
-        "(Monte Carlo is in the JSON file).\n"
+        f"{len(CLASSES) * settings.held_out} more are held out, with labels for {', '.join(NAMES[m] for m in WITH_LABELS)}.\n"
+        "Laplace: exact curvature, or EKFAC where it says so; pairwise probabilities.\n"
     )
 
 

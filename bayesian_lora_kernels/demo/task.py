@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,11 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answer: an index into the classes, or a token, or `NO_ANSWER`."""
+    """A prompt, its answer (an index into the classes, or a token, or `NO_ANSWER`), and the docstring it is from."""
 
     tokens: tuple[int, ...]
     answer: int
+    document: tuple[int, int] | None = None  # class and number
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,10 @@ class Task:
         train, held_out, test, shift = [], [], [], []
         for index, name in enumerate(CLASSES):
             module = self.modules[name]
-            pool = self._examples(_flat(rng.sample(module.docstrings, len(module.docstrings))), index)
+            documents = rng.sample(module.docstrings, len(module.docstrings))
+            pool = self._examples(_flat(documents), index)
+            sources = [number for number, document in enumerate(documents) for _ in document]
+            pool = [replace(one, document=(index, number)) for one, number in zip(pool, sources, strict=True)]
             comments = self._examples(_flat(rng.sample(module.comments, len(module.comments))), index)
             train += pool[: s.train]
             held_out += pool[s.train : s.train + s.held_out]
