@@ -21,6 +21,7 @@ from bayesian_lora_kernels.calibration.plots import (
     draw_reliability,
     reliability_diagram,
     reliability_diagrams,
+    risk_coverage_diagram,
     save_figure,
 )
 from bayesian_lora_kernels.calibration.reliability import ReliabilityBins, reliability_bins
@@ -48,6 +49,7 @@ __all__ = [
     "reliability_diagram",
     "reliability_diagrams",
     "risk_coverage",
+    "risk_coverage_diagram",
     "save_figure",
     "summary",
     "temperature_scale",
