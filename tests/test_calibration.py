@@ -154,12 +154,6 @@ def test_bad_bins_and_scores():
         summary(HAND, HAND_LABELS, torch.full((2, 4), 0.25))
 
 
-def test_missing_sklearn_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
-        ood_auroc(torch.ones(2), torch.zeros(2))
-
-
 def test_missing_matplotlib_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
