@@ -226,7 +226,7 @@ class LaplaceLoRA:
 
     @property
     def variance_scale(self) -> float:
-        """`sum_m l_m ||theta_m||^2 / P`, the unit of calibrated variances: weights squared over the prior's variance."""
+        """`sum_m l_m ||theta_m||^2 / P`, the unit of calibrated variances: square weights over the prior's."""
         prior, count = self.prior, sum(self._fitted("variance_scale").curvature.n_parameters.values())
         return sum(float(prior[name]) * float(norm) for name, norm in self._square_norms().items()) / count
 

@@ -46,10 +46,12 @@ def test_demo_prints_what_it_writes(quick):
             for statistic in row.values():
                 assert len(statistic["values"]) == 2
                 assert f"{statistic['mean']:.3f} ±{statistic['standard_error']:.3f}" in output
-    assert list(content["results_by_monte_carlo"]["test"]) == ["kfac", "ekfac", "exact", "ekfac_labels"]
+    assert "less temperature scaling (lower in)" in output
+    assert set(content["differences_to_temperature_scaling"]["shift"]) == {*NAMES} - {"temperature"}
+    assert all(len(folds["folds"]) == 2 for folds in content["folds"])
     for sentence in content["conclusions"]:
         assert sentence in output
-    assert all(value > 0 for what in content["chosen"].values() for value in what["values"])
+    assert all(value > 0 for runs in content["chosen"].values() for run in runs for value in run.values())
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["demo", "--seeds", "0"], ["demo", "--seeds", "x"]])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
+import itertools
 import random
 
 import pytest
 import torch
 
+from bayesian_lora_kernels.calibration import temperature_scale
 from bayesian_lora_kernels.commands.doctor import TOLERANCE, examine, format_report
 from bayesian_lora_kernels.demo import sentences
 from bayesian_lora_kernels.demo.methods import NAMES, SETS, Outcome, compare_methods
-from bayesian_lora_kernels.demo.report import conclusions, format_table
-from bayesian_lora_kernels.demo.results import Run, Statistic, make_run, measure
+from bayesian_lora_kernels.demo.report import conclusions, format_differences, format_table
+from bayesian_lora_kernels.demo.results import Run, Statistic, differences, make_run, measure
 from bayesian_lora_kernels.demo.sentences import Module, read_standard_library, words
 from bayesian_lora_kernels.demo.settings import CLASSES, FOREIGN, DemoSettings, quick_settings
 from bayesian_lora_kernels.demo.task import NO_ANSWER, Example, Task, make_batch, shuffled
@@ -109,6 +112,8 @@ def test_splits(task, modules):
     assert len(one.foreign) == SETTINGS.foreign
     sets = [{e.tokens for e in getattr(one, name)} for name in ("train", "held_out", "test")]
     assert len(set.union(*sets)) == sum(map(len, sets))
+    documents = [{e.document for e in getattr(one, name)} for name in ("train", "held_out", "test")]
+    assert all(len(first & second) <= len(CLASSES) for first, second in itertools.pairwise(documents))  # cut at the end
     pretrained = {e.tokens for e in task.base_examples}
     for name in ("train", "held_out", "test", "shift", "foreign"):
         shared = [e for e in getattr(one, name) if e.tokens in pretrained]
@@ -155,23 +160,49 @@ def test_training_learns_and_freezes_the_base(tuned):
 def test_methods(tuned, task):
     model, splits, *_ = tuned
     order: list[str] = []
-    outcomes = compare_methods(model, task, splits, SETTINGS, 0, order.append)
-    assert order == list(NAMES.values())
-    for method, outcome in outcomes.items():
+    parts: list[int] = []
+
+    def again(examples):
+        parts.append(len(examples))
+        return copy.deepcopy(model)  # what it is trained on is not what is tested here
+
+    outcomes, folds = compare_methods(again, task, splits, SETTINGS, 0, order.append)
+    assert list(outcomes) == list(NAMES)
+    assert sorted(order) == sorted(NAMES.values())
+    assert parts[:-1] == [fold["n_train"] for fold in folds["folds"]]
+    assert parts[-1] == len(splits.train) == sum(fold["n_held_out"] for fold in folds["folds"])
+    for outcome in outcomes.values():
         for name in SETS:
             assert outcome.probs[name].shape == (len(getattr(splits, name)), len(CLASSES))
-        assert set(outcome.by_sampling) == (set() if method in ("map", "temperature") else set(SETS))
     map_test, scaled = outcomes["map"].probs["test"], outcomes["temperature"]
-    assert torch.equal(map_test.argmax(-1), scaled.probs["test"].argmax(-1))
-    powers = (map_test.double().log() / scaled.chosen).softmax(-1)
+    with torch.no_grad():
+        logits = {
+            name: class_logits(model, make_batch(getattr(splits, name)), task.class_token_ids)
+            for name in ("test", "held_out")
+        }
+    torch.testing.assert_close(map_test, logits["test"].softmax(-1), rtol=1e-3, atol=1e-4)
+    labels = torch.tensor([example.answer for example in splits.held_out])
+    assert scaled.chosen["temperature"] == pytest.approx(temperature_scale(logits["held_out"], labels), rel=1e-3)
+    powers = (logits["test"].double() / scaled.chosen["temperature"]).softmax(-1)
     torch.testing.assert_close(scaled.probs["test"].double(), powers, rtol=1e-3, atol=1e-5)
-    # the posterior sits at the MAP weights and spreads the probabilities
-    laplace = LaplaceLoRA(model, class_token_ids=task.class_token_ids).fit([make_batch(splits.train)], progress=False)
-    mean = laplace.predict(make_batch(splits.test)).probs("map")
-    torch.testing.assert_close(mean, map_test, rtol=1e-3, atol=1e-4)
-    for curvature in ("kfac", "ekfac", "exact", "ekfac_labels"):
-        assert outcomes[curvature].probs["test"].max(-1).values.mean() < map_test.max(-1).values.mean()
-        assert outcomes[curvature].evidence is not None
+    # an average over temperatures keeps the most probable class, and is what a brute-force average is
+    ladder = torch.linspace(-1.4, 3, 15, dtype=torch.float64).exp()
+    fit = torch.stack(
+        [(logits["held_out"].double() / t).log_softmax(-1)[range(len(labels)), labels].sum() for t in ladder]
+    )
+    weights = (fit - (ladder.log() - 0.5).square() / 2).softmax(0)
+    average = sum(w * (logits["test"].double() / t).softmax(-1) for w, t in zip(weights, ladder, strict=True))
+    torch.testing.assert_close(outcomes["averaged"].probs["test"].double(), average, rtol=1e-3, atol=1e-5)
+    # the same posterior through the public calls
+    for method, curvature in (("labels", "exact"), ("ekfac_labels", "ekfac")):
+        laplace = LaplaceLoRA(model, class_token_ids=task.class_token_ids, curvature=curvature)
+        laplace.fit([make_batch(splits.train)], progress=False).optimize_prior_precision()
+        plain = laplace.predict(make_batch(splits.test)).probs()
+        laplace.calibrate([make_batch(splits.held_out)], progress=False)
+        expected = laplace.predict(make_batch(splits.test)).probs()
+        torch.testing.assert_close(outcomes[method].probs["test"], expected, rtol=1e-2, atol=1e-3)
+        if method == "labels":
+            torch.testing.assert_close(outcomes["evidence"].probs["test"], plain, rtol=1e-2, atol=1e-3)
 
 
 def constant_run(seed: int, confidences: dict[str, float]) -> Run:
@@ -180,22 +211,32 @@ def constant_run(seed: int, confidences: dict[str, float]) -> Run:
     outcomes = {}
     for method, confidence in confidences.items():
         row = torch.tensor([confidence] + [(1 - confidence) / 3] * 3, dtype=torch.float64)
-        outcomes[method] = Outcome(dict.fromkeys(SETS, row.expand(3, 4)), {}, None, None, 0.0)
-    return Run(seed, {"test": labels, "shift": labels}, outcomes)
+        outcomes[method] = Outcome(dict.fromkeys(SETS, row.expand(3, 4)), {}, 0.0)
+    return Run(seed, {"test": labels, "shift": labels}, outcomes, {})
 
 
-@pytest.mark.parametrize(
-    ("scaled", "verdict"), [(0.66, "is better than all"), (0.97, "is worse than all"), (0.74, "lies among them")]
-)
-def test_conclusions_follow_the_numbers(scaled, verdict):
-    confidences = {"map": 0.99, "temperature": scaled, "kfac": 0.7, "ekfac": 0.75, "exact": 0.8, "ekfac_labels": 0.9}
-    results = measure([constant_run(0, confidences)])
-    text = " ".join(conclusions(results, SETTINGS))
-    assert text.count(verdict) == 4  # NLL and ECE, test and shift
-    assert "ECE 0.033 to 0.133 (MAP 0.323)" in text
-    assert text.count("and ECE 0.233") == 2  # with labels
+def test_conclusions_follow_the_numbers():
+    confidences = {**dict.fromkeys(NAMES, 0.9), "map": 0.99, "temperature": 0.8, "labels": 0.7, "evidence": 0.5}
+    text = " ".join(conclusions(measure([constant_run(0, confidences)]), SETTINGS))
+    assert text.count("ECE 0.323 as fine-tuned") == text.count("ECE 0.133 by temperature scaling with 32 labels") == 2
+    assert text.count("ECE 0.033 by Laplace with the same labels") == 2
+    assert text.count("Laplace with the same labels is better in NLL and better in ECE") == 2
+    assert text.count("Laplace without them is no better in NLL and no better in ECE") == 2
     assert "by +0.0 to +0.0 points" in text
     assert "no method tells them apart well" in text
+
+
+def test_differences_are_paired():
+    runs = [constant_run(seed, {**dict.fromkeys(NAMES, 0.7), "map": m}) for seed, m in enumerate((0.9, 0.8))]
+    results = measure(runs)
+    found = differences(results)["test"]["map"]["ece"]
+    assert found.mean == pytest.approx(0.15)
+    assert found.standard_error == pytest.approx(0.05)
+    assert (found.share_lower, found.n) == (0, 2)
+    assert "temperature" not in differences(results)["test"]
+    table = format_differences(results)
+    assert "+0.150 ±0.050 (0/2)" in table
+    assert "test, less temperature scaling" in table
 
 
 def test_table_has_means_and_errors():
@@ -213,7 +254,7 @@ def test_table_has_means_and_errors():
 
 def test_run_keeps_labels(task):
     splits = task.splits(0)
-    assert make_run(0, splits, {}).labels["test"].tolist() == [example.answer for example in splits.test]
+    assert make_run(0, splits, {}, {}).labels["test"].tolist() == [example.answer for example in splits.test]
 
 
 def test_doctor_passes_and_notices_a_fault(monkeypatch):

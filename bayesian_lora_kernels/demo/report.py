@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bayesian_lora_kernels.calibration import PairedDifference
 from bayesian_lora_kernels.demo.methods import NAMES
 from bayesian_lora_kernels.demo.results import COMPARED, Results, Run, Statistic, differences
 from bayesian_lora_kernels.demo.settings import CLASSES, DemoSettings
@@ -34,13 +36,7 @@ def format_differences(results: Results) -> str:
     """Differences to temperature scaling, run by run: mean, standard error, and in how many runs it is lower."""
     blocks = []
     for name, methods in differences(results).items():
-        cells = {
-            method: [
-                f"{row[m].mean:+.3f} ±{row[m].standard_error:.3f} ({round(row[m].share_lower * row[m].n)}/{row[m].n})"
-                for m in COMPARED
-            ]
-            for method, row in methods.items()
-        }
+        cells = {method: [_difference(row.get(metric)) for metric in COMPARED] for method, row in methods.items()}
         blocks.append(_block(f"{name}, less temperature scaling (lower in)", [COLUMNS[m] for m in COMPARED], cells))
     return "\n\n".join(blocks)
 
@@ -98,7 +94,11 @@ def as_json(
         "results": {
             name: {
                 method: {
-                    metric: {"mean": s.mean, "standard_error": s.standard_error, "values": list(s.values)}
+                    metric: {
+                        "mean": s.mean,
+                        "standard_error": s.standard_error,
+                        "values": [value if math.isfinite(value) else None for value in s.values],
+                    }
                     for metric, s in row.items()
                 }
                 for method, row in methods.items()
@@ -139,5 +139,11 @@ def _better(ours: Mapping[str, Statistic], theirs: Mapping[str, Statistic]) -> s
 
 
 def _cell(statistic: Statistic) -> str:
-    error = statistic.standard_error
-    return f"{statistic.mean:.3f}" + ("" if error is None else f" ±{error:.3f}")
+    mean, error = statistic.mean, statistic.standard_error
+    return "-" if mean is None else f"{mean:.3f}" + ("" if error is None else f" ±{error:.3f}")
+
+
+def _difference(found: PairedDifference | None) -> str:
+    if found is None or found.standard_error is None:
+        return "-"
+    return f"{found.mean:+.3f} ±{found.standard_error:.3f} ({round(found.share_lower * found.n)}/{found.n})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,14 +43,18 @@ class Statistic:
     values: tuple[float, ...]
 
     @property
-    def mean(self) -> float:
-        """Mean over the runs."""
-        return fmean(self.values)
+    def mean(self) -> float | None:
+        """Mean over the runs in which it is defined; None without one."""
+        return fmean(self._defined) if self._defined else None
 
     @property
     def standard_error(self) -> float | None:
         """Of the mean; None from a single run."""
-        return stdev(self.values) / math.sqrt(len(self.values)) if len(self.values) > 1 else None
+        return stdev(self._defined) / math.sqrt(len(self._defined)) if len(self._defined) > 1 else None
+
+    @property
+    def _defined(self) -> list[float]:
+        return [value for value in self.values if math.isfinite(value)]
 
 
 # {set: {method: {metric: statistic}}}
@@ -72,12 +77,16 @@ def measure(runs: Sequence[Run]) -> Results:
 
 
 def differences(results: Results) -> dict[str, dict[str, dict[str, PairedDifference]]]:
-    """`{set: {method: {metric: difference to temperature scaling, run by run}}}`, of all other methods."""
-    return {
-        name: {
-            method: {key: paired_difference(row[key].values, methods["temperature"][key].values) for key in COMPARED}
-            for method, row in methods.items()
-            if method != "temperature"
-        }
-        for name, methods in results.items()
-    }
+    """`{set: {method: {metric: difference to temperature scaling, run by run}}}`, of all other methods.
+
+    Runs in which a metric is not defined, such as the AUROC of errors where there are none, do not count in it.
+    """
+    found: dict[str, dict[str, dict[str, PairedDifference]]] = {}
+    for name, methods in results.items():
+        found[name] = {method: {} for method in methods if method != "temperature"}
+        for method, metric in itertools.product(found[name], COMPARED):
+            pairs = zip(methods[method][metric].values, methods["temperature"][metric].values, strict=True)
+            defined = [pair for pair in pairs if all(map(math.isfinite, pair))]
+            if defined:
+                found[name][method][metric] = paired_difference(*zip(*defined, strict=True))
+    return found

@@ -139,7 +139,7 @@ def _heading(settings: DemoSettings, seeds: int) -> str:
     spread = f"; mean ± standard error of {seeds} fine-tunings of one base model" if seeds > 1 else ""
     return (
         f"\nWhich module is a sentence from: {', '.join(CLASSES)}? {sizes}{spread}.\n"
-        f"{len(CLASSES) * settings.held_out} more are held out, with labels for {', '.join(NAMES[m] for m in WITH_LABELS)}.\n"
+        f"{len(CLASSES) * settings.held_out} more are held out for {', '.join(NAMES[m] for m in WITH_LABELS)}.\n"
         "Laplace: exact curvature, or EKFAC where it says so; pairwise probabilities.\n"
     )
 
