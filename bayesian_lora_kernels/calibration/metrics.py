@@ -162,7 +162,7 @@ def summary(
 
 
 def _auroc(lower: Tensor, higher: Tensor) -> float:
-    """P(higher > lower) + P(equal) / 2: Mann and Whitney's U by midranks, as a share of all pairs; NaN without pairs."""
+    """P(higher > lower) + P(equal) / 2: Mann and Whitney's U by midranks, as a share of pairs; NaN without pairs."""
     if 0 in (len(lower), len(higher)):
         return math.nan
     _, where, count = torch.cat([lower, higher]).unique(return_inverse=True, return_counts=True)
