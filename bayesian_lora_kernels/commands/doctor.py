@@ -24,7 +24,7 @@ from bayesian_lora_kernels.ops import native
 from bayesian_lora_kernels.ops.dispatch import backends
 from bayesian_lora_kernels.verification import Verification
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy", "scikit-learn", "matplotlib")
+PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy", "matplotlib")
 TOLERANCE = 1e-10
 EXAMPLES = 8  # of the file; the one with most padding among them and its neighbour are compared
 

@@ -21,13 +21,12 @@ from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 NAMES = {
     "map": "MAP",
     "temperature": "temperature scaling",
-    "averaged": "temperatures, averaged",
+    "averaged": "averaged temperatures",
     "labels": "Laplace, same labels",
     "ekfac_labels": "Laplace EKFAC, same labels",
     "folds": "Laplace, no held-out labels",
     "evidence": "Laplace, evidence alone",
 }
-WITH_LABELS = ("temperature", "averaged", "labels", "ekfac_labels")
 SETS = ("test", "shift", "foreign")
 FOLDS = 2
 
@@ -62,8 +61,8 @@ def compare_methods(
     Args:
         fine_tune: makes a model from a part of the training examples.
         task: for its tokens.
-        splits: `train` is what fine-tuning and curvature see, `held_out` the labels of `WITH_LABELS`; the rest is
-            predicted.
+        splits: `train` is what fine-tuning and curvature see, `held_out` the labels that temperatures and
+            `same labels` see; the rest is predicted.
         settings: sizes.
         seed: of the folds and the curvature.
         watch: is told the name of a method when its turn comes.

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.calibration.plots import reliability_diagrams, save_figure
-from bayesian_lora_kernels.demo.methods import FOLDS, NAMES, WITH_LABELS, compare_methods
+from bayesian_lora_kernels.demo.methods import FOLDS, NAMES, compare_methods
 from bayesian_lora_kernels.demo.report import TITLES, as_json, conclusions, format_differences, format_table
 from bayesian_lora_kernels.demo.results import MEASURED, Run, make_run, measure
 from bayesian_lora_kernels.demo.sentences import read_standard_library
@@ -46,7 +46,7 @@ def run_demo(settings: DemoSettings, seeds: int, seed: int, out: Path, progress:
     Raises:
         ValueError: if `seeds` is not positive.
         RuntimeError: if this Python lacks the text that is needed.
-        ImportError: without matplotlib or scikit-learn.
+        ImportError: without matplotlib.
         OSError: if `out` cannot be written to.
     """
     if seeds < 1:
@@ -87,14 +87,12 @@ def check_packages() -> None:
     """Before long work: is there what is needed at its end?
 
     Raises:
-        ImportError: without matplotlib or scikit-learn.
+        ImportError: without matplotlib.
     """
     from importlib.util import find_spec
 
-    packages = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
-    missing = [name for module, name in packages.items() if find_spec(module) is None]
-    if missing:
-        raise ImportError(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if find_spec("matplotlib") is None:
+        raise ImportError("the demo needs matplotlib: pip install matplotlib")
 
 
 def _base_model(task: Task, settings: DemoSettings, seed: int, progress: bool) -> torch.nn.Module:
@@ -139,7 +137,8 @@ def _heading(settings: DemoSettings, seeds: int) -> str:
     spread = f"; mean ± standard error of {seeds} fine-tunings of one base model" if seeds > 1 else ""
     return (
         f"\nWhich module is a sentence from: {', '.join(CLASSES)}? {sizes}{spread}.\n"
-        f"{len(CLASSES) * settings.held_out} more are held out for {', '.join(NAMES[m] for m in WITH_LABELS)}.\n"
+        f"The labels of {len(CLASSES) * settings.held_out} more are held out, for temperature scaling, averaged "
+        "temperatures and where it says so.\n"
         "Laplace: exact curvature, or EKFAC where it says so; pairwise probabilities.\n"
     )
 
