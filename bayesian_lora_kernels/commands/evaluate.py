@@ -12,6 +12,7 @@ from bayesian_lora_kernels.calibration import reliability_diagram, save_figure, 
 from bayesian_lora_kernels.commands import options, output
 from bayesian_lora_kernels.commands.errors import as_input_errors
 from bayesian_lora_kernels.commands.job import add_job_options, load_job, load_posterior
+from bayesian_lora_kernels.commands.probabilities import in_lines, laplace_probs
 
 METRICS = {"accuracy": "ACC", "nll": "NLL", "ece": "ECE", "brier": "Brier"}
 
@@ -41,14 +42,13 @@ def run(args: Namespace) -> int:
     job = load_job(args, labelled=True, posterior=folder)
     logits = job.predict(load_posterior(job, folder))
     labels = torch.tensor(job.labels)
-    generator = torch.Generator().manual_seed(args.seed)
+    name, laplace, calibration = laplace_probs(logits, args, folder)
+    probs = {"MAP": logits.probs("map"), name: laplace}
     with as_input_errors():
-        laplace = logits.probs(args.method, n_samples=args.samples, generator=generator)
-        probs = {"MAP": logits.probs("map"), f"Laplace ({args.method})": laplace}
         metrics = {name: summary(values, labels) for name, values in probs.items()}
     if args.plot is not None:
         with as_input_errors("--plot: "):
-            save_figure(reliability_diagram(probs, labels), args.plot)
+            save_figure(reliability_diagram({in_lines(name): p for name, p in probs.items()}, labels), args.plot)
     result = {
         "command": "evaluate",
         "adapter": str(args.adapter),
@@ -57,6 +57,7 @@ def run(args: Namespace) -> int:
         "data": str(args.data),
         "choices": args.choices,
         "method": args.method,
+        "calibration_labels": None if calibration is None else calibration.n_labels,
         "n_examples": len(labels),
         "n_truncated": job.truncated,
         **dict(zip(("map", "laplace"), metrics.values(), strict=True)),

@@ -1,4 +1,4 @@
-"""Tables on the screen, files, warnings."""
+"""Tables on the screen, files, warnings, hints."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def pairs(items: Sequence[tuple[str, str]]) -> str:
 def warn(message: str) -> None:
     """One line on stderr."""
     print(f"warning: {message}", file=sys.stderr)
+
+
+def hint(message: str) -> None:
+    """One line on stderr that is no reproach."""
+    print(f"hint: {message}", file=sys.stderr)
 
 
 def check_outputs(args: Namespace) -> None:
