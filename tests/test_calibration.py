@@ -21,6 +21,7 @@ from bayesian_lora_kernels.calibration import (
     predictive_entropy,
     reliability_bins,
     reliability_diagram,
+    risk_coverage_diagram,
     save_figure,
     summary,
     temperature_scale,
@@ -150,20 +151,21 @@ def test_bad_bins_and_scores():
         expected_calibration_error(HAND, HAND_LABELS, bins=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one score"):
         ood_auroc(torch.empty(0), torch.ones(2))
+    with pytest.raises(TypeError, match=r"ood_scores: expected a tensor \[N\], got list"):
+        ood_auroc(torch.ones(2), [1.0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"scores: expected real numbers, got torch\.complex64"):
+        ood_auroc(torch.ones(2, dtype=torch.complex64), torch.ones(2))
+    with pytest.raises(ValueError, match="scores: expected finite numbers, got NaN or infinity at index 1"):
+        ood_auroc(torch.tensor([0.0, math.nan]), torch.ones(2))
     with pytest.raises(ValueError, match="expected 2 classes"):
         summary(HAND, HAND_LABELS, torch.full((2, 4), 0.25))
 
 
-def test_missing_sklearn_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
-        ood_auroc(torch.ones(2), torch.zeros(2))
-
-
 def test_missing_matplotlib_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        reliability_diagram({"MAP": HAND}, HAND_LABELS)
+    for draw in (reliability_diagram, risk_coverage_diagram):
+        with pytest.raises(ImportError, match="pip install matplotlib"):
+            draw({"MAP": HAND}, HAND_LABELS)
 
 
 def test_diagram_shows_the_bins(tmp_path):

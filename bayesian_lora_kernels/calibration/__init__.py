@@ -1,8 +1,16 @@
-"""How good probabilities are: accuracy, calibration, and whether they notice foreign inputs."""
+"""How good probabilities are: accuracy, calibration, and whether they notice errors and foreign inputs."""
 
+from bayesian_lora_kernels.calibration.comparison import PairedDifference, paired_difference
+from bayesian_lora_kernels.calibration.debiased import (
+    CalibrationInterval,
+    adaptive_calibration_error,
+    calibration_error_interval,
+    debiased_calibration_error,
+)
 from bayesian_lora_kernels.calibration.metrics import (
     accuracy,
     brier_score,
+    error_auroc,
     expected_calibration_error,
     negative_log_likelihood,
     ood_auroc,
@@ -13,23 +21,35 @@ from bayesian_lora_kernels.calibration.plots import (
     draw_reliability,
     reliability_diagram,
     reliability_diagrams,
+    risk_coverage_diagram,
     save_figure,
 )
 from bayesian_lora_kernels.calibration.reliability import ReliabilityBins, reliability_bins
+from bayesian_lora_kernels.calibration.selective import RiskCoverage, risk_coverage
 from bayesian_lora_kernels.calibration.temperature import temperature_scale
 
 __all__ = [
+    "CalibrationInterval",
+    "PairedDifference",
     "ReliabilityBins",
+    "RiskCoverage",
     "accuracy",
+    "adaptive_calibration_error",
     "brier_score",
+    "calibration_error_interval",
+    "debiased_calibration_error",
     "draw_reliability",
+    "error_auroc",
     "expected_calibration_error",
     "negative_log_likelihood",
     "ood_auroc",
+    "paired_difference",
     "predictive_entropy",
     "reliability_bins",
     "reliability_diagram",
     "reliability_diagrams",
+    "risk_coverage",
+    "risk_coverage_diagram",
     "save_figure",
     "summary",
     "temperature_scale",

@@ -69,17 +69,48 @@ def check_labels(labels: Tensor, examples: int, classes: int) -> Tensor:
     return result
 
 
-def check_bins(bins: int) -> int:
-    """A positive number of bins.
+def check_scores(scores: Tensor, name: str) -> Tensor:
+    """Finite numbers `[N]` with N >= 1 in float64, on the CPU.
+
+    Raises:
+        TypeError: for anything but a tensor of real numbers.
+        ValueError: for another shape, no number, and numbers that are not finite.
+    """
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"{name}: expected a tensor [N], got {type(scores).__name__}")
+    if scores.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {scores.dtype}")
+    if scores.ndim != 1 or len(scores) == 0:
+        raise ValueError(f"{name}: expected shape [N] with at least one score, got {list(scores.shape)}")
+    result = scores.detach().to("cpu", torch.float64)
+    finite = torch.isfinite(result)
+    if not finite.all():
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity at index {int((~finite).nonzero()[0])}")
+    return result
+
+
+def check_count(value: int, name: str) -> int:
+    """A positive int.
 
     Raises:
         TypeError, ValueError: for anything else.
     """
-    if isinstance(bins, bool) or not isinstance(bins, int):
-        raise TypeError(f"bins: expected a positive int, got {bins!r}")
-    if bins < 1:
-        raise ValueError(f"bins: expected at least 1, got {bins}")
-    return bins
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a positive int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own on the CPU, so that the global one stays as it is.
+
+    Raises:
+        TypeError: for anything but an int.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, got {seed!r}")
+    return torch.Generator().manual_seed(seed)
 
 
 def _first(wrong: Tensor) -> int:

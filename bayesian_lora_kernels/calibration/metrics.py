@@ -5,11 +5,13 @@ Where several predictions fall on the same largest probability, the first class 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.calibration.checks import DEFAULT_BINS, check_labels, check_probs
-from bayesian_lora_kernels.calibration.reliability import reliability_bins
+from bayesian_lora_kernels.calibration.checks import DEFAULT_BINS, check_labels, check_probs, check_scores
+from bayesian_lora_kernels.calibration.reliability import confidence_and_right, reliability_bins
 
 
 def accuracy(probs: Tensor, labels: Tensor) -> float:
@@ -103,15 +105,29 @@ def ood_auroc(scores: Tensor, ood_scores: Tensor) -> float:
 
     Raises:
         TypeError, ValueError: for arguments other than those.
-        ImportError: without scikit-learn.
     """
-    try:
-        from sklearn.metrics import roc_auc_score
-    except ImportError as error:
-        raise ImportError("ood_auroc needs scikit-learn: pip install scikit-learn") from error
-    inside, outside = _check_scores(scores, "scores"), _check_scores(ood_scores, "ood_scores")
-    foreign = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))])
-    return float(roc_auc_score(foreign.numpy(), torch.cat([inside, outside]).numpy()))
+    return _auroc(check_scores(scores, "scores"), check_scores(ood_scores, "ood_scores"))
+
+
+def error_auroc(probs: Tensor, labels: Tensor) -> float:
+    """How well low confidence, `1 - largest probability`, tells wrong predictions from right ones: area under the ROC.
+
+    It is the probability that a wrong prediction has the lower confidence, ties counted half; 0.5 is chance.
+
+    Source: Hendrycks, Gimpel 2017, "A baseline for detecting misclassified and out-of-distribution examples".
+
+    Args:
+        probs: `[N, C]`, class probabilities.
+        labels: `[N]`, class indices.
+
+    Returns:
+        The area; NaN where every prediction is right or every one wrong, so that there is nothing to tell apart.
+
+    Raises:
+        TypeError, ValueError: for arguments other than those.
+    """
+    confidence, right = confidence_and_right(probs, labels)
+    return _auroc(-confidence[right == 1], -confidence[right == 0])
 
 
 def summary(
@@ -130,7 +146,6 @@ def summary(
 
     Raises:
         TypeError, ValueError: for arguments other than those.
-        ImportError: with `ood_probs`, without scikit-learn.
     """
     result = {
         "accuracy": accuracy(probs, labels),
@@ -146,12 +161,11 @@ def summary(
     return result
 
 
-def _check_scores(scores: Tensor, name: str) -> Tensor:
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"{name}: expected a tensor [N], got {type(scores).__name__}")
-    if scores.ndim != 1 or len(scores) == 0:
-        raise ValueError(f"{name}: expected shape [N] with at least one score, got {list(scores.shape)}")
-    result = scores.detach().to("cpu", torch.float64)
-    if not torch.isfinite(result).all():
-        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
-    return result
+def _auroc(lower: Tensor, higher: Tensor) -> float:
+    """P(higher > lower) + P(equal) / 2: Mann and Whitney's U by midranks, as a share of pairs; NaN without pairs."""
+    if 0 in (len(lower), len(higher)):
+        return math.nan
+    _, where, count = torch.cat([lower, higher]).unique(return_inverse=True, return_counts=True)
+    midrank = count.cumsum(0) - (count - 1) / 2
+    ranks = midrank.double()[where[len(lower) :]].sum()
+    return float((ranks - len(higher) * (len(higher) + 1) / 2) / (len(lower) * len(higher)))

@@ -1,4 +1,4 @@
-"""Reliability diagrams. matplotlib is imported when one is drawn; its global state and backend stay as they are."""
+"""Reliability and risk-coverage diagrams. matplotlib is imported when one is drawn; its global state stays as it is."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from torch import Tensor
 
 from bayesian_lora_kernels.calibration.checks import DEFAULT_BINS
 from bayesian_lora_kernels.calibration.reliability import ReliabilityBins, reliability_bins
+from bayesian_lora_kernels.calibration.selective import risk_coverage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase
 
 BAR, OVER, UNDER, INK, MUTED = "#4C78A8", "#F2A18B", "#A9C6E3", "#222222", "#888888"
+# Okabe, Ito 2008, "Color universal design", darkest first and without yellow; dashes tell them apart in grey.
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", (0, (6, 1.5)), (0, (2.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (1, 1)))
+LEAST_COVERAGE = 0.05  # curves set the height of a risk-coverage panel from here on: few answers give wild shares
 
 
 def reliability_diagram(
@@ -103,6 +108,50 @@ def draw_reliability(
         figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
 
 
+def risk_coverage_diagram(probs: Mapping[str, Tensor], labels: Tensor, *, title: str | None = None) -> Figure:
+    """The share of wrong answers among those that a method is surest of: one panel, one curve for each method.
+
+    The legend has the area under each curve. The panel is as high as the curves are from a coverage of 0.05 on; what
+    goes higher to the left of that, where a share is of a few answers, is cut off.
+
+    Args:
+        probs: `{method: [N, C]}`, class probabilities.
+        labels: `[N]`, class indices, the same for every method.
+        title: above the panel.
+
+    Raises:
+        TypeError, ValueError: for arguments other than those.
+        ImportError: without matplotlib.
+    """
+    if not probs:
+        raise ValueError("probs: expected at least one method, got none")
+    curves = {name: risk_coverage(values, labels) for name, values in probs.items()}
+    figure = _empty_figure(6.4, 3.6)
+    axes = figure.subplots()
+    highest = max(float(curve.risk[curve.coverage >= LEAST_COVERAGE].max()) for curve in curves.values())
+    for i, (name, curve) in enumerate(curves.items()):
+        axes.plot(
+            curve.coverage.numpy(),
+            curve.risk.numpy(),
+            color=LINES[i % len(LINES)],
+            linestyle=DASHES[i % len(DASHES)],
+            linewidth=1.6,
+            label=f"{name}\nAURC {curve.area:.3f}",
+        )
+    axes.set_xlim(0, 1)
+    top = 1.05 * highest if highest > 0 else 1.0
+    axes.set_ylim(-0.02 * top, top)  # a risk of zero is seen above the axis
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+    axes.set_xlabel("coverage: share of examples answered, the surest first", fontsize=9)
+    axes.set_ylabel("risk: share of wrong answers", fontsize=9)
+    _tidy(axes)
+    # Beside the panel, where no curve can run through it.
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=2.6, labelspacing=0.9)
+    if title is not None:
+        axes.set_title(title, fontsize=11, fontweight="bold", color=INK)
+    return figure
+
+
 def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> None:
     """Write a figure, whole or not at all; the suffix of `path` says which format.
 
@@ -128,12 +177,16 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) ->
 
 
 def _new_figure(columns: int, rows: int) -> Figure:
+    return _empty_figure(max(2.4 * columns + 0.6, 3.2), 3.9 * rows)
+
+
+def _empty_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("reliability diagrams need matplotlib: pip install matplotlib") from error
+        raise ImportError("diagrams need matplotlib: pip install matplotlib") from error
     # A Figure of its own, not pyplot's: no window, no backend chosen, nothing kept alive.
-    return Figure(figsize=(max(2.4 * columns + 0.6, 3.2), 3.9 * rows), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _draw_accuracy(axes: Any, one: ReliabilityBins) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.calibration.checks import DEFAULT_BINS, check_bins, check_labels, check_probs
+from bayesian_lora_kernels.calibration.checks import DEFAULT_BINS, check_count, check_labels, check_probs
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,42 @@ def reliability_bins(probs: Tensor, labels: Tensor, bins: int = DEFAULT_BINS) ->
     Raises:
         TypeError, ValueError: for arguments other than those.
     """
-    values = check_probs(probs)
-    targets = check_labels(labels, *values.shape)
-    confidence, predicted = values.max(dim=-1)
-    right = (predicted == targets).double()
-    edges = torch.linspace(0, 1, check_bins(bins) + 1, dtype=torch.float64)
-    # right=False: a value on an edge belongs to the bin below it
-    index = (torch.bucketize(confidence, edges, right=False) - 1).clamp(0, bins - 1)
+    confidence, right = confidence_and_right(probs, labels)
+    index = bin_index(confidence, bins)
     count = torch.bincount(index, minlength=bins)
     return ReliabilityBins(
-        edges=edges,
+        edges=_edges(bins),
         count=count,
         confidence=torch.bincount(index, weights=confidence, minlength=bins) / count,
         accuracy=torch.bincount(index, weights=right, minlength=bins) / count,
     )
+
+
+def confidence_and_right(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`[N]` twice, float64: the largest probability, and 1 where its class is the label, else 0.
+
+    Args:
+        probs: `[N, C]`, class probabilities.
+        labels: `[N]`, class indices.
+
+    Raises:
+        TypeError, ValueError: for arguments other than those.
+    """
+    values = check_probs(probs)
+    targets = check_labels(labels, *values.shape)
+    confidence, predicted = values.max(dim=-1)
+    return confidence, (predicted == targets).double()
+
+
+def bin_index(confidence: Tensor, bins: int) -> Tensor:
+    """`[N]`, int64: the bin of equal width that each confidence `[N]` falls into.
+
+    Raises:
+        TypeError, ValueError: for `bins` other than a positive int.
+    """
+    # right=False: a value on an edge belongs to the bin below it
+    return (torch.bucketize(confidence, _edges(bins), right=False) - 1).clamp(0, bins - 1)
+
+
+def _edges(bins: int) -> Tensor:
+    return torch.linspace(0, 1, check_count(bins, "bins") + 1, dtype=torch.float64)
