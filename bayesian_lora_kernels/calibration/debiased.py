@@ -47,13 +47,15 @@ def debiased_calibration_error(probs: Tensor, labels: Tensor, bins: int = DEFAUL
     estimated by `sum_{i != j} d_i d_j / (n (n - 1))` over its n examples, where d is 1 or 0, for right or wrong, less
     the confidence. Chance does not add to products of two different examples, so the weighted mean over bins is an
     unbiased estimate of the squared error. The result is the root of its absolute value, with its sign: below zero
-    where the gaps are smaller than chance alone would make them, which reads as zero. It is not cut off at zero, which
-    would bring back a bias. The root itself is too small on average where the error is of the size of the noise: for those
-    300 examples by 0.006 if calibration is perfect, by 0.02 if the error is 0.05, by 0.003 if it is 0.1. No estimate of a mean of absolute gaps, as ECE is, can be without bias (Cai, Low 2011, "Testing composite
-    hypotheses, Hermite polynomials and optimal estimation of a nonsmooth functional"), which is why this one squares.
-    The two are equal where every bin has the same gap; otherwise the root-mean-square is the larger.
+    where the gaps are smaller than chance alone would make them, which reads as zero. Cut off at zero it would be
+    too large on average again. The root is on average a little too small where the error is of the size of the noise:
+    for those 300 examples by 0.006 if the error is zero, by 0.02 if it is 0.05, by less than 0.01 from 0.1 on.
 
-    Source: Kumar, Liang, Ma 2019, "Verified uncertainty calibration", section 4, which has it from Bröcker 2012 and
+    It equals ECE, but for chance, where every bin has the same gap; otherwise the root-mean-square is larger. No
+    estimate of a mean of absolute gaps, as ECE is, can be unbiased (Cai, Low 2011, "Testing composite hypotheses,
+    Hermite polynomials and optimal estimation of a nonsmooth functional").
+
+    Source: Kumar, Liang, Ma 2019, "Verified uncertainty calibration", which has it from Bröcker 2012 and
     Ferro, Fricker 2012; as products of pairs: Lee, Huang, Hassani, Dobriban 2023, "T-Cal".
 
     Args:
