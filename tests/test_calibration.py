@@ -117,10 +117,27 @@ def test_summary():
     probs = logits.softmax(dim=-1)
     foreign = (logits / 4).softmax(dim=-1)
     result = summary(probs, labels, foreign)
-    assert list(result) == ["accuracy", "nll", "ece", "brier", "ood_auroc"]
+    new = ["ece_adaptive", "ece_debiased", "error_auroc", "aurc"]
+    assert list(result) == ["accuracy", "nll", "ece", "brier", *new, "ood_auroc"]
     assert result["ece"] == expected_calibration_error(probs, labels)
+    assert result["ece_adaptive"] == calibration.adaptive_calibration_error(probs, labels)
+    assert result["ece_debiased"] == calibration.debiased_calibration_error(probs, labels)
+    assert result["error_auroc"] == calibration.error_auroc(probs, labels)
+    assert result["aurc"] == calibration.risk_coverage(probs, labels).area
+    five = summary(probs, labels, bins=5)
+    assert five["ece_debiased"] == calibration.debiased_calibration_error(probs, labels, bins=5)
+    assert five["ece_adaptive"] == calibration.adaptive_calibration_error(probs, labels, bins=5)
     assert result["ood_auroc"] > 0.8
     assert "ood_auroc" not in summary(probs, labels)
+
+
+def test_summary_of_perfect_predictions_and_of_one():
+    perfect = summary(torch.eye(3), torch.arange(3))
+    assert (perfect["accuracy"], perfect["aurc"], perfect["ece_debiased"]) == (1, 0, 0)
+    assert math.isnan(perfect["error_auroc"])
+    one = summary(HAND[:1], HAND_LABELS[:1])
+    assert math.isnan(one["ece_debiased"])
+    assert one["ece_adaptive"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

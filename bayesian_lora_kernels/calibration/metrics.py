@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.calibration.checks import DEFAULT_BINS, check_labels, check_probs, check_scores
+from bayesian_lora_kernels.calibration.debiased import adaptive_calibration_error, debiased_calibration_error
 from bayesian_lora_kernels.calibration.reliability import confidence_and_right, reliability_bins
+from bayesian_lora_kernels.calibration.selective import risk_coverage
 
 
 def accuracy(probs: Tensor, labels: Tensor) -> float:
@@ -133,16 +135,18 @@ def error_auroc(probs: Tensor, labels: Tensor) -> float:
 def summary(
     probs: Tensor, labels: Tensor, ood_probs: Tensor | None = None, bins: int = DEFAULT_BINS
 ) -> dict[str, float]:
-    """Everything above at once.
+    """The numbers for a table at once.
 
     Args:
         probs: `[N, C]`, class probabilities.
         labels: `[N]`, class indices.
         ood_probs: `[M, C]`, for foreign inputs; their entropy is compared with that of `probs`.
-        bins: for ECE.
+        bins: for `ece`, `ece_adaptive` and `ece_debiased`.
 
     Returns:
-        `accuracy`, `nll`, `ece`, `brier`, and, with `ood_probs`, `ood_auroc`.
+        `accuracy`, `nll`, `ece`, `brier`, `ece_adaptive`, `ece_debiased`, `error_auroc`, `aurc` (the area of
+        `risk_coverage`), and, with `ood_probs`, `ood_auroc`. `error_auroc` is NaN where all predictions are right or
+        all wrong, `ece_debiased` where no bin has two examples.
 
     Raises:
         TypeError, ValueError: for arguments other than those.
@@ -152,6 +156,10 @@ def summary(
         "nll": negative_log_likelihood(probs, labels),
         "ece": expected_calibration_error(probs, labels, bins),
         "brier": brier_score(probs, labels),
+        "ece_adaptive": adaptive_calibration_error(probs, labels, bins),
+        "ece_debiased": debiased_calibration_error(probs, labels, bins),
+        "error_auroc": error_auroc(probs, labels),
+        "aurc": risk_coverage(probs, labels).area,
     }
     if ood_probs is not None:
         check_probs(ood_probs, "ood_probs")
