@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,26 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.calibration import (
-    accuracy,
-    adaptive_calibration_error,
-    brier_score,
     calibration_error_interval,
-    debiased_calibration_error,
-    error_auroc,
-    expected_calibration_error,
-    negative_log_likelihood,
     reliability_diagram,
-    risk_coverage,
     risk_coverage_diagram,
     save_figure,
+    summary,
 )
 from bayesian_lora_kernels.commands import options, output
 from bayesian_lora_kernels.commands.errors import as_input_errors
 from bayesian_lora_kernels.commands.job import add_job_options, load_job, load_posterior
 from bayesian_lora_kernels.commands.probabilities import in_lines, laplace_probs
 
-METRICS: Mapping[str, tuple[str, Callable[[Tensor, Tensor], float]]] = {
-    "accuracy": ("ACC", accuracy),
-    "nll": ("NLL", negative_log_likelihood),
-    "brier": ("Brier", brier_score),
-    "ece": ("ECE", expected_calibration_error),
-    "ece_adaptive": ("ECE, bins of equal mass", adaptive_calibration_error),
-    "ece_debiased": ("RMS calibration error, debiased", debiased_calibration_error),
-    "error_auroc": ("AUROC, errors by confidence", error_auroc),
-    "aurc": ("area under risk-coverage", lambda probs, labels: risk_coverage(probs, labels).area),
+METRICS = {
+    "accuracy": "ACC",
+    "nll": "NLL",
+    "brier": "Brier",
+    "ece": "ECE",
+    "ece_adaptive": "ECE, bins of equal mass",
+    "ece_debiased": "RMS calibration error, debiased",
+    "error_auroc": "AUROC, errors by confidence",
+    "aurc": "area under risk-coverage",
 }
 INTERVAL = "ece_interval"  # of the ECE, in the results beside the metrics
 
@@ -110,10 +103,10 @@ def run(args: Namespace) -> int:
 
 def _metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
     """In values that JSON can hold: None where a metric is not defined."""
-    values = {key: metric(probs, labels) for key, (_, metric) in METRICS.items()}
+    values = summary(probs, labels)
     interval = asdict(calibration_error_interval(probs, labels))
     interval.pop("ece")
-    return {key: None if math.isnan(value) else value for key, value in values.items()} | {INTERVAL: interval}
+    return {key: None if math.isnan(values[key]) else values[key] for key in METRICS} | {INTERVAL: interval}
 
 
 def _report(metrics: Mapping[str, Mapping[str, Any]]) -> str:
@@ -125,7 +118,7 @@ def _report(metrics: Mapping[str, Mapping[str, Any]]) -> str:
         column += ["-" if values[key] is None else f"{values[key]:.4f}" for key in METRICS]
         interval = values[INTERVAL]
         column.insert(height + list(METRICS).index("ece") + 1, f"{interval['low']:.4f} to {interval['high']:.4f}")
-    names = [title for title, _ in METRICS.values()]
+    names = [*METRICS.values()]
     level = next(iter(metrics.values()))[INTERVAL]["level"]
     names.insert(list(METRICS).index("ece") + 1, f"  {level:.0%} interval")
     return output.table(list(zip([""] * height + names, *columns, strict=True)))
