@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TextIO
 
 from bayesian_lora_kernels import __version__
-from bayesian_lora_kernels.commands import bench, demo, doctor, evaluate, fit, predict, score
+from bayesian_lora_kernels.commands import bench, calibrate, demo, doctor, evaluate, fit, predict, score
 from bayesian_lora_kernels.commands.errors import FAILED, CommandError
 from bayesian_lora_kernels.commands.output import check_outputs, warn
 
@@ -18,7 +20,7 @@ from bayesian_lora_kernels.commands.output import check_outputs, warn
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0 for success, 1 for failure, 2 for bad use)."""
     args = build_parser().parse_args(arguments)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _logged_warnings():
         warnings.showwarning = _show  # without a place in the source, which says nothing to who runs a command
         for category in (DeprecationWarning, FutureWarning):  # those are for the authors of what we call
             warnings.simplefilter("ignore", category)
@@ -40,9 +42,25 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="blk", description="Laplace posteriors over LoRA weights.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for command in (demo, doctor, bench, fit, evaluate, predict, score):
+    for command in (demo, doctor, bench, fit, calibrate, evaluate, predict, score):
         command.add_parser(subparsers).set_defaults(run=command.run)
     return parser
+
+
+@contextmanager
+def _logged_warnings() -> Iterator[None]:
+    """What the library logs at WARNING looks like the other warnings."""
+    logger, handler = logging.getLogger("bayesian_lora_kernels"), _Warnings(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(" ".join(record.getMessage().split()))
 
 
 def _show(

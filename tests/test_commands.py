@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from bayesian_lora_kernels import LaplaceConfig, LaplaceLoRA, LogitPosterior
+from bayesian_lora_kernels import LaplaceConfig, LaplaceLoRA, LogitPosterior, calibration
 from bayesian_lora_kernels.cli import main
 
 WORDS = ["<unk>", "<s>", "</s>", "A", "B", "C", "Answer", ":", "red", "blue", "green", "fish", "bird", "tree"]
@@ -141,7 +141,8 @@ def predicted(path: str) -> dict[str, torch.Tensor]:
     return {key: torch.tensor([list(row[key].values()) for row in rows]) for key in ("map", "laplace", "logit_std")}
 
 
-def check_prediction(path: str, truth: LogitPosterior, method: str = "probit") -> None:
+def check_prediction(path: str, truth: LogitPosterior, method: str = "pairwise") -> None:
+    """`truth` is of differences."""
     found = predicted(path)
     torch.testing.assert_close(found["map"], truth.probs("map"), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found["laplace"], truth.probs(method), atol=1e-5, rtol=1e-4)
@@ -164,24 +165,24 @@ def test_the_three_commands_agree_with_the_class(made: Path, fitted: Path, capsy
     assert f"{result['log_marginal_likelihood']:.2f}" in printed
     assert "adapter/laplace.json" in printed
 
-    truth = laplace.predict(padded(PROMPTS, side))
+    truth = laplace.predict(padded(PROMPTS, side), differences=True)
     write_data(Path("bare.jsonl"), labels=None)
     assert blk("predict", "--json", "p.jsonl", "--batch-size", "2", data="bare.jsonl") == 0
     check_prediction("p.jsonl", truth)
     rows = read_lines("p.jsonl")
     assert [row["line"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["label"] for row in rows] == [None] * 6
-    assert [row["prediction"] for row in rows] == [CHOICES[i] for i in truth.probs("probit").argmax(dim=1)]
+    assert [row["prediction"] for row in rows] == [CHOICES[i] for i in truth.probs("pairwise").argmax(dim=1)]
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 2 + 6
-    assert f"{rows[3]['laplace']['B']:.3f}" in printed[5]
+    assert len(printed) == 3 + 6
+    assert f"{rows[3]['laplace']['B']:.3f}" in printed[6]
 
 
-@pytest.mark.parametrize("method", ["probit", "mc", "bridge"])
+@pytest.mark.parametrize("method", ["pairwise", "scalar", "probit", "mc", "bridge"])
 def test_evaluate(made: Path, fitted: Path, capsys: Any, method: str) -> None:
     laplace = by_hand(made).optimize_prior_precision()
     posterior, labels = laplace.predict(padded(PROMPTS, "right")), torch.tensor(LABELS)
-    options = ["--samples", "20000"] if method == "mc" else ["--plot", "diagram.png"]
+    options = ["--samples", "20000"] if method == "mc" else ["--plot", "diagram.png", "--plot-risk", "risk.png"]
     assert blk("evaluate", "--method", method, *options, "--json", "e.json") == 0
     result, printed = json.loads(Path("e.json").read_text()), capsys.readouterr().out
     assert (result["n_examples"], result["method"], result["choices"]) == (6, method, CHOICES)
@@ -195,18 +196,64 @@ def test_evaluate(made: Path, fitted: Path, capsys: Any, method: str) -> None:
         found = result[key]
         for name, value in truth.items():
             assert found[name] == pytest.approx(float(value), abs=2e-2 if (key, method) == ("laplace", "mc") else 1e-4)
-        assert found.keys() == {*truth, "ece"}
-        assert "  ".join(f"{found[name]:.4f}" for name in ("accuracy", "nll", "ece", "brier")) in printed
+        more = {
+            "ece": calibration.expected_calibration_error(probs, labels),
+            "ece_adaptive": calibration.adaptive_calibration_error(probs, labels),
+            "ece_debiased": calibration.debiased_calibration_error(probs, labels),
+            "error_auroc": calibration.error_auroc(probs, labels),
+            "aurc": calibration.risk_coverage(probs, labels).area,
+        }
+        assert found.keys() == {*truth, *more, "ece_interval"}
+        if method != "mc":
+            assert {name: found[name] for name in more} == pytest.approx(more, abs=1e-4)
+            interval = calibration.calibration_error_interval(probs, labels)
+            assert found["ece_interval"] == pytest.approx(
+                {"low": interval.low, "high": interval.high, "level": 0.95}, abs=1e-3
+            )
+    lines = printed.splitlines()
+    for title, name in (
+        ("ACC", "accuracy"),
+        ("NLL", "nll"),
+        ("Brier", "brier"),
+        ("ECE", "ece"),
+        ("ECE, bins of equal mass", "ece_adaptive"),
+        ("RMS calibration error, debiased", "ece_debiased"),
+        ("AUROC, errors by confidence", "error_auroc"),
+        ("area under risk-coverage", "aurc"),
+    ):
+        numbers = [f"{result[key][name]:.4f}" for key in ("map", "laplace")]
+        (line,) = [line for line in lines if line.startswith(title + "  ")]
+        assert line.removeprefix(title).split() == numbers
+    (line,) = [line for line in lines if line.startswith("  95% interval  ")]
+    assert line.split()[2::3] == [f"{result[key]['ece_interval']['low']:.4f}" for key in ("map", "laplace")]
     if method != "mc":
-        assert Path("diagram.png").read_bytes().startswith(b"\x89PNG")
-        assert "reliability diagram written to diagram.png" in printed
+        for name, kind in (("diagram.png", "reliability"), ("risk.png", "risk-coverage")):
+            assert Path(name).read_bytes().startswith(b"\x89PNG")
+            assert f"{kind} diagram written to {name}" in printed
+
+
+def test_a_metric_that_is_not_there(fitted: Path, capsys: Any) -> None:
+    """Of a model that is always right nobody can say how well it tells its errors."""
+    assert blk("predict", "--json", "p.jsonl", "--uncalibrated") == 0
+    write_data(Path("right.jsonl"), labels=[row["prediction"] for row in read_lines("p.jsonl")])
+    capsys.readouterr()
+    assert blk("evaluate", "--uncalibrated", "--json", "e.json", "--plot-risk", "r.svg", data="right.jsonl") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("AUROC")]
+    assert line.split()[-1] == "-"
+    assert json.loads(Path("e.json").read_text(), parse_constant=pytest.fail)["laplace"]["error_auroc"] is None
+    assert not Path("diagram.png").exists()
 
 
 def test_a_plot_that_cannot_be(fitted: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--plot d.txt: expected a name that ends in .png" in error_of(capsys, "evaluate", "--plot", "d.txt")
     assert "the folder nowhere does not exist" in error_of(capsys, "evaluate", "--plot", "nowhere/d.png")
+    assert "--plot-risk d.txt: expected a name that ends" in error_of(capsys, "evaluate", "--plot-risk", "d.txt")
+    assert "--plot-risk nowhere/d.png: the folder" in error_of(capsys, "evaluate", "--plot-risk", "nowhere/d.png")
+    message = error_of(capsys, "evaluate", "--plot", "d.png", "--plot-risk", "./d.png")
+    assert "--plot-risk d.png: --plot names the same file" in message
     monkeypatch.setattr("bayesian_lora_kernels.commands.output.find_spec", lambda name: None)
-    assert "needs matplotlib; pip install matplotlib" in error_of(capsys, "evaluate", "--plot", "d.png")
+    for option in ("--plot", "--plot-risk"):
+        assert f"{option}: needs matplotlib; pip install matplotlib" in error_of(capsys, "evaluate", option, "d.png")
 
 
 BFLOAT16_ROWS = {"curvature": "exact", "row_dtype": torch.bfloat16}
@@ -235,7 +282,7 @@ def test_options_of_fit(made: Path, place: Path, options: Any, arguments: Any, p
     laplace = by_hand(made, **arguments)
     laplace.optimize_prior_precision(per_module=per_module)
     assert blk("predict", "--posterior", "deep/er", "--json", "p.jsonl") == 0
-    check_prediction("p.jsonl", laplace.predict(padded(PROMPTS, "right")))
+    check_prediction("p.jsonl", laplace.predict(padded(PROMPTS, "right"), differences=True))
 
 
 def test_every_setting_is_an_option_but_three(place: Path, capsys: Any) -> None:
@@ -268,7 +315,7 @@ def test_a_long_prompt_keeps_its_end(fitted: Path, capsys: Any) -> None:
     assert blk("predict", "--max-length", "7", "--json", "long", data="long.jsonl") == 0
     assert "1 of 2 prompts are longer than 7 tokens and lost their beginning" in capsys.readouterr().err
     assert blk("predict", "--json", "short", data="short.jsonl") == 0
-    assert capsys.readouterr().err == ""
+    assert "warning" not in capsys.readouterr().err
     assert read_lines("long") == read_lines("short")
     write_data(Path("long.jsonl"), ["bird " * 50], None)
     assert blk("predict", data="long.jsonl") == 0

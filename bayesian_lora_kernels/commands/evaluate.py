@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from bayesian_lora_kernels.calibration import reliability_diagram, save_figure, summary
+from bayesian_lora_kernels.calibration import (
+    calibration_error_interval,
+    reliability_diagram,
+    risk_coverage_diagram,
+    save_figure,
+    summary,
+)
 from bayesian_lora_kernels.commands import options, output
 from bayesian_lora_kernels.commands.errors import as_input_errors
 from bayesian_lora_kernels.commands.job import add_job_options, load_job, load_posterior
+from bayesian_lora_kernels.commands.probabilities import in_lines, laplace_probs
 
-METRICS = {"accuracy": "ACC", "nll": "NLL", "ece": "ECE", "brier": "Brier"}
+METRICS = {
+    "accuracy": "ACC",
+    "nll": "NLL",
+    "brier": "Brier",
+    "ece": "ECE",
+    "ece_adaptive": "ECE, bins of equal mass",
+    "ece_debiased": "RMS calibration error, debiased",
+    "error_auroc": "AUROC, errors by confidence",
+    "aurc": "area under risk-coverage",
+}
+INTERVAL = "ece_interval"  # of the ECE, in the results beside the metrics
 
 
 def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
@@ -21,12 +42,18 @@ def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
     parser = subparsers.add_parser(
         "evaluate",
         help="accuracy and calibration, with the posterior and without",
-        description="Accuracy and calibration on labelled examples, of the adapter alone (MAP) and with the posterior "
-        "that blk fit wrote (Laplace).",
+        description="Accuracy and calibration on labelled examples that neither training nor blk calibrate saw, of the "
+        "adapter alone (MAP) and with the posterior that blk fit wrote (Laplace).",
     )
     add_job_options(parser, labelled=True)
     options.add_probabilities(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a reliability diagram, PNG, PDF or SVG")
+    parser.add_argument(
+        "--plot-risk",
+        type=Path,
+        metavar="FILE",
+        help="also draw a risk-coverage diagram: how many answers are wrong if only the surest are given",
+    )
     options.add_json(parser, "also write the results to this file, as JSON")
     return parser
 
@@ -41,14 +68,17 @@ def run(args: Namespace) -> int:
     job = load_job(args, labelled=True, posterior=folder)
     logits = job.predict(load_posterior(job, folder))
     labels = torch.tensor(job.labels)
-    generator = torch.Generator().manual_seed(args.seed)
+    name, laplace, calibration = laplace_probs(logits, args, folder)
+    probs = {"MAP": logits.probs("map"), name: laplace}
     with as_input_errors():
-        laplace = logits.probs(args.method, n_samples=args.samples, generator=generator)
-        probs = {"MAP": logits.probs("map"), f"Laplace ({args.method})": laplace}
-        metrics = {name: summary(values, labels) for name, values in probs.items()}
+        metrics = {name: _metrics(values, labels) for name, values in probs.items()}
+    drawn = {in_lines(name): values for name, values in probs.items()}
     if args.plot is not None:
         with as_input_errors("--plot: "):
-            save_figure(reliability_diagram(probs, labels), args.plot)
+            save_figure(reliability_diagram(drawn, labels), args.plot)
+    if args.plot_risk is not None:
+        with as_input_errors("--plot-risk: "):
+            save_figure(risk_coverage_diagram(drawn, labels), args.plot_risk)
     result = {
         "command": "evaluate",
         "adapter": str(args.adapter),
@@ -57,18 +87,38 @@ def run(args: Namespace) -> int:
         "data": str(args.data),
         "choices": args.choices,
         "method": args.method,
+        "calibration_labels": None if calibration is None else calibration.n_labels,
         "n_examples": len(labels),
         "n_truncated": job.truncated,
         **dict(zip(("map", "laplace"), metrics.values(), strict=True)),
     }
     output.write_json(args.json, result)
     print(f"{len(labels)} examples of {args.data}\n\n{_report(metrics)}")
-    if args.plot is not None:
-        print(f"\nreliability diagram written to {args.plot}")
+    pictures = {"reliability": args.plot, "risk-coverage": args.plot_risk}
+    written = [f"{kind} diagram written to {path}" for kind, path in pictures.items() if path is not None]
+    if written:
+        print("", *written, sep="\n")
     return 0
 
 
-def _report(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    rows = [["", *METRICS.values()]]
-    rows += [[name, *(f"{values[key]:.4f}" for key in METRICS)] for name, values in metrics.items()]
-    return output.table(rows)
+def _metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
+    """In values that JSON can hold: None where a metric is not defined."""
+    values = summary(probs, labels)
+    interval = asdict(calibration_error_interval(probs, labels))
+    interval.pop("ece")
+    return {key: None if math.isnan(values[key]) else values[key] for key in METRICS} | {INTERVAL: interval}
+
+
+def _report(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """A column for each kind of probabilities, a line for each metric."""
+    titles = [in_lines(name).split("\n") for name in metrics]
+    height = max(map(len, titles))
+    columns = [[""] * (height - len(title)) + title for title in titles]
+    for column, values in zip(columns, metrics.values(), strict=True):
+        column += ["-" if values[key] is None else f"{values[key]:.4f}" for key in METRICS]
+        interval = values[INTERVAL]
+        column.insert(height + list(METRICS).index("ece") + 1, f"{interval['low']:.4f} to {interval['high']:.4f}")
+    names = [*METRICS.values()]
+    level = next(iter(metrics.values()))[INTERVAL]["level"]
+    names.insert(list(METRICS).index("ece") + 1, f"  {level:.0%} interval")
+    return output.table(list(zip([""] * height + names, *columns, strict=True)))

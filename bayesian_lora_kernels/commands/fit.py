@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayesian_lora_kernels.commands import options, output
 from bayesian_lora_kernels.commands.errors import as_input_errors
-from bayesian_lora_kernels.commands.job import add_job_options, load_job
+from bayesian_lora_kernels.commands.job import FEW_LABELS, add_job_options, how_to_calibrate, load_job
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 
@@ -74,6 +74,10 @@ def run(args: Namespace) -> int:
     }
     output.write_json(args.json, result)
     print(_report(result))
+    print(
+        "\nprobabilities are not calibrated by the evidence; held-out labels (from "
+        f"{FEW_LABELS} on) do that: {how_to_calibrate(args, folder)}"
+    )
     return 0
 
 

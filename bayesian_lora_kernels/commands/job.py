@@ -1,12 +1,13 @@
-"""What fit, evaluate and predict share: checked input, tokens, the model; the cheap checks come first."""
+"""What fit, calibrate, evaluate and predict share: checked input, tokens, the model; the cheap checks come first."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,19 @@ from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 
+DATA, HELD_OUT = "DATA.jsonl", "HELDOUT.jsonl"
+FEW_LABELS = 10  # with fewer, the labels say little
 
-def add_job_options(parser: ArgumentParser, *, labelled: bool) -> None:
-    """What `load_job` reads."""
+
+def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA) -> None:
+    """What `load_job` reads; `data` is what the file of examples is called."""
     lines = (
         'JSON lines {"prompt": ..., "label": ...}; a label is one of the choices, or its index'
         if labelled
         else 'JSON lines {"prompt": ...}; labels may be there'
     )
     add_adapter(parser)
-    parser.add_argument("data", type=Path, metavar="DATA.jsonl", help=lines)
+    parser.add_argument("data", type=Path, metavar=data, help=lines)
     parser.add_argument(
         "--choices",
         nargs="+",
@@ -83,35 +87,42 @@ class Job:
         """Of the examples, all of which have one."""
         return [example.label for example in self.examples if example.label is not None]
 
-    def batches(self) -> list[dict[str, Tensor]]:
-        """Labelled batches, in the order of the file."""
-        return batches(self.prompts, self.batch_size, self.pad_id, self.labels)
+    def batches(self, longest_first: bool = False) -> list[dict[str, Tensor]]:
+        """Labelled batches, in the order of the file or in that of `longest_first`."""
+        order = self.longest_first() if longest_first else range(len(self.prompts))
+        labels = self.labels
+        return batches([self.prompts[i] for i in order], self.batch_size, self.pad_id, [labels[i] for i in order])
+
+    def longest_first(self) -> list[int]:
+        """Examples of similar length together: less padding, and memory runs out at once or never."""
+        return sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i]))
 
     def predict(self, laplace: LaplaceLoRA) -> LogitPosterior:
-        """The Gaussian over the choices' logits, of all examples in the order of the file, on the CPU.
+        """The Gaussian over the choices' logits less their mean, which is all that probabilities see.
 
-        Examples of similar length run together, the longest first: less padding, and memory runs out at once or never.
+        Of all examples, in the order of the file, on the CPU.
         """
-        order = sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i]))
+        order = self.longest_first()
         means, covariances = [], []
         with tqdm(total=len(order), desc="predict", unit="example", disable=not sys.stderr.isatty()) as bar:
             for batch in batches([self.prompts[i] for i in order], self.batch_size, self.pad_id):
                 with as_input_errors():
-                    part = laplace.predict(batch)
+                    part = laplace.predict(batch, differences=True)
                 means.append(part.mean.cpu())
                 covariances.append(part.covariance.cpu())
                 bar.update(len(part.mean))
         back = torch.tensor(order).argsort()
-        return LogitPosterior(torch.cat(means)[back], torch.cat(covariances)[back])
+        return replace(part, mean=torch.cat(means)[back], covariance=torch.cat(covariances)[back])
 
 
-def load_job(args: Namespace, *, labelled: bool, posterior: Path | None = None) -> Job:
+def load_job(args: Namespace, *, labelled: bool, posterior: Path | None = None, classes: int = 1) -> Job:
     """Check the arguments that all commands have, read the data, load the model.
 
     Args:
         args: as `add_job_options` defines them.
         labelled: whether every example needs a label.
         posterior: folder of a fitted posterior, whose choices must be these.
+        classes: of how many choices there must be labels.
 
     Raises:
         InputError: for whatever the user has to put right.
@@ -126,6 +137,12 @@ def load_job(args: Namespace, *, labelled: bool, posterior: Path | None = None) 
     if posterior is not None and not (posterior / JSON_NAME).is_file():
         raise InputError(f"{posterior}: no posterior ({JSON_NAME}) in it; run blk fit first")
     examples = read_examples(args.data, choices, labelled)
+    seen = {example.label for example in examples if example.label is not None}
+    if labelled and len(seen) < classes:
+        raise InputError(
+            f"{args.data}: expected labels of at least {classes} of the choices, all {len(examples)} are "
+            f"{' or '.join(repr(choices[label]) for label in sorted(seen))}"
+        )
     device = choose_device(args.device)
     tokenizer = folder.tokenizer()
     token_ids = choice_tokens(tokenizer, choices)
@@ -162,6 +179,16 @@ def load_posterior(job: Job, folder: Path) -> LaplaceLoRA:
     """
     with as_input_errors():
         return LaplaceLoRA.from_pretrained(job.model, folder)
+
+
+def how_to_calibrate(args: Namespace, folder: Path) -> str:
+    """The command that sets the level of the probabilities of the posterior in this folder, as a shell takes it."""
+    words = ["blk", "calibrate", str(args.adapter), HELD_OUT, "--choices", *args.choices]
+    if folder != args.adapter:
+        words += ["--posterior", str(folder)]
+    if args.base is not None:
+        words += ["--base", args.base]
+    return shlex.join(words)
 
 
 def _check_same_choices(folder: Path, tokenizer: Any, token_ids: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ import torch
 from bayesian_lora_kernels.commands.errors import InputError
 from bayesian_lora_kernels.config import LaplaceConfig, choices
 from bayesian_lora_kernels.curvature import CURVATURES
+from bayesian_lora_kernels.predictive.calibrate import METHODS as CALIBRATED
 from bayesian_lora_kernels.predictive.distribution import PROBABILITY_METHODS
 
 Subparsers: TypeAlias = "_SubParsersAction[ArgumentParser]"
@@ -85,7 +86,14 @@ def config_of(args: Namespace) -> LaplaceConfig:
 def add_probabilities(parser: ArgumentParser) -> None:
     """From the posterior to probabilities of the choices."""
     parser.add_argument(
-        "--method", choices=METHODS, default="probit", help="from Gaussian logits to probabilities; default: probit"
+        "--method",
+        choices=METHODS,
+        default="pairwise",
+        help="from Gaussian logits to probabilities; blk calibrate sets the level of those of "
+        f"{' and '.join(CALIBRATED)}; default: pairwise",
+    )
+    parser.add_argument(
+        "--uncalibrated", action="store_true", help="leave out what blk calibrate found; default: use it if it is there"
     )
     parser.add_argument("--samples", type=positive, default=1024, metavar="N", help="for mc; default: 1024")
     parser.add_argument("--seed", type=seed, default=0, help="for mc; default: 0")

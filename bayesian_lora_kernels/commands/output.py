@@ -1,4 +1,4 @@
-"""Tables on the screen, files, warnings."""
+"""Tables on the screen, files, warnings, hints."""
 
 from __future__ import annotations
 
@@ -42,26 +42,36 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def hint(message: str) -> None:
+    """One line on stderr that is no reproach."""
+    print(f"hint: {message}", file=sys.stderr)
+
+
 def check_outputs(args: Namespace) -> None:
-    """Before long work: can the files be written that `--html`, `--plot` and `--json` name?
+    """Before long work: can the files be written that `--html`, `--plot`, `--plot-risk` and `--json` name?
 
     Raises:
-        InputError: if one cannot, or is what the command reads.
+        InputError: if one cannot, or is what the command reads, or what another option names.
     """
     options = vars(args)
-    for name in ("html", "plot", "json"):
-        path = options.get(name)
+    taken: dict[Path, str] = {}
+    for name in ("html", "plot", "plot_risk", "json"):
+        path, option = options.get(name), f"--{name.replace('_', '-')}"
         if path is None:
             continue
-        _check_file(path, f"--{name}")
+        _check_file(path, option)
+        if (other := taken.setdefault(path.resolve(), option)) != option:
+            raise InputError(f"{option} {path}: {other} names the same file")
         for key, what in SOURCES.items():
             source = options.get(key)
             if source is not None and path.exists() and source.exists() and path.samefile(source):
-                raise InputError(f"--{name} {path}: this is {what}")
-        if name == "plot" and path.suffix.lower() not in PICTURES:
-            raise InputError(f"--plot {path}: expected a name that ends in {', '.join(PICTURES)}")
-        if name == "plot" and find_spec("matplotlib") is None:
-            raise InputError("--plot: needs matplotlib; pip install matplotlib")
+                raise InputError(f"{option} {path}: this is {what}")
+        if not name.startswith("plot"):
+            continue
+        if path.suffix.lower() not in PICTURES:
+            raise InputError(f"{option} {path}: expected a name that ends in {', '.join(PICTURES)}")
+        if find_spec("matplotlib") is None:
+            raise InputError(f"{option}: needs matplotlib; pip install matplotlib")
 
 
 def _check_file(path: Path, option: str) -> None:

@@ -1,4 +1,4 @@
-"""`blk predict`: probabilities of the choices, and how sure the model can be of its logits, for every line."""
+"""`blk predict`: probabilities of the choices, and how sure the model can be of them, for every line."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from bayesian_lora_kernels.commands import options, output
-from bayesian_lora_kernels.commands.errors import as_input_errors
 from bayesian_lora_kernels.commands.job import add_job_options, load_job, load_posterior
+from bayesian_lora_kernels.commands.probabilities import in_lines, laplace_probs
 
 WIDEST = 12
 
@@ -21,7 +19,8 @@ def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
         "predict",
         help="probabilities of the choices, line by line",
         description="For every line the probabilities of the choices, of the adapter alone (MAP) and with the "
-        "posterior that blk fit wrote (Laplace), and the standard deviation of each choice's logit.",
+        "posterior that blk fit wrote (Laplace), and the standard deviation (logit_std in the file) of each choice's "
+        "logit less the mean of the choices' logits: what the choices share changes no probability.",
     )
     add_job_options(parser, labelled=False)
     options.add_probabilities(parser)
@@ -38,9 +37,8 @@ def run(args: Namespace) -> int:
     folder = args.posterior or args.adapter
     job = load_job(args, labelled=False, posterior=folder)
     logits = job.predict(load_posterior(job, folder))
-    with as_input_errors():
-        generator = torch.Generator().manual_seed(args.seed)
-        laplace = logits.probs(args.method, n_samples=args.samples, generator=generator).tolist()
+    name, probs, _ = laplace_probs(logits, args, folder)
+    laplace = probs.tolist()
     point = logits.probs("map").tolist()
     deviation = logits.variance.clamp_min(0).sqrt().tolist()
     choices = args.choices
@@ -57,28 +55,30 @@ def run(args: Namespace) -> int:
             }
         )
     output.write_json_lines(args.json, rows)
-    print(_report(rows, choices, args.method))
+    print(_report(rows, choices, name))
     return 0
 
 
-def _report(rows: Sequence[dict[str, Any]], choices: Sequence[str], method: str) -> str:
+def _report(rows: Sequence[dict[str, Any]], choices: Sequence[str], laplace: str) -> str:
     """A line per example; three groups of columns, one column per choice in each."""
     names = [_short(choice) for choice in choices]
-    groups = {"map": "MAP", "laplace": f"Laplace ({method})", "logit_std": "std of the logit"}
+    groups = {"map": "MAP", "laplace": in_lines(laplace), "logit_std": "std of the logit\nless their mean"}
+    height = max(title.count("\n") + 1 for title in groups.values())
     header = ["line", "label", "prediction"]
     cells = [[str(row["line"]), _short(row["label"]), _short(row["prediction"])] for row in rows]
     columns = [header, *cells]
     width = max(6, *(len(name) for name in names))
     blocks = [output.table(columns, left=3).split("\n")]
-    title = [" " * max(len(line) for line in blocks[0])]
+    blocks[0] = [""] * height + blocks[0]
     for key, name in groups.items():
+        title = name.split("\n")
         lines = [names, *([f"{value:.3f}" for value in row[key].values()] for row in rows)]
         block = ["  ".join(cell.rjust(width) for cell in line) for line in lines]
-        title.append(name.center(len(block[0])))
-        blocks.append(block)
-    left = len(title[0])
-    body = [" | ".join([first.ljust(left), *rest]) for first, *rest in zip(*blocks, strict=True)]
-    return "\n".join([" | ".join(title).rstrip(), *body])
+        wide = max(map(len, [*title, block[0]]))
+        above = [""] * (height - len(title)) + title
+        blocks.append([*(line.center(wide) for line in above), *(line.rjust(wide) for line in block)])
+    left = max(map(len, blocks[0]))
+    return "\n".join(" | ".join([first.ljust(left), *rest]).rstrip() for first, *rest in zip(*blocks, strict=True))
 
 
 def _short(text: str | None) -> str:

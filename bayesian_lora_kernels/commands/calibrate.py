@@ -1,0 +1,90 @@
+"""`blk calibrate`: set the level of the probabilities by labels that the adapter was not trained on."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+
+import torch
+
+from bayesian_lora_kernels.calibration import expected_calibration_error, negative_log_likelihood
+from bayesian_lora_kernels.commands import options, output
+from bayesian_lora_kernels.commands.errors import as_input_errors
+from bayesian_lora_kernels.commands.job import FEW_LABELS, HELD_OUT, add_job_options, load_job, load_posterior
+from bayesian_lora_kernels.commands.probabilities import name_of
+from bayesian_lora_kernels.posterior.storage import JSON_NAME
+
+METRICS = {"nll": ("NLL", negative_log_likelihood), "ece": ("ECE", expected_calibration_error)}
+METHOD = "pairwise"
+
+
+def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
+    """What `blk calibrate` takes."""
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="set the level of the probabilities by held-out labels",
+        description="Set the level of the probabilities of the posterior that blk fit wrote by labelled examples, and "
+        "write it back with what they said, in place of an earlier calibration; blk evaluate and blk predict then use "
+        "it. The examples must not be among those that the adapter was trained on, of which it is far too sure: "
+        "nothing here can tell. Ten labels do, a hundred are good.",
+    )
+    add_job_options(parser, labelled=True, data=HELD_OUT)
+    options.add_posterior(parser)
+    options.add_json(parser, "also write the results to this file, as JSON")
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Look at the labels, save, print, write.
+
+    Raises:
+        InputError: for whatever the user has to put right.
+    """
+    folder = args.posterior or args.adapter
+    output.check_folder(folder, "" if args.posterior is None else "--posterior ")
+    job = load_job(args, labelled=True, posterior=folder, classes=2)
+    if len(job.labels) < FEW_LABELS:
+        output.warn(f"{args.data}: {len(job.labels)} labels say little; {FEW_LABELS} do, a hundred are good")
+    laplace = load_posterior(job, folder)
+    with as_input_errors():
+        laplace.calibrate(job.batches(longest_first=True), progress=sys.stderr.isatty())
+    calibration = laplace.calibration
+    assert calibration is not None
+    logits, labels = job.predict(laplace), torch.tensor(job.labels)
+    probs = {"MAP": logits.probs("map"), name_of(METHOD, calibration): logits.probs(METHOD)}
+    metrics = {
+        name: {key: metric(values, labels) for key, (_, metric) in METRICS.items()} for name, values in probs.items()
+    }
+    with as_input_errors():
+        laplace.save_pretrained(folder)
+    result = {
+        "command": "calibrate",
+        "adapter": str(args.adapter),
+        "base": job.base,
+        "posterior": str(folder),
+        "data": str(args.data),
+        "choices": args.choices,
+        "n_examples": calibration.n_labels,
+        "n_truncated": job.truncated,
+        "grid_points": calibration.weights[METHOD].numel(),
+        "effective_points": calibration.effective_points,
+        "method": METHOD,
+        **dict(zip(("map", "laplace"), metrics.values(), strict=True)),
+    }
+    output.write_json(args.json, result)
+    points = ", ".join(f"{points:.1f} ({method})" for method, points in calibration.effective_points.items())
+    facts = [
+        ("examples", f"{calibration.n_labels} of {args.data}"),
+        ("effective grid points", f"{points}, of {result['grid_points']}"),
+        ("written to", f"{folder}/{JSON_NAME}"),
+    ]
+    print(f"{output.pairs(facts)}\n\n{_report(metrics)}\n")
+    print("the calibration was made with these labels, so they do not judge it; blk evaluate does, on others")
+    return 0
+
+
+def _report(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    rows = [["on these labels", *(title for title, _ in METRICS.values())]]
+    rows += [[name, *(f"{values[key]:.4f}" for key in METRICS)] for name, values in metrics.items()]
+    return output.table(rows)
