@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 
@@ -14,6 +13,7 @@ from bayesian_lora_kernels.commands.errors import as_input_errors
 from bayesian_lora_kernels.commands.job import FEW_LABELS, HELD_OUT, add_job_options, load_job, load_posterior
 from bayesian_lora_kernels.commands.probabilities import name_of
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
+from bayesian_lora_kernels.predictive.calibrate import LabelEvidence
 
 METRICS = {"nll": ("NLL", negative_log_likelihood), "ece": ("ECE", expected_calibration_error)}
 METHOD = "pairwise"
@@ -47,12 +47,13 @@ def run(args: Namespace) -> int:
     if len(job.labels) < FEW_LABELS:
         output.warn(f"{args.data}: {len(job.labels)} labels say little; {FEW_LABELS} do, a hundred are good")
     laplace = load_posterior(job, folder)
+    logits, labels, evidence = job.predict(laplace), torch.tensor(job.labels), LabelEvidence()
     with as_input_errors():
-        laplace.calibrate(job.batches(longest_first=True), progress=sys.stderr.isatty())
-    calibration = laplace.calibration
+        evidence.add(logits.mean, logits.covariance, labels, laplace.variance_scale)
+        calibration = laplace.calibrate(evidence).calibration
     assert calibration is not None
-    logits, labels = job.predict(laplace), torch.tensor(job.labels)
-    probs = {"MAP": logits.probs("map"), name_of(METHOD, calibration): logits.probs(METHOD)}
+    calibrated = calibration.probs(METHOD, logits.mean, logits.covariance)
+    probs = {"MAP": logits.probs("map"), name_of(METHOD, calibration): calibrated}
     metrics = {
         name: {key: metric(values, labels) for key, (_, metric) in METRICS.items()} for name, values in probs.items()
     }

@@ -87,22 +87,16 @@ class Job:
         """Of the examples, all of which have one."""
         return [example.label for example in self.examples if example.label is not None]
 
-    def batches(self, longest_first: bool = False) -> list[dict[str, Tensor]]:
-        """Labelled batches, in the order of the file or in that of `longest_first`."""
-        order = self.longest_first() if longest_first else range(len(self.prompts))
-        labels = self.labels
-        return batches([self.prompts[i] for i in order], self.batch_size, self.pad_id, [labels[i] for i in order])
-
-    def longest_first(self) -> list[int]:
-        """Examples of similar length together: less padding, and memory runs out at once or never."""
-        return sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i]))
+    def batches(self) -> list[dict[str, Tensor]]:
+        """Labelled batches, in the order of the file."""
+        return batches(self.prompts, self.batch_size, self.pad_id, self.labels)
 
     def predict(self, laplace: LaplaceLoRA) -> LogitPosterior:
-        """The Gaussian over the choices' logits less their mean, which is all that probabilities see.
+        """The Gaussian over the choices' logits less their mean, of all examples in the order of the file, on the CPU.
 
-        Of all examples, in the order of the file, on the CPU.
+        Examples of similar length run together, the longest first: less padding, and memory runs out at once or never.
         """
-        order = self.longest_first()
+        order = sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i]))
         means, covariances = [], []
         with tqdm(total=len(order), desc="predict", unit="example", disable=not sys.stderr.isatty()) as bar:
             for batch in batches([self.prompts[i] for i in order], self.batch_size, self.pad_id):

@@ -68,7 +68,7 @@ def compare_methods(
         watch: is told the name of a method when its turn comes.
     """
     labels = torch.tensor([example.answer for example in splits.held_out])
-    options = {"class_token_ids": task.class_token_ids, "seed": seed}
+    options: dict[str, Any] = {"class_token_ids": task.class_token_ids, "seed": seed}
 
     watch(NAMES["folds"])
     start = perf_counter()

@@ -93,14 +93,7 @@ def as_json(
         "classes": list(CLASSES),
         "results": {
             name: {
-                method: {
-                    metric: {
-                        "mean": s.mean,
-                        "standard_error": s.standard_error,
-                        "values": [value if math.isfinite(value) else None for value in s.values],
-                    }
-                    for metric, s in row.items()
-                }
+                method: {metric: _statistic(statistic) for metric, statistic in row.items()}
                 for method, row in methods.items()
             }
             for name, methods in results.items()
@@ -138,9 +131,15 @@ def _better(ours: Mapping[str, Statistic], theirs: Mapping[str, Statistic]) -> s
     return " and ".join(verdicts)
 
 
+def _statistic(statistic: Statistic) -> dict[str, Any]:
+    values = [value if math.isfinite(value) else None for value in statistic.values]
+    mean = statistic.mean if math.isfinite(statistic.mean) else None
+    return {"mean": mean, "standard_error": statistic.standard_error, "values": values}
+
+
 def _cell(statistic: Statistic) -> str:
     mean, error = statistic.mean, statistic.standard_error
-    return "-" if mean is None else f"{mean:.3f}" + ("" if error is None else f" ±{error:.3f}")
+    return "-" if math.isnan(mean) else f"{mean:.3f}" + ("" if error is None else f" ±{error:.3f}")
 
 
 def _difference(found: PairedDifference | None) -> str:

@@ -43,9 +43,9 @@ class Statistic:
     values: tuple[float, ...]
 
     @property
-    def mean(self) -> float | None:
-        """Mean over the runs in which it is defined; None without one."""
-        return fmean(self._defined) if self._defined else None
+    def mean(self) -> float:
+        """Mean over the runs in which it is defined; NaN without one."""
+        return fmean(self._defined) if self._defined else math.nan
 
     @property
     def standard_error(self) -> float | None:
