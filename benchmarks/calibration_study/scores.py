@@ -40,10 +40,11 @@ def error_auroc(probs: Tensor, labels: Tensor) -> float:
 
 
 def debiased_calibration_error(probs: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """ECE over bins with as many examples each, less what chance alone adds to it; may be below zero.
+    """ECE over bins with as many examples each, less an estimate of what chance adds to it; may be below zero.
 
     In a bin, the difference d of accuracy and mean confidence has a standard error s. Were d the true one, a normal
     sample of it would have E|d + s z| for its absolute value; what that has above |d| is the bias that is taken off.
+    It is too little where d is all chance, so part of it stays with calibrated predictions.
 
     Source: Kumar, Liang, Ma 2019, "Verified uncertainty calibration", section 5 for the idea, theirs by sampling.
     """
