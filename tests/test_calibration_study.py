@@ -213,6 +213,9 @@ def test_paired_differences():
     tie = report.paired([1.0, 2.0], [1.0, 3.0], higher_is_better=False)
     assert (tie.mean, tie.better, tie.count) == (-0.5, 0.75, 2)
     assert math.isnan(report.paired([1.0], [2.0], True).error)
+    tasks = report.compare_tasks(RECORDS, "test", "calibrated", 100, "nll")
+    assert (tasks.mean, tasks.error) == pytest.approx((0, 0.15))
+    assert (tasks.better, tasks.count) == (0.5, 2)
 
 
 def test_report(tmp_path):

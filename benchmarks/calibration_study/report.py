@@ -7,7 +7,7 @@ Methods that use no held-out label stand under "0", and are compared with temper
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,16 @@ def compare(
     )
 
 
+def compare_tasks(
+    records: Sequence[Record], split: str, method: str, labels: int, metric: str, reference: str = REFERENCE
+) -> Difference:
+    """As `compare`, of the tasks' means: models of one task are not independent of each other."""
+    tasks = sorted({record["task"] for record in records})
+    own = [[record for record in records if record["task"] == task] for task in tasks]
+    found = [compare(some, split, method, labels, metric, reference).mean for some in own]
+    return paired(found, [0.0] * len(found), HIGHER_IS_BETTER[metric])
+
+
 def mean(records: Sequence[Record], split: str, method: str, labels: int, metric: str) -> float:
     """Over the models that have the score."""
     found = [value(record, split, method, labels, metric) for record in records]
@@ -95,9 +105,11 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
 
     def one(some: Sequence[Record], split: str, method: str, n: int, metric: str) -> dict[str, Any]:
         difference = vars(compare(some, split, method, n, metric))
+        over_tasks = vars(compare_tasks(some, split, method, n, metric))
         return {
             "mean": _or_none(mean(some, split, method, n, metric)),
             "difference": {name: _or_none(number) for name, number in difference.items()},
+            "tasks_difference": {name: _or_none(number) for name, number in over_tasks.items()},
         }
 
     def numbers(some: Sequence[Record]) -> dict[str, Any]:
@@ -134,10 +146,11 @@ def as_markdown(records: Sequence[Record], command: str, versions: Mapping[str, 
         f"## Against temperature scaling with the same {most} labels",
         "",
         "Paired differences: mean ± standard error over models, in brackets the share of models for which the method "
-        "is better (ties count half).",
+        "is better (ties count half). Then the same with the means of the tasks in place of models.",
     ]
     for split in SPLITS:
-        lines += ["", f"### {split}", "", *_differences(records, split, most)]
+        lines += ["", f"### {split}", "", *_differences(records, split, most, compare)]
+        lines += ["", f"Over the {len(tasks)} tasks:", "", *_differences(records, split, most, compare_tasks)]
     lines += ["", "## Number of labels", "", "Mean NLL and ECE over models, and paired difference in NLL."]
     for split in SPLITS:
         lines += ["", f"### {split}", "", *_by_labels(records, split)]
@@ -186,11 +199,11 @@ def record_labels(records: Sequence[Record], method: str) -> bool:
     return any(set(record["scores"][SPLITS[0]].get(method, {})) - {"0"} for record in records)
 
 
-def _differences(records: Sequence[Record], split: str, labels: int) -> list[str]:
+def _differences(records: Sequence[Record], split: str, labels: int, of: Callable[..., Difference]) -> list[str]:
     rows = []
     for method in methods(records):
         if method != REFERENCE:
-            found = [compare(records, split, method, labels, metric) for metric in METRICS]
+            found = [of(records, split, method, labels, metric) for metric in METRICS]
             rows.append([method, *(_difference(one) for one in found)])
     return _table(["method", *(TITLES[metric] for metric in METRICS)], rows)
 
