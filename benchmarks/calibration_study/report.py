@@ -1,0 +1,251 @@
+"""Tables and a picture of what came out: plain functions on the scores of the models.
+
+A record is one model: `{"task", "seed", "scores": {split: {method: {number of labels, as text: {metric: value}}}}}`.
+Methods that use no held-out label stand under "0", and are compared with temperature scaling for every number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .scores import HIGHER_IS_BETTER, METRICS
+
+Record = Mapping[str, Any]
+SPLITS = ("test", "shift")
+REFERENCE = "temperature"
+TITLES = {
+    "nll": "NLL",
+    "ece": "ECE",
+    "ece_debiased": "ECE debiased",
+    "error_auroc": "error AUROC",
+    "accuracy": "accuracy",
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a method and the reference, over models.
+
+    Attributes:
+        mean: of the differences.
+        error: standard error of the mean; NaN for one model.
+        better: share of the models for which the method is better; ties count half.
+        count: of models.
+    """
+
+    mean: float
+    error: float
+    better: float
+    count: int
+
+
+def value(record: Record, split: str, method: str, labels: int, metric: str) -> float:
+    """One score; NaN if there is none."""
+    found = record["scores"][split].get(method, {})
+    one = found.get(str(labels), found.get("0"))
+    return math.nan if one is None or one[metric] is None else float(one[metric])
+
+
+def methods(records: Sequence[Record]) -> list[str]:
+    """Of all records, in the order in which they first appear."""
+    return list(dict.fromkeys(method for record in records for method in record["scores"][SPLITS[0]]))
+
+
+def label_counts(records: Sequence[Record]) -> list[int]:
+    return sorted({int(n) for record in records for n in record["scores"][SPLITS[0]].get(REFERENCE, {})})
+
+
+def paired(values: Sequence[float], reference: Sequence[float], higher_is_better: bool) -> Difference:
+    """Differences `value - reference` of the models that have both."""
+    pairs = [(a, b) for a, b in zip(values, reference, strict=True) if not (math.isnan(a) or math.isnan(b))]
+    if not pairs:
+        return Difference(math.nan, math.nan, math.nan, 0)
+    differences = [a - b for a, b in pairs]
+    n, sign = len(pairs), 1 if higher_is_better else -1
+    mean = sum(differences) / n
+    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1)) if n > 1 else math.nan
+    better = sum(1.0 if sign * d > 0 else 0.5 if d == 0 else 0.0 for d in differences) / n
+    return Difference(mean, spread / math.sqrt(n), better, n)
+
+
+def compare(
+    records: Sequence[Record], split: str, method: str, labels: int, metric: str, reference: str = REFERENCE
+) -> Difference:
+    return paired(
+        [value(record, split, method, labels, metric) for record in records],
+        [value(record, split, reference, labels, metric) for record in records],
+        HIGHER_IS_BETTER[metric],
+    )
+
+
+def compare_tasks(
+    records: Sequence[Record], split: str, method: str, labels: int, metric: str, reference: str = REFERENCE
+) -> Difference:
+    """As `compare`, of the tasks' means: models of one task are not independent of each other."""
+    tasks = sorted({record["task"] for record in records})
+    own = [[record for record in records if record["task"] == task] for task in tasks]
+    found = [compare(some, split, method, labels, metric, reference).mean for some in own]
+    return paired(found, [0.0] * len(found), HIGHER_IS_BETTER[metric])
+
+
+def mean(records: Sequence[Record], split: str, method: str, labels: int, metric: str) -> float:
+    """Over the models that have the score."""
+    found = [value(record, split, method, labels, metric) for record in records]
+    found = [number for number in found if not math.isnan(number)]
+    return sum(found) / len(found) if found else math.nan
+
+
+def summary(records: Sequence[Record]) -> dict[str, Any]:
+    """Every number of the tables, for JSON."""
+    tasks = sorted({record["task"] for record in records})
+
+    def one(some: Sequence[Record], split: str, method: str, n: int, metric: str) -> dict[str, Any]:
+        difference = vars(compare(some, split, method, n, metric))
+        over_tasks = vars(compare_tasks(some, split, method, n, metric))
+        return {
+            "mean": _or_none(mean(some, split, method, n, metric)),
+            "difference": {name: _or_none(number) for name, number in difference.items()},
+            "tasks_difference": {name: _or_none(number) for name, number in over_tasks.items()},
+        }
+
+    def numbers(some: Sequence[Record]) -> dict[str, Any]:
+        return {
+            split: {
+                method: {
+                    str(n): {metric: one(some, split, method, n, metric) for metric in METRICS}
+                    for n in label_counts(records)
+                }
+                for method in methods(records)
+            }
+            for split in SPLITS
+        }
+
+    return {
+        "models": len(records),
+        "all": numbers(records),
+        "tasks": {task: numbers([record for record in records if record["task"] == task]) for task in tasks},
+    }
+
+
+def as_markdown(records: Sequence[Record], command: str, versions: Mapping[str, str]) -> str:
+    """A whole page."""
+    tasks = sorted({record["task"] for record in records})
+    most = max(label_counts(records))
+    lines = [
+        "# Calibration on fresh tasks",
+        "",
+        f"Written by `{command}` with {', '.join(f'{name} {version}' for name, version in versions.items())}.",
+        "",
+        f"{len(records)} models of {len(tasks)} tasks: {', '.join(tasks)}. How the tasks came about, and in which "
+        "order, is in the docstring of `benchmarks/calibration_study`.",
+        "",
+        f"## Against temperature scaling with the same {most} labels",
+        "",
+        "Paired differences: mean ± standard error over models, in brackets the share of models for which the method "
+        "is better (ties count half). Then the same with the means of the tasks in place of models.",
+    ]
+    for split in SPLITS:
+        lines += ["", f"### {split}", "", *_differences(records, split, most, compare)]
+        lines += ["", f"Over the {len(tasks)} tasks:", "", *_differences(records, split, most, compare_tasks)]
+    lines += ["", "## Number of labels", "", "Mean NLL and ECE over models, and paired difference in NLL."]
+    for split in SPLITS:
+        lines += ["", f"### {split}", "", *_by_labels(records, split)]
+    lines += ["", f"## Tasks, {most} labels"]
+    for task in tasks:
+        own = [record for record in records if record["task"] == task]
+        lines += ["", f"### {task} ({len(own)} models)"]
+        for split in SPLITS:
+            lines += ["", split, "", *_means(own, split, most)]
+    return "\n".join(lines) + "\n"
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """NLL and ECE against the number of labels, means over the models."""
+    from matplotlib.figure import Figure
+
+    from bayesian_lora_kernels.calibration import save_figure
+
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    axes = figure.subplots(2, len(SPLITS), squeeze=False)
+    counts = label_counts(records)
+    for row, metric in enumerate(("nll", "ece")):
+        for column, split in enumerate(SPLITS):
+            panel = axes[row, column]
+            for method in methods(records):
+                numbers = [mean(records, split, method, n, metric) for n in counts]
+                used = record_labels(records, method)
+                panel.plot(counts, numbers, "o-" if used else "--", label=method if used else f"{method} (no labels)")
+            panel.set_xscale("log")
+            panel.set_xticks(counts, [str(n) for n in counts])
+            panel.minorticks_off()
+            panel.set_title(f"{TITLES[metric]}, {split}", fontsize=10)
+            if metric == "nll":  # few labels, all predicted right, and temperature scaling is far off the others
+                known = [mean(records, split, method, counts[-1], metric) for method in methods(records)]
+                top = max([number for number in known if not math.isnan(number)], default=1.0)
+                panel.set_ylim(0, 1.3 * top)
+    for panel in axes[-1]:
+        panel.set_xlabel("held-out labels")
+    axes[0, 0].legend(fontsize=7.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)
+
+
+def record_labels(records: Sequence[Record], method: str) -> bool:
+    """Whether a method uses held-out labels."""
+    return any(set(record["scores"][SPLITS[0]].get(method, {})) - {"0"} for record in records)
+
+
+def _differences(records: Sequence[Record], split: str, labels: int, of: Callable[..., Difference]) -> list[str]:
+    rows = []
+    for method in methods(records):
+        if method != REFERENCE:
+            found = [of(records, split, method, labels, metric) for metric in METRICS]
+            rows.append([method, *(_difference(one) for one in found)])
+    return _table(["method", *(TITLES[metric] for metric in METRICS)], rows)
+
+
+def _by_labels(records: Sequence[Record], split: str) -> list[str]:
+    counts = label_counts(records)
+    rows = []
+    for method in methods(records):
+        cells = [method]
+        for n in counts:
+            nll, ece = (mean(records, split, method, n, metric) for metric in ("nll", "ece"))
+            cells.append(f"{_number(nll)} / {_number(ece)}")
+            if method != REFERENCE:
+                cells[-1] += f"; {_difference(compare(records, split, method, n, 'nll'))}"
+        rows.append(cells)
+    return _table(["method", *(f"{n} labels" for n in counts)], rows)
+
+
+def _means(records: Sequence[Record], split: str, labels: int) -> list[str]:
+    rows = []
+    for method in methods(records):
+        cells = [_number(mean(records, split, method, labels, metric)) for metric in METRICS]
+        against = "" if method == REFERENCE else _difference(compare(records, split, method, labels, "nll"))
+        rows.append([method, *cells, against])
+    return _table(["method", *(TITLES[metric] for metric in METRICS), "NLL against temperature"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _number(number: float) -> str:
+    return "–" if math.isnan(number) else f"{number:.4f}"
+
+
+def _difference(one: Difference) -> str:
+    if one.count == 0:
+        return "–"
+    error = "" if math.isnan(one.error) else f" ± {one.error:.4f}"
+    return f"{one.mean:+.4f}{error} ({one.better:.0%})"
+
+
+def _or_none(number: float) -> float | None:
+    return None if math.isnan(number) else number
