@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
                         run(task, seed, options.curvature, options.out)
         if not options.fine_tune_only:
             write_report(options.out, " ".join(["python -m benchmarks.calibration_study", *_shown(options)]))
-    except (MissingPackage, method.NotConnectedError, StudyError) as error:
+    except (MissingPackage, StudyError) as error:
         print(f"calibration_study: {error}", file=sys.stderr)
         return 1
     return 0

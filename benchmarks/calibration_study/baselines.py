@@ -1,4 +1,4 @@
-"""What needs logits and held-out labels only: temperature scaling, plain and with a prior over the temperature."""
+"""What needs logits and held-out labels only: temperature scaling, plain and averaged over temperatures."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.calibration import temperature_scale
+from bayesian_lora_kernels.predictive import calibrate
 
-LOG_TEMPERATURES = torch.linspace(-3, 4, 141, dtype=torch.float64)
-PRIOR_MEAN, PRIOR_SD = 0.5, 1.0  # of ln T
-NAMES = ("temperature", "temperature-map", "temperature-averaged")
+# The same temperatures and the same prior as the package's calibration.
+LOG_TEMPERATURES = torch.linspace(*calibrate.LOG_TEMPERATURES, dtype=torch.float64)
+PRIOR_MEAN, PRIOR_SD = calibrate.TEMPERATURE_PRIOR  # of ln T
+NAMES = ("temperature", "averaged temperatures")
 
 
 def log_posterior(logits: Tensor, labels: Tensor) -> Tensor:
@@ -34,7 +36,6 @@ def scaled(held_out: Tensor, labels: Tensor, logits: dict[str, Tensor]) -> dict[
         warnings.simplefilter("ignore", RuntimeWarning)  # every label predicted right: T is at its limit
         plain = temperature_scale(held_out, labels)
     posterior = log_posterior(held_out, labels)
-    best = float(LOG_TEMPERATURES[posterior.argmax()].exp())
     weights = posterior.softmax(dim=0)
 
     def averaged(values: Tensor) -> Tensor:
@@ -43,6 +44,5 @@ def scaled(held_out: Tensor, labels: Tensor, logits: dict[str, Tensor]) -> dict[
 
     return {
         "temperature": {split: (values.double() / plain).softmax(dim=-1) for split, values in logits.items()},
-        "temperature-map": {split: (values.double() / best).softmax(dim=-1) for split, values in logits.items()},
-        "temperature-averaged": {split: averaged(values) for split, values in logits.items()},
+        "averaged temperatures": {split: averaged(values) for split, values in logits.items()},
     }

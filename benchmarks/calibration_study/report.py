@@ -20,7 +20,7 @@ REFERENCE = "temperature"
 TITLES = {
     "nll": "NLL",
     "ece": "ECE",
-    "ece_debiased": "ECE debiased",
+    "ece_adaptive": "adaptive ECE",
     "error_auroc": "error AUROC",
     "accuracy": "accuracy",
 }
