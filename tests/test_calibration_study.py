@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from bayesian_lora_kernels import LaplaceLoRA
-from bayesian_lora_kernels.calibration import expected_calibration_error, temperature_scale
+from bayesian_lora_kernels.calibration import temperature_scale
 from benchmarks.calibration_study import __main__ as study
 from benchmarks.calibration_study import baselines, method, report
 from benchmarks.calibration_study.files import write_json
-from benchmarks.calibration_study.scores import debiased_calibration_error, error_auroc, scores
-from benchmarks.calibration_study.tasks import NAMES, Example, Training, majority, make_task, packages
+from benchmarks.calibration_study.scores import scores
+from benchmarks.calibration_study.tasks import NAMES, Example, Splits, Training, majority, make_task, packages
 from benchmarks.calibration_study.tasks.causal import Llama
 from benchmarks.calibration_study.tasks.cities import folded
-from benchmarks.calibration_study.tasks.task import MissingPackage, drawn, imported, shares
+from benchmarks.calibration_study.tasks.task import MissingPackage, Task, drawn, imported, shares
 
 
 def make_or_skip(name, folder):
@@ -150,13 +150,13 @@ def test_temperature_baselines():
         torch.testing.assert_close(found[name]["test"], found["temperature"]["test"], rtol=0, atol=0.02)
     # no label: the prior alone
     posterior = baselines.log_posterior(logits[:0], labels[:0])
-    assert float(baselines.LOG_TEMPERATURES[posterior.argmax()]) == pytest.approx(0.5, abs=0.03)
+    assert float(baselines.LOG_TEMPERATURES[posterior.argmax()]) == pytest.approx(0.5, abs=0.2)
     weights = posterior.softmax(0)
-    assert float((weights * baselines.LOG_TEMPERATURES).sum()) == pytest.approx(0.5, abs=0.01)
+    assert float((weights * baselines.LOG_TEMPERATURES).sum()) == pytest.approx(0.5, abs=0.05)
     # a few labels, all right: plain scaling goes to its limit, the others do not
     few = baselines.scaled(torch.tensor([[3.0, 0, 0]]), torch.tensor([0]), {"test": torch.tensor([[0.1, 0, 0]])})
     assert float(few["temperature"]["test"][0, 0]) == pytest.approx(1)
-    assert float(few["temperature-map"]["test"][0, 0]) < 0.5
+    assert float(few["averaged temperatures"]["test"][0, 0]) < 0.5
 
 
 def test_scores():
@@ -165,31 +165,61 @@ def test_scores():
     assert found["accuracy"] == 0.75
     assert found["nll"] == pytest.approx(-(math.log(0.9) + math.log(0.8) + math.log(0.4) + math.log(0.7)) / 4)
     assert found["error_auroc"] == 1
-    assert math.isnan(error_auroc(probs, torch.tensor([0, 0, 1, 1])))
-    # one example in each bin: no spread, so nothing to take off
-    assert found["ece_debiased"] == pytest.approx((0.1 + 0.2 + 0.6 + 0.3) / 4)
+    assert math.isnan(scores(probs, torch.tensor([0, 0, 1, 1]))["error_auroc"])
+    assert found["ece"] == pytest.approx((0.1 + 0.2 + 0.6 + 0.3) / 4)  # one example in each bin
 
 
-def test_debiased_calibration_error():
-    """Of calibrated predictions it is less than what it is with chance, of others about what it is without."""
-    torch.manual_seed(0)
-    confidence = 0.5 + 0.5 * torch.rand(200, 300, dtype=torch.float64)
-    probs = torch.stack([confidence, 1 - confidence], dim=-1)
-    calibrated, plain, off = [], [], []
-    for row, uniform in zip(probs, torch.rand(200, 300), strict=True):
-        labels = (uniform > row[:, 0]).long()
-        calibrated.append(debiased_calibration_error(row, labels))
-        plain.append(expected_calibration_error(row, labels, 30))
-        off.append(debiased_calibration_error(row, (uniform > row[:, 0] - 0.2).long()))
-    assert 0 < sum(calibrated) < 0.65 * sum(plain)
-    assert sum(off) / 200 == pytest.approx(0.2, abs=0.01)
+class Points(Task):
+    """Points in the plane and a perceptron: what `method.predict` asks of a task."""
+
+    name, n_classes, training = "points", 3, Training(epochs=5, learning_rate=0.05)
+
+    def make(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        points = torch.randn(200, 2, generator=generator)
+        labels = (points.sum(1) + torch.randn(200, generator=generator)).sign().long() + 1
+        labels[::5] = 1
+        rows = zip(points.tolist(), labels.tolist(), strict=True)
+        examples = [Example(tuple(x), y, str(i)) for i, (x, y) in enumerate(rows)]
+        return Splits(examples[:60], examples[60:100], examples[100:150], examples[150:])
+
+    def collate(self, examples):
+        return {
+            "input": torch.tensor([example.content for example in examples]),
+            "labels": torch.tensor([example.label for example in examples]),
+        }
+
+    def build(self, seed):
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("curvature", ["exact", "ekfac"])
+def test_the_packages_method(tmp_path, curvature):
+    task = Points(tmp_path)
+    splits = task.make(0)
+    model = task.fine_tune(splits.train, 0)
+    found = method.predict(task, splits, model, 0, (10, 40), curvature)
+    laplace = LaplaceLoRA(model, curvature=curvature).fit(task.batches(splits.train), progress=False)
+    laplace.optimize_prior_precision()
+    (batch,) = task.batches(splits.test, 50)
+    expected = {("laplace evidence", 0): laplace.predict(batch).probs()}
+    for n in (10, 40):
+        laplace.calibrate(task.batches(splits.held_out[:n]), progress=False)
+        expected |= {(f"laplace {m}", n): laplace.predict(batch).probs(m) for m in method.METHODS}
+    for (name, n), probs in expected.items():
+        torch.testing.assert_close(found.probs[name][n]["test"].float(), probs, rtol=1e-3, atol=1e-5)
+    folds = found.probs["laplace pairwise, 2 folds"][0]
+    assert folds["shift"].shape == (50, 3)
+    assert [fold["n_held_out"] for fold in found.facts["crossfit"]["folds"]] == [30, 30]
+    assert found.tensors["test/covariance"].shape == (50, 3, 3)
 
 
 def record(task, seed, shift=0.0):
     """Scores that can be reckoned with in one's head."""
 
     def one(nll):
-        return {"nll": nll, "ece": nll / 10, "ece_debiased": nll / 20, "error_auroc": None, "accuracy": 1 - nll / 4}
+        return {"nll": nll, "ece": nll / 10, "ece_adaptive": nll / 20, "error_auroc": None, "accuracy": 1 - nll / 4}
 
     by_split = {
         "map": {"0": one(2.0)},
