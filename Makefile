@@ -70,8 +70,8 @@ FLOOR_BIN    := $(abspath $(FLOORS))/bin
 FLOOR_PIP    := $(FLOOR_BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-compile $(PIP_FLAGS)
 # What touches PyTorch, transformers and PEFT most; not tests of what these versions lack: float64 masks of some models
 # (transformers), target_parameters, trainable_token_indices, adapters side by side without meta tensors (PEFT).
-FLOOR_TESTS  ?= tests/test_bad_calls.py tests/test_batches.py tests/test_evidence.py tests/test_examples.py \
-  tests/test_native.py tests/test_ops_compile.py tests/test_ops_dispatch.py tests/test_ops_jacobian.py \
+FLOOR_TESTS  ?= tests/test_bad_calls.py tests/test_batches.py tests/test_calibrate.py tests/test_crossfit.py \
+  tests/test_evidence.py tests/test_examples.py tests/test_native.py tests/test_ops_compile.py tests/test_ops_dispatch.py tests/test_ops_jacobian.py \
   tests/test_ops_outer_product.py tests/test_ops_square_sum.py tests/test_packaging.py tests/test_predictions.py \
   tests/test_storage.py tests/test_surroundings.py
 # transformers 4.46 cannot make this test's model.

@@ -393,7 +393,7 @@ def test_differences_against_dense_algebra():
 
 
 class Shared(torch.nn.Module):
-    """Logits of which a large part is the same for all of them: `h W^T + 100 (h v) 1`."""
+    """Logits of which a large part is the same for all of them: `h W^T + 250 (h v) 1`."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -405,7 +405,7 @@ class Shared(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.body(x).tanh()
-        return self.own(h) + 100 * self.common(h)
+        return self.own(h) + 250 * self.common(h)
 
 
 @pytest.mark.parametrize("curvature", ["kfac", "exact"])
@@ -419,7 +419,7 @@ def test_differences_lose_no_digits_to_what_all_logits_share(curvature, classes)
         laplace.fit([(x.to(dtype), y)], progress=False)
         found[dtype] = [laplace.predict((x.to(dtype), None), differences=d).covariance for d in (False, True)]
     whole, truth = found[DOUBLE]
-    assert whole.diagonal(dim1=1, dim2=2).mean() > 2e3 * truth.diagonal(dim1=1, dim2=2).mean()
+    assert whole.diagonal(dim1=1, dim2=2).mean() > 1e4 * truth.diagonal(dim1=1, dim2=2).mean()
     error = [
         float(
             (
