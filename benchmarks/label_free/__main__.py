@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
+import sys
 import time
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,14 @@ from bayesian_lora_kernels.predictive.probabilities import pairwise_log_probs
 from . import rules
 from .linearised import Evidence, Features, Refit, evidence_arguments, jacobians, refit
 from .models import Model, families
+from .report import as_markdown, decision_table, decisions
+from .verify import verification
 
 # Mean prior variance of a centred logit, tried from the smallest up.
-VARIANCES = [10.0 ** (0.5 * k) for k in range(-2, 10)]
+VARIANCES = [10.0 ** (0.5 * k) for k in range(9)]
+
+
+_initial: dict[str, Any] = {}
 
 
 def laplace_of(model: Model, which: torch.nn.Module) -> LaplaceLoRA:
@@ -74,11 +82,14 @@ def measure(model: Model) -> dict[str, Any]:
     train_nll = rules.measured(logits["train"].softmax(1), labels["train"])["nll"]
     z = evidence.factor
 
-    initial = Features.of(jacobians(laplace_of(model, model.initial), model.batches["train"], c))
+    if _initial.get("of") is not model.initial:  # the same for all moments
+        rows = Features.of(jacobians(laplace_of(model, model.initial), model.batches["train"], c))
+        _initial.update({"of": model.initial, "rows": rows, "fits": path(rows, labels["train"])})
+    initial: Features = _initial["rows"]
     chosen: dict[str, Refit] = {}
     grids = {}
-    for source, rows in (("map", features), ("init", initial)):
-        fits = path(rows, labels["train"])
+    for source, own in (("map", features), ("init", initial)):
+        fits: list[Refit] = _initial["fits"] if source == "init" else path(own, labels["train"])
         grids[source] = [
             {
                 "variance": variance,
@@ -92,7 +103,7 @@ def measure(model: Model) -> dict[str, Any]:
         ]
         best = min(range(len(fits)), key=lambda i: grids[source][i]["loo_nll"])
         chosen[f"{source}"] = fits[best]
-        chosen[f"{source}, matched"] = matched(rows, labels["train"], fits, train_nll)
+        chosen[f"{source}, matched"] = matched(own, labels["train"], fits, train_nll)
 
     found: dict[str, Any] = {}
     probs = {name: {"MAP": logits[name].softmax(1)} for name in ("test", "shift")}
@@ -143,26 +154,54 @@ def rows_scale(features: Features, fit: Refit) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.label_free", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="for label_free.json and label_free.md"
-    )
-    parser.add_argument("--quick", action="store_true", help="a minute: shows that every part works, and nothing else")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for label_free.json, label_free.md")
+    parser.add_argument("--quick", action="store_true", help="seconds: shows that every part works, and nothing else")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", help="families whose name has this in it")
+    parser.add_argument("--only", default="", metavar="TEXT", help="families whose name has this in it")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     chosen = [family for family in families(arguments.quick) if arguments.only in family.name]
     seeds = 1 if arguments.quick else arguments.seeds
-    records = []
-    with tqdm(total=seeds * sum(len(family.moments) for family in chosen), desc="models", disable=None) as bar:
+    checked = verification()
+    records: list[dict[str, Any]] = []
+    with tqdm(total=seeds * sum(len(family.moments) for family in chosen), desc="models") as bar:
         for family in chosen:
             for seed in range(seeds):
                 for model in family.make(seed):
                     bar.set_postfix_str(model.cell)
                     records.append(measure(model))
                     bar.update()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "label_free.json").write_text(json.dumps({"models": records}), encoding="utf-8")
+            write(arguments.out, records, checked, shlex.join(["python", "-m", "benchmarks.label_free", *sys.argv[1:]]))
+    print(decision_table(records))
+
+
+def write(folder: Path, records: list[dict[str, Any]], checked: dict[str, Any], command: str) -> None:
+    """Both files, after every family."""
+    used = ("torch", "transformers", "peft", "scikit-learn")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in used)
+    content = {
+        "command": command,
+        "versions": versions,
+        "decisions": decisions(records),
+        "verification": checked,
+        "models": records,
+    }
+    text = json.dumps(rounded(content), separators=(",", ":"))
+    (folder / "label_free.json").write_text(text.replace('{"cell"', '\n{"cell"') + "\n", encoding="utf-8")
+    (folder / "label_free.md").write_text(as_markdown(records, checked, command, versions), encoding="utf-8")
+
+
+def rounded(value: Any) -> Any:
+    """Five digits of every number."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
 
 
 if __name__ == "__main__":

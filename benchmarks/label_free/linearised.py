@@ -1,14 +1,16 @@
 """The refitted linearised model in function space: Newton, leave-one-out by the Gaussian cavity, evidence.
 
 A softmax sees differences of logits only, so everything lives in the C - 1 coordinates of an orthonormal basis of what
-is orthogonal to (1, ..., 1). With J the Jacobian of the training logits there, the model is `f = J w`, `w ~ N(0, 1 / l)`:
-the prior mean of every logit is zero. If there are more weights than rows, w lives in the rows' span.
+is orthogonal to (1, ..., 1). With J the Jacobian of the training logits there, the model is `f = J w` with
+`w ~ N(0, 1 / l)`: the prior mean of every logit is zero. If there are more weights than rows, w lives in the rows'
+span.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,6 +63,12 @@ class Features:
     def of(cls, jacobian: Tensor) -> Features:
         n, c, p = jacobian.shape
         basis = centring(c)
+        # Before fine-tuning the gradients of every LoRA A are zero.
+        used = jacobian.abs().amax((0, 1)) > 0
+        if not used.all():
+            inner = cls.of(jacobian[:, :, used])
+            eye = torch.eye(p, dtype=torch.float64)[:, used]
+            return cls(inner.rows, eye if inner.span is None else eye @ inner.span, basis)
         rows = torch.einsum("cd,ncp->ndp", basis, jacobian)
         flat = rows.reshape(n * (c - 1), p)
         if p <= len(flat):
@@ -74,6 +82,10 @@ class Features:
     @property
     def flat(self) -> Tensor:
         return self.rows.reshape(-1, self.rows.shape[2])
+
+    @cached_property
+    def narrow(self) -> Tensor:
+        return self.rows.float()
 
     @property
     def scale(self) -> float:
@@ -134,7 +146,7 @@ def newton(features: Features, labels: Tensor, precision: float, start: Tensor |
     value, likelihood = loss(w)
     for _ in range(STEPS):
         gradient = x.T @ likelihood.gradient.flatten() + precision * w
-        step = torch.cholesky_solve(gradient[:, None], _factor(features, likelihood.hessian, precision))[:, 0]
+        step = torch.cholesky_solve(gradient[:, None], _rough_factor(features, likelihood.hessian, precision))[:, 0]
         decrement = float(gradient @ step)
         if decrement < TOLERANCE * n:
             break
@@ -153,6 +165,15 @@ def _factor(features: Features, hessian: Tensor, precision: float) -> Tensor:
     matrix = features.flat.T @ weighted
     matrix.diagonal().add_(precision)
     return torch.linalg.cholesky(matrix)
+
+
+def _rough_factor(features: Features, hessian: Tensor, precision: float) -> Tensor:
+    """For Newton's steps, from float32 where that will do: only the gradient has to be exact."""
+    weighted = (hessian.float() @ features.narrow).reshape(features.flat.shape)
+    matrix = features.narrow.reshape(features.flat.shape).T @ weighted
+    matrix.diagonal().add_(precision)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return _factor(features, hessian, precision) if failed else factor.double()
 
 
 def cavity(features: Features, hessian: Tensor, precision: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The fine-tuned models: digits, sequences, the demo's sentences; each taken at two or three moments of one training."""
+"""The fine-tuned models: digits, sequences, the demo's sentences; each at two or three moments of one training."""
 
 from __future__ import annotations
 
@@ -111,7 +111,6 @@ def digits(
     n: int,
     noise: float,
     steps: tuple[int, int],
-    rank: int = 4,
     pretrained: tuple[int, ...] = (),
 ) -> Family:
     """`groups`: the digits of each class."""
@@ -133,9 +132,15 @@ def digits(
         labels["shift"] = labels["test"]
         base = Perceptron(len(groups))
         base.load_state_dict(trunk, strict=False)
-        model = peft.get_peft_model(
-            base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["fc1", "fc2", "head"])
+        head = max(2, min(len(groups), 6))
+        config = peft.LoraConfig(
+            r=2,
+            lora_alpha=4,
+            rank_pattern={"head": head},
+            alpha_pattern={"head": 2 * head},
+            target_modules=["fc1", "fc2", "head"],
         )
+        model = peft.get_peft_model(base, config)
         initial = copy.deepcopy(model)
         batches = {key: [{"x": part} for part in value.split(BATCH)] for key, value in inputs.items()}
 
@@ -282,12 +287,13 @@ def families(quick: bool) -> list[Family]:
         digits("digits, C 10, N 300, clean", TEN, 300, 0.0, (60, 800)),
         digits("digits, C 10, N 300, noise 15 %", TEN, 300, 0.15, (80, 800)),
         digits("digits, C 10, N 300, noise 45 %", TEN, 300, 0.45, (80, 800)),
-        digits("digits, C 10, N 800, noise 15 %", TEN, 800, 0.15, (150, 1500), rank=2),
+        digits("digits, C 10, N 800, noise 15 %", TEN, 800, 0.15, (150, 1500)),
+        digits("digits, C 10, N 800, clean", TEN, 800, 0.0, (150, 1500)),
         digits("digits odd, C 2, N 1000, clean", ODD, 1000, 0.0, (150, 1500)),
         digits("digits odd, C 2, N 200, noise 15 %", ODD, 200, 0.15, (60, 600)),
         digits("digits, C 4, N 250, clean", FOUR, 250, 0.0, (60, 600), pretrained=SIX),
         digits("digits, C 4, N 250, noise 30 %", FOUR, 250, 0.3, (60, 600), pretrained=SIX),
-        sequences("sequences, C 2, N 2000, clean", 2, 2000, 0.0, (150, 600)),
+        sequences("sequences, C 2, N 2000, noise 10 %", 2, 2000, 0.1, (150, 800)),
         sequences("sequences, C 3, N 300, noise 20 %", 3, 300, 0.2, (60, 500)),
         sequences("sequences, C 4, N 600, clean", 4, 600, 0.0, (100, 600)),
         sequences("sequences, C 4, N 600, noise 30 %", 4, 600, 0.3, (100, 600)),

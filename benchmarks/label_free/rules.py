@@ -1,4 +1,4 @@
-"""From held-out or leave-one-out logits to probabilities: a temperature, or the averaged (T, b) of the pairwise formula."""
+"""From held-out or leave-one-out logits to probabilities: a temperature, or averaged (T, b) of the pairwise formula."""
 
 from __future__ import annotations
 
