@@ -157,18 +157,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for label_free.json, label_free.md")
     parser.add_argument("--quick", action="store_true", help="seconds: shows that every part works, and nothing else")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument(
+        "--add", type=Path, metavar="FILE", help="a label_free.json of other seeds, to be reported with"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="families whose name has this in it")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     arguments.out.mkdir(parents=True, exist_ok=True)
     chosen = [family for family in families(arguments.quick) if arguments.only in family.name]
-    seeds = 1 if arguments.quick else arguments.seeds
+    seeds = range(arguments.first_seed, arguments.first_seed + (1 if arguments.quick else arguments.seeds))
     checked = verification()
-    records: list[dict[str, Any]] = []
-    with tqdm(total=seeds * sum(len(family.moments) for family in chosen), desc="models") as bar:
+    records: list[dict[str, Any]] = json.loads(arguments.add.read_text())["models"] if arguments.add else []
+    with tqdm(total=len(seeds) * sum(len(family.moments) for family in chosen), desc="models") as bar:
         for family in chosen:
-            for seed in range(seeds):
+            for seed in seeds:
                 for model in family.make(seed):
                     bar.set_postfix_str(model.cell)
                     records.append(measure(model))
