@@ -166,8 +166,8 @@ def as_markdown(records: Sequence[Record], verification: dict[str, Any], command
     return f"""# Calibration without labels: leave-one-out on the refitted linearised model
 
 Written by `{command}` with {versions}. {len(records)} models, {seeds} seeds a cell. Entries: NLL/ECE; * : NLL worse
-than MAP's by more than the standard error of the paired difference. A: Jacobian before fine-tuning; B: precision at which
-the refit has the network's training NLL; docs/label-free.md says more.
+than MAP's by more than the standard error of the paired difference. A: Jacobian before fine-tuning; B: precision at
+which the refit has the network's training NLL; docs/label-free.md says more.
 
 ## Test
 
