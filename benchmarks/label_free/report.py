@@ -27,6 +27,17 @@ REPAIRS = {
     "LOO-Tb (init, matched)": "A and B: (T, b)",
 }
 OTHERS = {"Tb100": "(T, b), 100 labels"}
+SUMMARY = (
+    "MAP",
+    "T100",
+    "LOO-T (map)",
+    "LOO-Tb (map)",
+    "evidence",
+    "LOO-T (init)",
+    "LOO-T (map, matched)",
+    "LOO-T (init, matched)",
+    "LOO-Tb (init, matched)",
+)
 GAIN = 0.02  # of NLL: where temperature scaling with labels helps
 SETS = ("test", "shift")
 
@@ -111,6 +122,30 @@ def results_table(records: Sequence[Record], name: str, titles: dict[str, str]) 
     return _table(["model", "accuracy", *titles.values()], [*rows, last])
 
 
+def group(cell: str) -> str:
+    """What a cell has in common with others: task, clean or noisy labels, moment of the training."""
+    if cell.startswith("sentences"):
+        return f"sentences, {cell.rsplit(', ', 1)[1]}"
+    task = "sequences" if cell.startswith("sequences") else f"digits, C {'10' if ', C 10,' in cell else '2, 4'}"
+    return f"{task}, {'clean' if 'clean' in cell else 'noisy'}, {cell.rsplit(' ', 1)[1]}"
+
+
+def summary_table(records: Sequence[Record], name: str) -> str:
+    """NLL/ECE by group: means over their models, of which every cell has as many."""
+    titles = {key: {**TITLES, **REPAIRS}[key] for key in SUMMARY}
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(group(record["cell"]), []).append(record)
+    rows = []
+    for title, models in groups.items():
+        numbers = (
+            f"{mean(models, number(name, key, 'nll')):.3f}/{mean(models, number(name, key, 'ece')):.3f}"
+            for key in titles
+        )
+        rows.append([title, str(len({m["cell"] for m in models})), *numbers])
+    return _table(["models", "cells", *titles.values()], rows)
+
+
 def decision_table(records: Sequence[Record]) -> str:
     rows = []
     for key, found in decisions(records).items():
@@ -168,6 +203,10 @@ def as_markdown(records: Sequence[Record], verification: dict[str, Any], command
 Written by `{command}` with {versions}. {len(records)} models, {seeds} seeds a cell. Entries: NLL/ECE; * : NLL worse
 than MAP's by more than the standard error of the paired difference. A: Jacobian before fine-tuning; B: precision at
 which the refit has the network's training NLL; docs/label-free.md says more.
+
+## Test, by groups of cells
+
+{summary_table(records, "test")}
 
 ## Test
 
