@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from bayesian_lora_kernels import LaplaceLoRA
 from bayesian_lora_kernels.predictive.probabilities import pairwise_log_probs
 
 from . import rules
-from .linearised import Evidence, Features, Refit, evidence_arguments, jacobians, refit
+from .linearised import Evidence, Features, Refit, evidence_arguments, jacobians, map_weights, refit
 from .models import Model, families
 from .report import as_markdown, decision_table, decisions
 from .verify import verification
@@ -67,89 +68,93 @@ def matched(features: Features, labels: Tensor, fits: list[Refit], train_nll: fl
     return refit(features, labels, precision, a.weights)
 
 
-def measure(model: Model) -> dict[str, Any]:
-    """Every rule on one model."""
+def sources(model: Model, tuned: LaplaceLoRA, logits: Tensor, jacobian: Tensor) -> Iterator[tuple[str, Features]]:
+    """What can be refitted: the linearised network, the kernel of its Jacobian, the kernel before fine-tuning."""
+    features = Features.of(jacobian)
+    yield "lin", features.around(logits, jacobian, map_weights(tuned))
+    yield "map", features
+    if _initial.get("of") is not model.initial:  # the same for all moments
+        before = jacobians(laplace_of(model, model.initial), model.batches["train"], logits.shape[1])
+        _initial.update({"of": model.initial, "features": Features.of(before)})
+        _initial.pop("fits", None)
+    yield "init", _initial["features"]
+
+
+def measure(model: Model, known: dict[str, Any]) -> dict[str, Any]:
+    """Every rule on one model; `known` may have some of the refits already, and gets the others."""
     start = time.perf_counter()
     labels = model.labels
     logits = {name: model.logits(name) for name in labels}
+    y = labels["train"]
     n, c = logits["train"].shape
     tuned = laplace_of(model, model.model)
-    features = Features.of(jacobians(tuned, model.batches["train"], c))
-    evidence = Evidence.of(features, logits["train"], labels["train"], **evidence_arguments(tuned))
+    jacobian = jacobians(tuned, model.batches["train"], c)
+    evidence = Evidence.of(Features.of(jacobian), logits["train"], y, **evidence_arguments(tuned))
     covariance = {
         name: evidence.covariance(jacobians(tuned, model.batches[name], c)) for name in ("held_out", "test", "shift")
     }
-    train_nll = rules.measured(logits["train"].softmax(1), labels["train"])["nll"]
+    train_nll = rules.measured(logits["train"].softmax(1), y)["nll"]
     z = evidence.factor
 
-    if _initial.get("of") is not model.initial:  # the same for all moments
-        rows = Features.of(jacobians(laplace_of(model, model.initial), model.batches["train"], c))
-        _initial.update({"of": model.initial, "rows": rows, "fits": path(rows, labels["train"])})
-    initial: Features = _initial["rows"]
     chosen: dict[str, Refit] = {}
-    grids = {}
-    for source, own in (("map", features), ("init", initial)):
-        fits: list[Refit] = _initial["fits"] if source == "init" else path(own, labels["train"])
-        grids[source] = [
-            {
-                "variance": variance,
-                "train_nll": fit.train_nll,
-                "loo_nll": predictive_nll(fit, labels["train"]),
-                "loo_plug_in_nll": rules.measured(fit.loo.softmax(1), labels["train"])["nll"],
-                "loo_accuracy": float((fit.loo.argmax(1) == labels["train"]).double().mean()),
-                "T": rules.temperature(fit.loo, labels["train"]),
-            }
-            for variance, fit in zip(VARIANCES, fits, strict=True)
-        ]
-        best = min(range(len(fits)), key=lambda i: grids[source][i]["loo_nll"])
-        chosen[f"{source}"] = fits[best]
-        chosen[f"{source}, matched"] = matched(own, labels["train"], fits, train_nll)
-
     found: dict[str, Any] = {}
-    probs = {name: {"MAP": logits[name].softmax(1)} for name in ("test", "shift")}
+    grids: dict[str, Any] = {}
+    for source, features in sources(model, tuned, logits["train"], jacobian):
+        if source in known.get("refits", {}):
+            continue
+        fits: list[Refit] = _initial.get("fits", []) if source == "init" else []
+        fits = fits or path(features, y)
+        if source == "init":
+            _initial["fits"] = fits
+        grids[source] = [described(features, fit, y) for fit in fits]
+        best = min(range(len(fits)), key=lambda i: grids[source][i]["loo_nll"])
+        for key, fit in ((source, fits[best]), (f"{source}, matched", matched(features, y, fits, train_nll))):
+            chosen[key], found[key] = fit, described(features, fit, y)
+
+    temperatures = {
+        "T100": rules.temperature(logits["held_out"], labels["held_out"]),
+        "best T": rules.temperature(logits["test"], labels["test"]),
+    }
+    weights = {"Tb100": rules.weights(logits["held_out"], z * covariance["held_out"], labels["held_out"])}
     cavities = evidence.cavities()
-    t100 = rules.temperature(logits["held_out"], labels["held_out"])
-    tb100 = rules.weights(logits["held_out"], z * covariance["held_out"], labels["held_out"])
-    temperatures = {"T100": t100, "best T": rules.temperature(logits["test"], labels["test"])}
-    weights = {"Tb100": tb100}
     for key, fit in chosen.items():
-        temperatures[f"LOO-T ({key})"] = rules.temperature(fit.loo, labels["train"])
-        weights[f"LOO-Tb ({key})"] = rules.weights(fit.loo, z * cavities, labels["train"])
-        found[key] = {
-            "prior_variance": rows_scale(features if key.startswith("map") else initial, fit),
-            "train_nll": fit.train_nll,
-            "loo_nll": predictive_nll(fit, labels["train"]),
-            "loo_accuracy": float((fit.loo.argmax(1) == labels["train"]).double().mean()),
-        }
-    for name in probs:
-        for key, t in temperatures.items():
-            probs[name][key] = (logits[name] / t).softmax(1)
-        for key, weight in weights.items():
-            probs[name][key] = rules.averaged(logits[name], z * covariance[name], weight)
-        probs[name]["evidence"] = pairwise_log_probs(logits[name], covariance[name]).exp()
+        temperatures[f"LOO-T ({key})"] = rules.temperature(fit.loo, y)
+        weights[f"LOO-Tb ({key})"] = rules.weights(fit.loo, z * cavities, y)
+    results: dict[str, Any] = {}
+    for name in ("test", "shift"):
+        probs = {"MAP": logits[name].softmax(1), "evidence": pairwise_log_probs(logits[name], covariance[name]).exp()}
+        probs |= {key: (logits[name] / t).softmax(1) for key, t in temperatures.items()}
+        probs |= {key: rules.averaged(logits[name], z * covariance[name], each) for key, each in weights.items()}
+        results[name] = {key: rules.measured(value, labels[name]) for key, value in probs.items()}
+        results[name] = {**known.get("results", {}).get(name, {}), **results[name]}
     return {
         "cell": model.cell,
         "seed": model.seed,
         "n": n,
         "classes": c,
-        "weights": features.rows.shape[2] if features.span is None else len(features.span),
+        "weights": jacobian.shape[2],
         "train_nll": train_nll,
-        "train_accuracy": float((logits["train"].argmax(1) == labels["train"]).double().mean()),
+        "train_accuracy": float((logits["train"].argmax(1) == y).double().mean()),
         "l0": evidence.precision,
         "z": z,
-        "temperatures": temperatures,
-        "refits": found,
-        "grids": grids,
-        "results": {
-            name: {key: rules.measured(value, labels[name]) for key, value in each.items()}
-            for name, each in probs.items()
-        },
-        "seconds": time.perf_counter() - start,
+        "temperatures": {**known.get("temperatures", {}), **temperatures},
+        "refits": {**known.get("refits", {}), **found},
+        "grids": {**known.get("grids", {}), **grids},
+        "results": results,
+        "seconds": time.perf_counter() - start + known.get("seconds", 0),
     }
 
 
-def rows_scale(features: Features, fit: Refit) -> float:
-    return features.scale / fit.precision
+def described(features: Features, fit: Refit, labels: Tensor) -> dict[str, float]:
+    """Numbers of a refit; `prior_variance` is the mean one of a centred logit."""
+    return {
+        "prior_variance": features.scale / fit.precision,
+        "train_nll": fit.train_nll,
+        "loo_nll": predictive_nll(fit, labels),
+        "loo_plug_in_nll": rules.measured(fit.loo.softmax(1), labels)["nll"],
+        "loo_accuracy": float((fit.loo.argmax(1) == labels).double().mean()),
+        "T": rules.temperature(fit.loo, labels),
+    }
 
 
 def main() -> None:
@@ -169,13 +174,15 @@ def main() -> None:
     chosen = [family for family in families(arguments.quick) if arguments.only in family.name]
     seeds = range(arguments.first_seed, arguments.first_seed + (1 if arguments.quick else arguments.seeds))
     checked = verification()
-    records: list[dict[str, Any]] = json.loads(arguments.add.read_text())["models"] if arguments.add else []
+    earlier = json.loads(arguments.add.read_text(encoding="utf-8"))["models"] if arguments.add else []
+    known = {(record["cell"], record["seed"]): record for record in earlier}
+    records: list[dict[str, Any]] = []
     with tqdm(total=len(seeds) * sum(len(family.moments) for family in chosen), desc="models") as bar:
         for family in chosen:
             for seed in seeds:
                 for model in family.make(seed):
                     bar.set_postfix_str(model.cell)
-                    records.append(measure(model))
+                    records.append(measure(model, known.get((model.cell, model.seed), {})))
                     bar.update()
             write(arguments.out, records, checked, shlex.join(["python", "-m", "benchmarks.label_free", *sys.argv[1:]]))
     print(decision_table(records))

@@ -2,14 +2,14 @@
 
 A softmax sees differences of logits only, so everything lives in the C - 1 coordinates of an orthonormal basis of what
 is orthogonal to (1, ..., 1). With J the Jacobian of the training logits there, the model is `f = J w` with
-`w ~ N(0, 1 / l)`: the prior mean of every logit is zero. If there are more weights than rows, w lives in the rows'
-span.
+`w ~ N(0, 1 / l)`, or the linearised network, `f = f_MAP + J (w - theta)`. If there are more weights than rows, w lives
+in the rows' span.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -53,11 +53,14 @@ class Features:
 
     Attributes:
         span: `[P, R]`, orthonormal, from weights to coordinates; None: they are the same.
+        basis: `[C, C - 1]`, as `centring` gives it.
+        offset: `[N, C - 1]`, what the logits are at w = 0; None: zero.
     """
 
     rows: Tensor
     span: Tensor | None
     basis: Tensor
+    offset: Tensor | None = None
 
     @classmethod
     def of(cls, jacobian: Tensor) -> Features:
@@ -78,6 +81,15 @@ class Features:
         root = values[kept].sqrt()
         vectors = vectors[:, kept]
         return cls((vectors * root).reshape(n, c - 1, -1), flat.T @ (vectors / root), basis)
+
+    def logits(self, w: Tensor) -> Tensor:
+        """`[N, C - 1]`."""
+        f = self.rows @ w
+        return f if self.offset is None else f + self.offset
+
+    def around(self, logits: Tensor, jacobian: Tensor, theta: Tensor) -> Features:
+        """The linearised network, `logits + J (w - theta)`; the prior of w is as before."""
+        return replace(self, offset=(logits.double() - jacobian @ theta) @ self.basis)
 
     @property
     def flat(self) -> Tensor:
@@ -136,11 +148,11 @@ class Refit:
 def newton(features: Features, labels: Tensor, precision: float, start: Tensor | None = None) -> Tensor:
     """Mode of the weights."""
     x = features.flat
-    n, d, r = features.rows.shape
-    w = torch.zeros(r, dtype=torch.float64) if start is None else start.clone()
+    n = len(labels)
+    w = torch.zeros(features.rows.shape[2], dtype=torch.float64) if start is None else start.clone()
 
     def loss(w: Tensor) -> tuple[float, Likelihood]:
-        likelihood = Likelihood.at((x @ w).reshape(n, d), labels, features.basis)
+        likelihood = Likelihood.at(features.logits(w), labels, features.basis)
         return likelihood.nll + precision / 2 * float(w @ w), likelihood
 
     value, likelihood = loss(w)
@@ -188,8 +200,8 @@ def cavity(features: Features, hessian: Tensor, precision: float) -> Tensor:
 
 def refit(features: Features, labels: Tensor, precision: float, start: Tensor | None = None) -> Refit:
     w = newton(features, labels, precision, start)
-    n, d, _ = features.rows.shape
-    f = (features.flat @ w).reshape(n, d)
+    n = len(labels)
+    f = features.logits(w)
     likelihood = Likelihood.at(f, labels, features.basis)
     covariance = cavity(features, likelihood.hessian, precision)
     loo = f + torch.einsum("nij,nj->ni", covariance, likelihood.gradient)
@@ -236,6 +248,11 @@ class Evidence:
         if features.span is not None:
             result = result + (rows @ rows.mT - inside @ inside.mT) / self.precision
         return features.basis @ result @ features.basis.T
+
+
+def map_weights(laplace: LaplaceLoRA) -> Tensor:
+    """`[P]` float64, in the order of the Jacobian's columns."""
+    return torch.cat([layer.matrix().detach().double().flatten() for layer in laplace.layers])
 
 
 def evidence_arguments(laplace: LaplaceLoRA) -> dict[str, Any]:

@@ -12,29 +12,32 @@ Record = dict[str, Any]
 TITLES = {
     "MAP": "MAP",
     "T100": "T, 100 labels",
-    "LOO-T (map)": "LOO T",
-    "LOO-Tb (map)": "LOO (T, b)",
+    "LOO-T (lin)": "LOO T",
+    "LOO-Tb (lin)": "LOO (T, b)",
     "evidence": "evidence",
 }
-# What was asked is the Jacobian at the fine-tuned weights and the precision by leave-one-out. Repair A: the Jacobian
-# before fine-tuning. Repair B: the precision at which the refit has the network's training NLL.
+# What was asked is `lin`: the linearised network, refitted at the precision of the best leave-one-out. Others: the
+# kernel of its Jacobian alone (`map`), or of the Jacobian before fine-tuning (`init`); `matched`: at the precision at
+# which the refit has the network's training NLL.
 REPAIRS = {
-    "LOO-T (init)": "A: T",
-    "LOO-Tb (init)": "A: (T, b)",
-    "LOO-T (map, matched)": "B: T",
-    "LOO-Tb (map, matched)": "B: (T, b)",
-    "LOO-T (init, matched)": "A and B: T",
-    "LOO-Tb (init, matched)": "A and B: (T, b)",
+    "LOO-T (map)": "kernel: T",
+    "LOO-Tb (map)": "kernel: (T, b)",
+    "LOO-T (lin, matched)": "matched: T",
+    "LOO-Tb (lin, matched)": "matched: (T, b)",
+    "LOO-T (map, matched)": "kernel, matched: T",
+    "LOO-T (init)": "kernel before: T",
+    "LOO-T (init, matched)": "kernel before, matched: T",
+    "LOO-Tb (init, matched)": "kernel before, matched: (T, b)",
 }
 OTHERS = {"Tb100": "(T, b), 100 labels"}
 SUMMARY = (
     "MAP",
     "T100",
-    "LOO-T (map)",
-    "LOO-Tb (map)",
+    "LOO-T (lin)",
+    "LOO-Tb (lin)",
     "evidence",
-    "LOO-T (init)",
-    "LOO-T (map, matched)",
+    "LOO-T (lin, matched)",
+    "LOO-T (map)",
     "LOO-T (init, matched)",
     "LOO-Tb (init, matched)",
 )
@@ -167,32 +170,34 @@ def decision_table(records: Sequence[Record]) -> str:
 def why_table(records: Sequence[Record]) -> str:
     """Temperatures, and what leave-one-out believes of the accuracy."""
     rows = []
-    refits = ("map", "init", "init, matched")
-    temperatures = ("best T", "T100", "LOO-T (map)", "LOO-T (init)", "LOO-T (map, matched)", "LOO-T (init, matched)")
+    refits = {"lin": "", "map": ", kernel", "init, matched": ", kernel before, matched"}
+    keys = ("LOO-T (lin)", "LOO-T (lin, matched)", "LOO-T (map)", "LOO-T (init)", "LOO-T (init, matched)")
+    temperatures = ("best T", "T100", *keys)
     for cell, models in cells(records).items():
         row = [cell, f"{mean(models, lambda m: m['train_nll']):.3f}"]
         row.append(f"{mean(models, number('test', 'MAP', 'accuracy')):.2f}")
         row += [f"{statistics.fmean(m['refits'][key]['loo_accuracy'] for m in models):.2f}" for key in refits]
         row += [f"{statistics.geometric_mean(m['temperatures'][key] for m in models):.2f}" for key in temperatures]
         rows.append(row)
-    head = ["model", "training NLL", "accuracy", "LOO accuracy", "LOO accuracy, A", "LOO accuracy, A and B", "best T"]
-    return _table([*head, "T, 100 labels", "LOO T", "A", "B", "A and B"], rows)
+    head = ["model", "training NLL", "accuracy", *(f"LOO accuracy{title}" for title in refits.values()), "best T"]
+    return _table([*head, *({**TITLES, **REPAIRS}[key].removesuffix(": T") for key in temperatures[1:])], rows)
 
 
 def verification_table(verification: dict[str, Any]) -> str:
     rows = []
     for cell, found in verification.items():
-        for row in found["leave_one_out"]:
+        for kind, row in ((kind, row) for kind, each in found["leave_one_out"].items() for row in each):
             rows.append(
                 [
                     cell,
+                    kind,
                     f"{row['variance']:g}",
                     f"{row['relative_error_of_change']:.3f}",
                     *(f"{row[key]:.3f}" for key in ("nll_fitted", "nll_cavity", "nll_refitted")),
                     *(f"{row[key]:.2f}" for key in ("T_cavity", "T_refitted")),
                 ]
             )
-    head = ["model", "prior variance of a logit", "relative error of the change", "NLL fitted", "NLL cavity"]
+    head = ["model", "refit", "prior variance of a logit", "relative error of the change", "NLL fitted", "NLL cavity"]
     return _table([*head, "NLL refitted", "T cavity", "T refitted"], rows)
 
 
@@ -201,8 +206,7 @@ def as_markdown(records: Sequence[Record], verification: dict[str, Any], command
     return f"""# Calibration without labels: leave-one-out on the refitted linearised model
 
 Written by `{command}` with {versions}. {len(records)} models, {seeds} seeds a cell. Entries: NLL/ECE; * : NLL worse
-than MAP's by more than the standard error of the paired difference. A: Jacobian before fine-tuning; B: precision at
-which the refit has the network's training NLL; docs/label-free.md says more.
+than MAP's by more than the standard error of the paired difference. docs/label-free.md says what the columns are.
 
 ## Test, by groups of cells
 
@@ -212,7 +216,7 @@ which the refit has the network's training NLL; docs/label-free.md says more.
 
 {results_table(records, "test", TITLES)}
 
-## Test, the repairs
+## Test, other refits
 
 {results_table(records, "test", {"MAP": "MAP", **OTHERS, **REPAIRS})}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bayesian_lora_kernels import LaplaceLoRA
 
 from . import rules
-from .linearised import Evidence, Features, Refit, evidence_arguments, jacobians, newton, refit
+from .linearised import Evidence, Features, Refit, evidence_arguments, jacobians, map_weights, newton, refit
 from .models import FOUR, SIX, Model, digits, sequences
 
 VARIANCES = (1.0, 10.0, 100.0, 1000.0)
@@ -25,9 +25,14 @@ def left_out(features: Features, labels: Tensor, fit: Refit) -> Tensor:
     result = torch.empty_like(fit.loo)
     for i in range(len(labels)):
         others = torch.arange(len(labels)) != i
-        w = newton(replace(features, rows=features.rows[others]), labels[others], fit.precision, fit.weights)
-        result[i] = features.basis @ (features.rows[i] @ w)
+        part = replace(features, rows=features.rows[others], offset=_of(features.offset, others))
+        w = newton(part, labels[others], fit.precision, fit.weights)
+        result[i] = features.basis @ features.logits(w)[i]
     return result
+
+
+def _of(offset: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if offset is None else offset[rows]
 
 
 def leave_one_out(features: Features, labels: Tensor) -> list[dict[str, float]]:
@@ -93,6 +98,9 @@ def verification() -> dict[str, Any]:
             "jacobian_against_autograd": against_autograd(model, laplace, jacobian),
             "evidence_prior_over_the_package's": evidence.precision / float(package.prior_precision),  # type: ignore[arg-type]
             "covariance_against_the_package's": float((ours - truth).norm() / truth.norm()),
-            "leave_one_out": leave_one_out(features, labels),
+            "leave_one_out": {
+                "linearised network": leave_one_out(features.around(logits, jacobian, map_weights(laplace)), labels),
+                "kernel": leave_one_out(features, labels),
+            },
         }
     return result
