@@ -197,7 +197,7 @@ def write(folder: Path, records: list[dict[str, Any]], checked: dict[str, Any], 
         "versions": versions,
         "decisions": decisions(records),
         "verification": checked,
-        "models": records,
+        "models": [{key: value for key, value in record.items() if key != "grids"} for record in records],
     }
     text = json.dumps(rounded(content), separators=(",", ":"))
     (folder / "label_free.json").write_text(text.replace('{"cell"', '\n{"cell"') + "\n", encoding="utf-8")
