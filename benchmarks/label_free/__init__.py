@@ -1,0 +1,1 @@
+"""Temperatures without held-out labels; docs/label-free.md."""
