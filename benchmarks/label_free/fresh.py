@@ -41,7 +41,8 @@ def measure(record: dict[str, Any], file: Path, cache: Path) -> dict[str, Any]:
     tuned = LaplaceLoRA(
         model, task.forward, task.class_token_ids, curvature="exact", likelihood="regression", fisher="exact"
     )
-    jacobian = jacobians(tuned, task.batches(splits.train), logits.shape[1])
+    batches = [{key: value for key, value in batch.items() if key != "labels"} for batch in task.batches(splits.train)]
+    jacobian = jacobians(tuned, batches, logits.shape[1])
     features = Features.of(jacobian)
     evidence = Evidence.of(features, logits, labels, **evidence_arguments(tuned))
     around = features.around(logits, jacobian, map_weights(tuned))
