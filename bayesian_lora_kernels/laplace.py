@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -21,14 +22,14 @@ from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
 from bayesian_lora_kernels.posterior import storage
-from bayesian_lora_kernels.posterior.curvature import CURVATURES
+from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
 from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.posterior.prior import Prior, as_precision
 from bayesian_lora_kernels.posterior.stored import Stored
 from bayesian_lora_kernels.posterior.weights import MeasuredWeights, adapter_digest, covered_by, find_adapter
-from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelEvidence, Notice
+from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelLikelihood, Notice
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.hidden_samples import HiddenSampler
 from bayesian_lora_kernels.predictive.jvp import JacobianVectorProduct
@@ -98,7 +99,8 @@ class LaplaceLoRA:
         self.layers: Sequence[LinearLayer] = find_layers(model, self.config.modules, self._forward.head_rows)
         self._fit: Fit | None = None
         self._posterior: Posterior | None = None  # of the fit, under the prior
-        self._calibration: tuple[Calibration, Posterior] | None = None  # and what it belongs to
+        # What it belongs to, of which the curvature may be large.
+        self._calibration: tuple[Calibration, weakref.ref[Curvature], Prior] | None = None
         self._notice: Notice | None = None
         self._weights: MeasuredWeights | None = None
         self._jvp = JacobianVectorProduct()
@@ -178,7 +180,7 @@ class LaplaceLoRA:
         return self
 
     @in_own_surroundings
-    def calibrate(self, val_loader: Iterable[Any] | LabelEvidence, progress: bool = True) -> LaplaceLoRA:
+    def calibrate(self, val_loader: Iterable[Any] | LabelLikelihood, progress: bool = True) -> LaplaceLoRA:
         """Set the level of the probabilities by held-out labels; `probs` uses it from then on.
 
         Temperatures that depend on the posterior variance are weighed by the likelihood of the labels and averaged
@@ -187,23 +189,23 @@ class LaplaceLoRA:
 
         Args:
             val_loader: labelled batches of examples that the model was not trained on; ten labels do, a hundred are
-                good. Or what `label_evidence` said of them, on this model or on others like it.
+                good. Or what `label_likelihood` said of them, on this model or on others like it.
             progress: whether to show a progress bar.
 
         Returns:
             Itself; `.calibration` says how many labels there were, and over how much of the grid their weight spreads.
 
         Raises:
-            RuntimeError, ValueError, TypeError: as `label_evidence`; for labels of one class only.
+            RuntimeError, ValueError, TypeError: as `label_likelihood`; for labels of one class only.
         """
         self._fitted("calibrate")
-        if not isinstance(val_loader, LabelEvidence):
-            val_loader = self.label_evidence(val_loader, progress)
-        self._calibration = Calibration.of(val_loader, self.variance_scale), self._gaussian()
+        if not isinstance(val_loader, LabelLikelihood):
+            val_loader = self.label_likelihood(val_loader, progress)
+        self._calibration = Calibration.of(val_loader, self.variance_scale), *self._belongs()
         return self
 
     @in_own_surroundings
-    def label_evidence(self, val_loader: Iterable[Any], progress: bool = True) -> LabelEvidence:
+    def label_likelihood(self, val_loader: Iterable[Any], progress: bool = True) -> LabelLikelihood:
         """What labels that the model was not trained on say of its level; parts of it add up. See `calibrate`.
 
         Raises:
@@ -216,7 +218,7 @@ class LaplaceLoRA:
         if self.likelihood != "classification":
             raise ValueError(f"calibrate: expected likelihood='classification', got {self.likelihood!r}")
         likelihood = LIKELIHOODS[self.likelihood]()
-        found, scale = LabelEvidence(), self.variance_scale
+        found, scale = LabelLikelihood(), self.variance_scale
         predictor, posterior = self._predictor(fit), self._gaussian()
         for mean, (covariance,), labels in labelled_predictions(
             predictor, likelihood, val_loader, [posterior], progress
@@ -228,18 +230,20 @@ class LaplaceLoRA:
     def variance_scale(self) -> float:
         """`sum_m l_m ||theta_m||^2 / P`, the unit of calibrated variances: square weights over the prior's."""
         prior, count = self.prior, sum(self._fitted("variance_scale").curvature.n_parameters.values())
-        return sum(float(prior[name]) * float(norm) for name, norm in self._square_norms().items()) / count
+        return sum(float(prior[name].detach()) * float(norm) for name, norm in self._square_norms().items()) / count
 
     @property
     def calibration(self) -> Calibration | None:
         """What `calibrate` or `crossfit` found; `.outdated` says if fit or prior changed since. None before."""
         if self._calibration is None:
             return None
-        found, posterior = self._calibration
-        now = self._gaussian()
-        if posterior.curvature is not now.curvature:
+        found, curvature, prior = self._calibration
+        if curvature() is not self._fitted("calibration").curvature:
             return replace(found, outdated="fit was called again")
-        return found if posterior.prior == now.prior else replace(found, outdated="the prior precision changed")
+        return found if prior == self.prior else replace(found, outdated="the prior precision changed")
+
+    def _belongs(self) -> tuple[weakref.ref[Curvature], Prior]:
+        return weakref.ref(self._fitted("calibration").curvature), self.prior.detached()
 
     @overload
     def predict(self, batch: Any, outputs: Literal["vocabulary"]) -> VocabularyPosterior: ...
@@ -385,7 +389,7 @@ class LaplaceLoRA:
         assert weights is not None
         calibration = self.calibration
         if calibration is not None and calibration.outdated is not None:
-            warnings.warn(f"{folder}: saved without its calibration: {calibration.outdated} since", stacklevel=2)
+            warnings.warn(f"{folder}: saved without its calibration: {calibration.outdated} since", stacklevel=3)
             calibration = None
         tensors, described = fit.curvature.pack()
         layers = {
@@ -467,7 +471,7 @@ class LaplaceLoRA:
         laplace._weights = MeasuredWeights.of(laplace.model, laplace._parameters())
         laplace.prior_precision = {place.layers[name]: value for name, value in content["prior_precision"].items()}
         if calibration is not None:
-            laplace._calibration = calibration, laplace._gaussian()
+            laplace._calibration = calibration, *laplace._belongs()
         return laplace
 
     @property

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
 import warnings
-from pathlib import Path
+import weakref
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from dense import covariance, flat, jacobians, relative
 from models import Case, llama, mlp
 
 import bayesian_lora_kernels as blk
-from bayesian_lora_kernels.predictive import calibrate as module
-from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelEvidence
+from bayesian_lora_kernels.calibration import paired_difference, summary
+from bayesian_lora_kernels.crossfitting.folds import assign_folds
+from bayesian_lora_kernels.predictive import probabilities
+from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelLikelihood
 
 DOUBLE = torch.float64
 METHODS = ("pairwise", "scalar")
@@ -105,7 +108,7 @@ def test_slices_change_nothing(calibrated, monkeypatch):
     prediction, labelled = laplace.predict(new.batch()), held_out().loader(7)
     expected = {method: prediction.probs(method) for method in METHODS}
     weights = laplace.calibration.weights
-    monkeypatch.setattr(module, "SLICE", 9 * 40)  # a few examples and pairs at a time
+    monkeypatch.setattr(probabilities, "SLICE", 9 * 40)  # a few examples and pairs at a time
     for method in METHODS:
         assert relative(prediction.probs(method), expected[method]) < 1e-12
         assert relative(laplace.calibrate(labelled, progress=False).calibration.weights[method], weights[method]) < 1e-9
@@ -114,8 +117,8 @@ def test_slices_change_nothing(calibrated, monkeypatch):
 def test_the_evidence_of_parts_adds_up(calibrated):
     laplace, _ = calibrated
     expected, loader = laplace.calibration, held_out().loader(7)
-    parts = [laplace.label_evidence([batch], progress=False) for batch in loader]
-    together = laplace.calibrate(sum(parts, LabelEvidence())).calibration
+    parts = [laplace.label_likelihood([batch], progress=False) for batch in loader]
+    together = laplace.calibrate(sum(parts, LabelLikelihood())).calibration
     assert together.n_labels == expected.n_labels == 30
     for method in METHODS:
         assert relative(together.weights[method], expected.weights[method]) < 1e-9
@@ -171,7 +174,7 @@ def test_it_says_if_the_grid_is_too_small(caplog):
         for parameter in case.model.parameters():
             parameter *= 6  # large logits, and labels at random
     fitted(case).calibrate(held_out(300).loader(100), progress=False)
-    assert "% of the weight is at the largest factor of the variance, 148; the labels ask for" in caplog.text
+    assert "% of pairwise's weight is at the largest factor of the variance, 148; the labels ask for" in caplog.text
 
 
 def test_chosen_logits_use_the_same_weights(calibrated):
@@ -242,15 +245,6 @@ def test_saved_and_loaded(calibrated, tmp_path):
     assert blk.LaplaceLoRA.from_pretrained(laplace.model, tmp_path).calibration is None
 
 
-def test_an_older_file_has_none():
-    from test_prior_and_posterior import test_files_of_format_2_load as older
-
-    assert older is not None  # they load there; what they hold is this
-    description = json.loads((Path(__file__).parent / "files/format-2-kfac/laplace.json").read_text())
-    assert description["version"] == 2
-    assert "calibration" not in description
-
-
 def wrong_weights(content, value):
     content["weights"]["pairwise"] = value
 
@@ -302,7 +296,7 @@ def test_bad_calls():
         laplace.calibrate(nan.loader(7))
     assert laplace.calibration is None  # none of them left anything
     with pytest.raises(ValueError, match="calibrate: expected labels, there are none"):
-        laplace.calibrate(LabelEvidence())
+        laplace.calibrate(LabelLikelihood())
     regression = mlp(n=24, classes=1)
     with pytest.raises(ValueError, match="expected likelihood='classification', got 'regression'"):
         fitted(regression).calibrate(regression.loader(7))
@@ -322,6 +316,52 @@ def test_a_vocabulary_is_too_much(monkeypatch):
     monkeypatch.setattr("bayesian_lora_kernels.predictive.logits.MAX_LOGITS", 12)
     with pytest.raises(ValueError, match="covariance of 13 logits per example is too much at once"):
         laplace.calibrate([case.batch()])
+
+
+def test_more_logits_than_labels_were_of(calibrated):
+    laplace, _ = calibrated
+    with pytest.raises(ValueError, match="expected at most the 3 logits of calibrate, got 4"):
+        laplace.calibration.probs("pairwise", torch.zeros(1, 4), torch.eye(4)[None])
+
+
+def test_a_default_device_does_not_reach_it(calibrated):
+    """As after torch.set_default_device("cuda"), with a device on which nothing can be computed."""
+    laplace, new = calibrated
+    prediction = laplace.predict(new.batch())
+    parts = [laplace.label_likelihood([batch], progress=False) for batch in held_out().loader(15)]
+    with torch.device("meta"):
+        total = sum(parts, LabelLikelihood())
+        weights = Calibration.of(total, 1.0).weights["pairwise"]
+        probs = laplace.calibration.probs("pairwise", prediction.mean, prediction.covariance)
+        metrics = summary(probs, new.labels)
+        paired_difference([1.0, 2.0, 4.0], [1.0, 3.0, 3.5])
+        folds = assign_folds([0, 1] * 10, 2)
+    assert weights.device.type == folds.device.type == "cpu"
+    assert torch.equal(probs, prediction.probs())
+    assert metrics == summary(probs, new.labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(laplace.calibration.probs("pairwise", prediction.mean, prediction.covariance), probs)
+
+
+def test_the_old_curvature_is_not_kept(calibrated):
+    laplace, _ = calibrated
+    old = weakref.ref(laplace.posterior.curvature)
+    laplace.fit(mlp(n=24).loader(4), progress=False)
+    laplace.predict(held_out().batch())
+    gc.collect()
+    assert old() is None
+
+
+def test_many_classes_in_slices(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(9, 30, generator=generator, dtype=DOUBLE)
+    root = torch.randn(9, 30, 30, generator=generator, dtype=DOUBLE)
+    posterior = blk.LogitPosterior(mean, root @ root.mT)
+    for method in ("pairwise", "scalar", "probit", "bridge"):
+        whole = posterior.probs(method)
+        with monkeypatch.context() as patch:
+            patch.setattr(probabilities, "SLICE", 900)
+            assert torch.allclose(posterior.probs(method), whole, rtol=1e-12, atol=0)
 
 
 def notes(caplog) -> list[str]:

@@ -6,9 +6,13 @@ import copy
 import json
 import logging
 import math
+import os
+import weakref
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from dense import relative
@@ -16,7 +20,7 @@ from torch import nn
 
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.crossfitting.folds import assign_folds, digest, labels_of, subset
-from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelEvidence
+from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelLikelihood
 
 N, CLASSES = 60, 3
 
@@ -83,13 +87,13 @@ def test_it_is_what_the_folds_say_together(crossed):
     data = make_data()
     labels = [int(example["labels"]) for example in data]
     assigned = assign_folds(labels, 3, seed=0)
-    expected = LabelEvidence()
+    expected = LabelLikelihood()
     for fold in range(3):
         inside = [e for e, f in zip(data, assigned, strict=True) if f == fold]
         outside = [e for e, f in zip(data, assigned, strict=True) if f != fold]
         laplace = blk.LaplaceLoRA(fine_tune(outside), curvature="exact")
         laplace.fit(torch.utils.data.DataLoader(outside, batch_size=5), progress=False).optimize_prior_precision()
-        expected += laplace.label_evidence(torch.utils.data.DataLoader(inside, batch_size=5), progress=False)
+        expected += laplace.label_likelihood(torch.utils.data.DataLoader(inside, batch_size=5), progress=False)
         report = crossed.calibration.report["folds"][fold]
         assert (report["n_train"], report["n_held_out"]) == (len(outside), len(inside))
         with torch.no_grad():
@@ -163,15 +167,17 @@ OTHERS = {
     "another seed": {"seed": 3},
     "a prior": {"prior_precision": 1.0},
     "groups": {"groups": [i // 2 for i in range(N)]},
+    "another training": {"fine_tune": lambda part: fine_tune(part, 61)},
+    "another collator": {"collate": lambda part: torch.utils.data.default_collate([*part])},
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_folds_of_other_data_are_refused(name, tmp_path):
-    blk.crossfit(fine_tune, make_data(), folds=2, folder=tmp_path, **SETTINGS)
-    call = {"dataset": make_data(), **SETTINGS, **OTHERS[name]}
+    blk.crossfit(lambda part: fine_tune(part, 60), make_data(), folds=2, folder=tmp_path, **SETTINGS)
+    call = {"fine_tune": lambda part: fine_tune(part, 60), "dataset": make_data(), **SETTINGS, **OTHERS[name]}
     with pytest.raises(ValueError, match=r"fold-1-of-2.json: cannot go on from this fold: it is of other data"):
-        blk.crossfit(fine_tune, folds=2, folder=tmp_path, **call)
+        blk.crossfit(folds=2, folder=tmp_path, **call)
 
 
 @pytest.mark.parametrize("damage", ["{", '{"format": 1}', "[]"])
@@ -182,21 +188,48 @@ def test_a_damaged_fold_is_refused(damage, tmp_path):
 
 
 def test_evidence_as_json():
-    evidence = LabelEvidence()
+    evidence = LabelLikelihood()
     evidence.add(torch.randn(5, 3), torch.eye(3).expand(5, -1, -1), torch.tensor([0, 1, 2, 0, 1]), 0.5)
     content = json.loads(json.dumps(evidence.as_json()))
-    again = LabelEvidence.from_json(content)
+    again = LabelLikelihood.from_json(content)
     for name, table in evidence.log_likelihood.items():
         assert torch.equal(again.log_likelihood[name], table)
     assert (again.hits, again.map_log_likelihood) == (evidence.hits, evidence.map_log_likelihood)
     assert torch.equal(again.counts, evidence.counts)
     content["log_likelihood"]["scalar"][0][0] = math.nan
     with pytest.raises(ValueError, match="expected finite numbers"):
-        LabelEvidence.from_json(content)
-    other = LabelEvidence()
+        LabelLikelihood.from_json(content)
+    other = LabelLikelihood()
     other.add(torch.randn(5, 2), torch.eye(2).expand(5, -1, -1), torch.tensor([0, 1, 1, 0, 1]), 0.5)
     with pytest.raises(ValueError, match="expected one number of classes, got"):
         evidence + other
+
+
+KEPT: list[nn.Module] = []
+
+
+def keep_training(part):
+    KEPT.append(KEPT[-1] if KEPT else fine_tune(part, 1))
+    return KEPT[-1]
+
+
+def fail_once(part):
+    marker = Path(os.environ["BLK_TEST_MARKER"])
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return fine_tune(part)
+    raise ValueError("the first fold")
+
+
+@pytest.mark.slow
+def test_processes_notice_a_model_that_comes_back_and_keep_what_is_finished(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="returned a model that it returned before"):
+        blk.crossfit(keep_training, make_data(), folds=3, processes=2, **SETTINGS)
+    monkeypatch.setenv("BLK_TEST_MARKER", str(tmp_path / "marker"))
+    with pytest.raises(ValueError, match="the first fold"):
+        blk.crossfit(fail_once, make_data(), folds=2, processes=2, folder=tmp_path / "folds", **SETTINGS)
+    assert len(list((tmp_path / "folds").iterdir())) == 1
 
 
 @pytest.mark.slow
@@ -229,6 +262,70 @@ def test_a_trainer(tmp_path, crossed):
     assert laplace.n_examples == N
 
 
+class Noticed(nn.Module):
+    """Notices the first input of every batch that it sees outside of training."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = Net(), []
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None):
+        if not self.training:
+            self.seen.append(x[:, 0].tolist())
+        return self.net(x, labels)
+
+
+def test_a_trainer_hands_over_the_right_examples_whatever_its_loaders_keep(tmp_path):
+    """transformers keeps one evaluation loader, whatever it is asked for, if workers persist."""
+    from transformers import Trainer, TrainingArguments
+
+    made = []
+
+    def trainer(part) -> Trainer:
+        arguments = TrainingArguments(
+            tmp_path, max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+            eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=7, remove_unused_columns=False,
+            dataloader_persistent_workers=True, dataloader_num_workers=1, dataloader_drop_last=True,
+        )  # fmt: skip
+        made.append(Trainer(model=Noticed(), args=arguments, train_dataset=part, eval_dataset=part[:8]))
+        return made[-1]
+
+    data = make_data(n=30)
+    laplace = blk.crossfit(trainer, data, folds=2, check="off", **SETTINGS)
+    everything = {float(example["x"][0]) for example in data}
+    for fold, one in enumerate(made[:2]):
+        inside = {float(example["x"][0]) for example in one.train_dataset}
+        outside = everything - inside
+        # evaluation during training, the fit, and at last the fold
+        order = [x for batch in one.model.seen for x in batch]
+        assert set(order[-len(outside) :]) == outside, fold
+        assert set(order[: -len(outside)]) == inside, fold
+    assert laplace.n_examples == laplace.calibration.n_labels == 30
+
+
+def test_a_collator_that_loses_examples_is_noticed():
+    with pytest.raises(RuntimeError, match="fit: expected batches of all 30 examples, got"):
+        blk.crossfit(
+            fine_tune,
+            make_data(),
+            collate=lambda part: torch.utils.data.default_collate(part[:5]),
+            **SETTINGS,
+        )
+
+
+def test_models_do_not_pile_up():
+    alive, counts = weakref.WeakSet(), []
+
+    def counted(part):
+        counts.append(len(alive))
+        model = fine_tune(part, 2)
+        alive.add(model)
+        return model
+
+    blk.crossfit(counted, make_data(), folds=5, **SETTINGS)
+    assert counts == [0] * 6
+
+
 def test_a_model_that_comes_back_is_refused():
     model = Net()
     with pytest.raises(ValueError, match="fine_tune: returned a model that it returned before"):
@@ -237,12 +334,14 @@ def test_a_model_that_comes_back_is_refused():
 
 
 def test_the_evidence_is_asked_unless_there_is_a_prior(caplog):
+    config = blk.LaplaceConfig(curvature="exact", prior_precision=0.7)
     with caplog.at_level(logging.INFO):
         tuned = blk.crossfit(fine_tune, make_data(), **SETTINGS)
-        config = blk.crossfit(fine_tune, make_data(), config=blk.LaplaceConfig(curvature="exact"), progress=False)
+        by_config = blk.crossfit(fine_tune, make_data(), config=config, progress=False)
     fixed = blk.crossfit(fine_tune, make_data(), prior_precision=0.7, **SETTINGS)
-    assert float(fixed.prior_precision) == 0.7
-    assert float(tuned.prior_precision) == float(config.prior_precision) != 1.0
+    kept = blk.crossfit(fine_tune, make_data(), config=config, optimize_prior_precision=False, progress=False)
+    assert float(fixed.prior_precision) == float(kept.prior_precision) == 0.7
+    assert float(tuned.prior_precision) == float(by_config.prior_precision) != 0.7
     assert "calibrated with 60 labels of 2 folds" in caplog.text
 
 
@@ -266,6 +365,9 @@ BAD = {
         "all 30 examples of class . are in fold 0 of 2",
     ),
     "few groups": ({"groups": [0] * 60}, "groups: expected at least 2, one for each fold, got 1"),
+    "labels between classes": ({"labels": [0.9] * 30 + [1.0] * 30}, "labels: expected a class index, got 0.9"),
+    "groups of lists": ({"groups": [[1], [2]] * 30}, r"groups: expected names or numbers, got \[.\] for example"),
+    "groups that are missing": ({"groups": [math.nan, 1.0] * 30}, "groups: expected names or numbers, got nan"),
     "groups of few": ({"groups": [0]}, "groups: expected one for each of 60 examples, got 1"),
     "no labels": ({"dataset": [{"x": torch.zeros(5)}] * 60}, r"example 0; or pass labels="),
     "a regression": ({"likelihood": "regression"}, "crossfit: expected likelihood='classification'"),
@@ -321,6 +423,8 @@ def test_no_group_is_in_two_folds():
     assigned = assign_folds(labels.tolist(), 4, groups.tolist())
     for group in groups.unique():
         assert len(assigned[groups == group].unique()) == 1
+    for same in (groups, groups.numpy(), [f"author {g}" for g in groups.tolist()]):
+        assert torch.equal(assigned, assign_folds(labels, 4, same))
     for c in range(3):
         counts = torch.bincount(assigned[labels == c], minlength=4)
         assert counts.min() > 0.6 * counts.max()
@@ -338,17 +442,25 @@ def test_parts_of_data_sets():
     assert labels_of(tensors) == [0, 2, 4, 6]
     assert labels_of([{"label": 3}, {"labels": torch.tensor(1)}]) == [3, 1]
     for example in ({"label": "yes"}, {"label": 0.5}, {"x": 1}, torch.zeros(2), {"label": None}):
-        with pytest.raises(ValueError, match="dataset: expected a class"):
+        with pytest.raises(ValueError, match=r"expected a class (index|under)"):
             labels_of([example])
+
+
+def closed(number):
+    return lambda: number
 
 
 def test_a_digest_sees_every_value():
     values = [
         1, 1.0, "1", b"1", True, None, [1], [[1]], [1, 1], {"a": 1}, {"b": 1}, {"a": 2}, torch.ones(2),
         torch.ones(1, 2), torch.ones(2, dtype=torch.int64), torch.zeros(2), torch.tensor(1.0), torch.zeros(0),
-        Path("a"),
+        Path("a"), Path("b"), {1, 2}, {1, 3}, np.array(["a"]), np.array(["b"]), complex(1, 2), complex(1, 3),
+        lambda x: x + 1, lambda x: x + 2, lambda x: x - 1, partial(fine_tune, steps=1), partial(fine_tune, steps=2),
+        closed(1), closed(2),
     ]  # fmt: skip
     assert len({digest(value) for value in values}) == len(values)
+    assert digest(np.int64(3)) == digest(3) != digest(np.int64(4))
+    assert digest(iter([1, 2])) == digest([1, 2])
     assert digest(torch.ones(2)) == digest(torch.ones(2).numpy()) == digest(torch.ones(4)[::2])
 
 

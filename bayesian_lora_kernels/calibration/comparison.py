@@ -75,11 +75,11 @@ def _sign_flips(difference: Tensor, resamples: int, generator: torch.Generator) 
     n = len(difference)
     far = float(difference.sum().abs() - 1e-12 * difference.abs().sum())
     if n <= EXACT_UP_TO:
-        signs = (torch.arange(2**n)[:, None] >> torch.arange(n)) & 1
+        signs = (torch.arange(2**n, device="cpu")[:, None] >> torch.arange(n, device="cpu")) & 1
         return float((((2 * signs - 1).double() @ difference).abs() >= far).double().mean())
     reached, rows = 0, max(1, _AT_ONCE // n)
     for start in range(0, resamples, rows):
-        signs = torch.randint(2, (min(rows, resamples - start), n), generator=generator)
+        signs = torch.randint(2, (min(rows, resamples - start), n), generator=generator, device="cpu")
         reached += int((((2 * signs - 1).double() @ difference).abs() >= far).sum())
     return (1 + reached) / (1 + resamples)
 
@@ -88,7 +88,7 @@ def _numbers(values: Tensor | Sequence[float], name: str) -> Tensor:
     if isinstance(values, Tensor):
         return check_scores(values, name)
     try:
-        numbers = torch.as_tensor(values, dtype=torch.float64)
+        numbers = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected a tensor or sequence of numbers [n], got {values!r:.60}") from error
     return check_scores(numbers, name)

@@ -82,4 +82,4 @@ def bin_index(confidence: Tensor, bins: int) -> Tensor:
 
 
 def _edges(bins: int) -> Tensor:
-    return torch.linspace(0, 1, check_count(bins, "bins") + 1, dtype=torch.float64)
+    return torch.linspace(0, 1, check_count(bins, "bins") + 1, dtype=torch.float64, device="cpu")

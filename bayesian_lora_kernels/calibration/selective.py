@@ -45,7 +45,7 @@ def risk_coverage(probs: Tensor, labels: Tensor) -> RiskCoverage:
         TypeError, ValueError: for arguments other than those.
     """
     _, right = by_confidence(probs, labels)
-    taken = torch.arange(1, len(right) + 1, dtype=torch.float64)
+    taken = torch.arange(1, len(right) + 1, dtype=torch.float64, device="cpu")
     wrong = (1 - right).flip(0).cumsum(0)  # from the surest down
     return RiskCoverage(coverage=taken / len(right), risk=wrong / taken)
 

@@ -13,7 +13,7 @@ from bayesian_lora_kernels.commands.errors import as_input_errors
 from bayesian_lora_kernels.commands.job import FEW_LABELS, HELD_OUT, add_job_options, load_job, load_posterior
 from bayesian_lora_kernels.commands.probabilities import name_of
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
-from bayesian_lora_kernels.predictive.calibrate import LabelEvidence
+from bayesian_lora_kernels.predictive.calibrate import LabelLikelihood
 
 METRICS = {"nll": ("NLL", negative_log_likelihood), "ece": ("ECE", expected_calibration_error)}
 METHOD = "pairwise"
@@ -47,7 +47,7 @@ def run(args: Namespace) -> int:
     if len(job.labels) < FEW_LABELS:
         output.warn(f"{args.data}: {len(job.labels)} labels say little; {FEW_LABELS} do, a hundred are good")
     laplace = load_posterior(job, folder)
-    logits, labels, evidence = job.predict(laplace), torch.tensor(job.labels), LabelEvidence()
+    logits, labels, evidence = job.predict(laplace), torch.tensor(job.labels), LabelLikelihood()
     with as_input_errors():
         evidence.add(logits.mean, logits.covariance, labels, laplace.variance_scale)
         calibration = laplace.calibrate(evidence).calibration

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import os
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -24,9 +28,12 @@ from bayesian_lora_kernels.crossfitting.folds import assign_folds, digest, label
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.model.forward import ForwardFunction
 from bayesian_lora_kernels.posterior.storage import write_text
-from bayesian_lora_kernels.predictive.calibrate import LabelEvidence
+from bayesian_lora_kernels.predictive.calibrate import LabelLikelihood
 
 FORMAT = "bayesian_lora_kernels.fold"
+
+Known = list[weakref.ref[Tensor]]  # trainable parameters of the models that a process has seen
+_known: Known = []  # of a process that runs folds for another
 
 
 def crossfit(
@@ -42,6 +49,7 @@ def crossfit(
     class_token_ids: Sequence[int] | Tensor | None = None,
     folder: str | os.PathLike[str] | None = None,
     processes: int = 1,
+    optimize_prior_precision: bool | None = None,
     progress: bool = True,
     config: LaplaceConfig | None = None,
     **settings: Any,
@@ -63,11 +71,15 @@ def crossfit(
         groups: `[N]`, what examples share that may not be split between folds, such as a document or an author.
         forward: as for `LaplaceLoRA`.
         class_token_ids: as for `LaplaceLoRA`.
-        folder: keeps what each finished fold said, as JSON; another call with the same data goes on from there.
+        folder: keeps what each finished fold said, as JSON; another call with the same data, settings and functions
+            goes on from there. What else the functions depend on it cannot tell: take another folder for another
+            training.
         processes: how many folds to run at once, each in a process of its own; `fine_tune` must then be importable.
+        optimize_prior_precision: whether the evidence chooses the prior precision; None: unless there is one among the
+            settings.
         progress: whether to show a progress bar.
         config: as for `LaplaceLoRA`. Its seed is also that of the folds.
-        **settings: as for `LaplaceLoRA`. With a `prior_precision` the evidence is not asked.
+        **settings: as for `LaplaceLoRA`.
 
     Returns:
         The posterior of all data, calibrated; `.calibration.report` says for each fold how many examples it had, their
@@ -87,22 +99,22 @@ def crossfit(
     if class_token_ids is not None:
         settings["class_token_ids"] = class_token_ids
     options = LaplaceConfig.of(config, settings)
-    given = (
-        None if config is None or config.prior_precision is LaplaceConfig.prior_precision else config.prior_precision
-    )
-    tune = settings.get("prior_precision", given) is None
+    tune = "prior_precision" not in settings if optimize_prior_precision is None else optimize_prior_precision
     if options.likelihood != "classification":
         raise ValueError(f"crossfit: expected likelihood='classification', got {options.likelihood!r}")
-    classes = labels_of(dataset) if labels is None else [int(label) for label in labels]
+    classes = labels_of(dataset) if labels is None else labels
     if len(classes) != len(dataset):
         raise ValueError(f"labels: expected one for each of {len(dataset)} examples, got {len(classes)}")
     assigned = assign_folds(classes, folds, groups, options.seed)
 
     job = _Job(fine_tune, collate, batch_size, forward, options, tune)
     tasks = [_Task(job, dataset, assigned, fold) for fold in range(folds)]
-    kept = None if folder is None else _Folder(Path(folder), tasks, classes)
-    known: list[weakref.ref[Tensor]] = []  # trainable parameters of the models of this process
-    found = {fold: one for fold, one in ((task.fold, kept and kept.read(task.fold)) for task in tasks) if one}
+    kept = None if folder is None else _Folder(Path(folder), tasks)
+    known: Known = []
+    found: dict[int, LabelLikelihood] = {}
+    for task in tasks:
+        if kept is not None and (finished := kept.read(task.fold)) is not None:
+            found[task.fold] = finished
     with tqdm(total=folds + 1, initial=len(found), desc="crossfit", unit="fine-tuning", disable=not progress) as bar:
         rest = [task for task in tasks if task.fold not in found]
         for fold, evidence in _run(rest, processes, known):
@@ -113,7 +125,7 @@ def crossfit(
         bar.set_postfix_str("all examples")
         laplace, _, seconds = job.posterior(dataset, known)
         bar.update()
-    total = sum((found[fold] for fold in range(folds)), LabelEvidence())
+    total = sum((found[fold] for fold in range(folds)), LabelLikelihood())
     report = {
         "folds": [found[fold].report for fold in range(folds)],
         "all": {"n_train": len(dataset), **seconds},
@@ -132,15 +144,14 @@ class _Job:
     config: LaplaceConfig
     tune: bool
 
-    def posterior(
-        self, part: Any, known: list[weakref.ref[Tensor]]
-    ) -> tuple[LaplaceLoRA, Callable[[Any], Any], dict[str, float]]:
+    def posterior(self, part: Any, known: Known) -> tuple[LaplaceLoRA, Callable[[Any], Any], dict[str, float]]:
         """A model fine-tuned on a part of the data, with its posterior; how to make batches; seconds that it took.
 
         Args:
             part: of the data set.
             known: trainable parameters of earlier models, to which those of this one are added.
         """
+        gc.collect()  # a Trainer, for one, is a cycle, and its model may fill the device
         start = perf_counter()
         model, loader = self._fine_tuned(part)
         trained = perf_counter() - start
@@ -152,6 +163,7 @@ class _Job:
             )
         known += [weakref.ref(parameter) for parameter in parameters]
         laplace = LaplaceLoRA(model, self.forward, config=self.config).fit(loader(part), progress=False)
+        _check_count("fit", laplace.n_examples, part)
         if self.tune:
             laplace.optimize_prior_precision()
         seconds = {"seconds_training": trained, "seconds_beyond": perf_counter() - start - trained}
@@ -161,13 +173,15 @@ class _Job:
         result = self.fine_tune(part)
         if isinstance(result, nn.Module):
             return result, self._batches
-        if not (callable(getattr(result, "train", None)) and isinstance(getattr(result, "model", None), nn.Module)):
+        if not all(hasattr(result, name) for name in ("train", "model", "state", "args", "get_eval_dataloader")):
             raise TypeError(
                 f"fine_tune: expected it to return an nn.Module or a transformers.Trainer, got {type(result).__name__}"
             )
         if result.state.global_step == 0:
             result.train()
-        return result.model, self._batches if self.collate is not None else result.get_eval_dataloader
+        if result.args.world_size > 1:
+            raise ValueError(f"fine_tune: expected a Trainer of one process, got one of {result.args.world_size}")
+        return result.model, self._batches if self.collate is not None else partial(_trainers_loader, result)
 
     def _batches(self, part: Any) -> list[Any]:
         collate = default_collate if self.collate is None else self.collate
@@ -189,21 +203,21 @@ class _Task:
         """The examples of the fold."""
         return (self.assigned == self.fold).nonzero().flatten().tolist()
 
-    def run(self, known: list[weakref.ref[Tensor]]) -> LabelEvidence:
+    def run(self, known: Known) -> LabelLikelihood:
         """What the fold's labels say of a model that has not seen them."""
         others = (self.assigned != self.fold).nonzero().flatten().tolist()
         laplace, loader, seconds = self.job.posterior(subset(self.dataset, others), known)
         start = perf_counter()
-        evidence = laplace.label_evidence(loader(subset(self.dataset, self.rows)), progress=False)
+        held_out = subset(self.dataset, self.rows)
+        evidence = laplace.label_likelihood(loader(held_out), progress=False)
         seconds["seconds_beyond"] += perf_counter() - start
-        n = len(self.rows)
+        n = evidence.n_labels
+        _check_count("calibrate", n, held_out)
         numbers = {"accuracy": evidence.hits / n, "nll_map": -evidence.map_log_likelihood / n}
         return replace(evidence, report={"n_train": len(others), "n_held_out": n, **numbers, **seconds})
 
 
-def _run(
-    tasks: Sequence[_Task], processes: int, known: list[weakref.ref[Tensor]]
-) -> Iterator[tuple[int, LabelEvidence]]:
+def _run(tasks: Sequence[_Task], processes: int, known: Known) -> Iterator[tuple[int, LabelLikelihood]]:
     if processes == 1 or len(tasks) < 2:
         for task in tasks:
             yield task.fold, task.run(known)
@@ -218,48 +232,74 @@ def _run(
                 "module, or use processes=1"
             ) from error
     threads = max(1, torch.get_num_threads() // processes)
+    failed: Exception | None = None
     with ProcessPoolExecutor(min(processes, len(tasks)), get_context("spawn")) as pool:
         waiting = {pool.submit(_in_process, task, threads): task.fold for task in tasks}
-        try:
-            for done in as_completed(waiting):
-                yield waiting[done], done.result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        for done in as_completed(waiting):  # what finishes is kept, also after a fold that failed
+            try:
+                evidence = done.result()
+            except (Exception, CancelledError) as error:
+                failed = failed or error
+                for future in waiting:
+                    future.cancel()
+            else:
+                yield waiting[done], evidence
+    if isinstance(failed, BrokenProcessPool):
+        raise RuntimeError(
+            "processes: a process that ran a fold ended. A script needs `if __name__ == '__main__':` around crossfit, "
+            "and functions of a notebook are unknown elsewhere; use processes=1, or a module"
+        ) from failed
+    if failed is not None:
+        raise failed
 
 
-def _in_process(task: _Task, threads: int) -> LabelEvidence:
+def _in_process(task: _Task, threads: int) -> LabelLikelihood:
     torch.set_num_threads(threads)
-    return task.run([])
+    return task.run(_known)
+
+
+def _trainers_loader(trainer: Any, part: Any) -> list[Any]:
+    """The Trainer's batches of a part of the data, all of it, and never those that it kept of another part."""
+    arguments, kept = trainer.args, vars(trainer).pop("_eval_dataloaders", None)
+    trainer.args = copy.copy(arguments)
+    trainer.args.dataloader_persistent_workers = trainer.args.dataloader_drop_last = False
+    try:
+        return list(trainer.get_eval_dataloader(part))
+    finally:
+        trainer.args = arguments
+        if kept is not None:
+            trainer._eval_dataloaders = kept
+
+
+def _check_count(what: str, seen: int, part: Any) -> None:
+    if seen != len(part):
+        raise RuntimeError(f"{what}: expected batches of all {len(part)} examples, got {seen}; pass collate=...")
 
 
 class _Folder:
     """What finished folds said, on disk."""
 
-    def __init__(self, path: Path, tasks: Sequence[_Task], classes: Sequence[int]):
+    def __init__(self, path: Path, tasks: Sequence[_Task]):
         self.path, self.count = path, len(tasks)
         path.mkdir(parents=True, exist_ok=True)
         task = tasks[0]
         ids = task.job.config.class_token_ids
-        examples = [task.dataset[i] for i in range(len(task.dataset))]
         self.digest = digest(
-            examples,
-            list(classes),
+            (task.dataset[i] for i in range(len(task.dataset))),
             task.assigned,
-            task.job.config.as_json(),
-            task.job.tune,
-            None if ids is None else [*ids],
+            (task.job.config.as_json(), task.job.tune, None if ids is None else list(ids)),
+            (task.job.fine_tune, task.job.collate, task.job.forward),
         )
 
     def _file(self, fold: int) -> Path:
         return self.path / f"fold-{fold + 1}-of-{self.count}.json"
 
-    def write(self, fold: int, evidence: LabelEvidence) -> None:
+    def write(self, fold: int, evidence: LabelLikelihood) -> None:
         """Whole or not at all."""
         content = {"format": FORMAT, "data": self.digest, "evidence": evidence.as_json()}
         write_text(self._file(fold), json.dumps(content, indent=1) + "\n")
 
-    def read(self, fold: int) -> LabelEvidence | None:
+    def read(self, fold: int) -> LabelLikelihood | None:
         """None, if the fold is not finished.
 
         Raises:
@@ -273,8 +313,8 @@ class _Folder:
             if content["format"] != FORMAT:
                 raise ValueError(f"expected the format {FORMAT}")
             if content["data"] != self.digest:
-                raise ValueError("it is of other data, folds or settings")
-            return LabelEvidence.from_json(content["evidence"])
+                raise ValueError("it is of other data, folds, settings or functions")
+            return LabelLikelihood.from_json(content["evidence"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: cannot go on from this fold: {error}; remove it or pass another folder"

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+import pickle
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,7 @@ from torch.utils.data import Subset
 LABEL_KEYS = ("labels", "label")
 
 
-def assign_folds(labels: Sequence[int], folds: int, groups: Sequence[Hashable] | None = None, seed: int = 0) -> Tensor:
+def assign_folds(labels: Sequence[int] | Tensor, folds: int, groups: Any = None, seed: int = 0) -> Tensor:
     """`[N]`, the fold of every example: classes spread evenly, and no group in two folds.
 
     Largest group first, each goes to the fold that has least of its classes, relative to how many of them there are.
@@ -30,17 +34,21 @@ def assign_folds(labels: Sequence[int], folds: int, groups: Sequence[Hashable] |
     """
     if isinstance(folds, bool) or not isinstance(folds, int):
         raise TypeError(f"folds: expected an int, got {folds!r}")
-    n = len(labels)
+    values = np.asarray([as_class(label, index) for index, label in enumerate(_listed(labels))])
+    n = len(values)
     if not 2 <= folds <= n:
         raise ValueError(f"folds: expected 2 to {n}, one for each example at most, got {folds}")
-    if groups is not None and len(groups) != n:
-        raise ValueError(f"groups: expected one for each of {n} examples, got {len(groups)}")
+    keys: list[Hashable] = list(range(n)) if groups is None else _listed(groups)
+    if len(keys) != n:
+        raise ValueError(f"groups: expected one for each of {n} examples, got {len(keys)}")
     members: dict[Hashable, list[int]] = {}
-    for index in torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist():
-        members.setdefault(index if groups is None else groups[index], []).append(index)
+    for index in torch.randperm(n, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist():
+        key = keys[index]
+        if not isinstance(key, Hashable) or key is None or key != key:
+            raise ValueError(f"groups: expected names or numbers, got {key!r} for example {index}")
+        members.setdefault(key, []).append(index)
     if len(members) < folds:
         raise ValueError(f"groups: expected at least {folds}, one for each fold, got {len(members)}")
-    values = np.asarray(labels)
     classes, codes = np.unique(values, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"labels: expected at least two classes, all {n} are {classes[0]}")
@@ -80,29 +88,45 @@ def labels_of(dataset: Any) -> list[int]:
     Raises:
         ValueError: if there is none, or none that is a class.
     """
-    return [_label(dataset[i], i) for i in range(len(dataset))]
+    found = []
+    for index in range(len(dataset)):
+        example = dataset[index]
+        if isinstance(example, Mapping):
+            value = next((example[key] for key in LABEL_KEYS if key in example), None)
+        elif isinstance(example, (tuple, list)) and len(example) == 2:
+            value = example[1]
+        else:
+            value = getattr(example, "label", None)
+        if value is None:
+            raise ValueError(
+                f"dataset: expected a class under {' or '.join(map(repr, LABEL_KEYS))}, or a pair (input, label), as "
+                f"example {index}; or pass labels=[...], one for each example"
+            )
+        found.append(as_class(value, index))
+    return found
 
 
-def _label(example: Any, index: int) -> int:
-    if isinstance(example, Mapping):
-        value = next((example[key] for key in LABEL_KEYS if key in example), None)
-    else:
-        value = (
-            example[1] if isinstance(example, (tuple, list)) and len(example) == 2 else getattr(example, "label", None)
-        )
+def as_class(value: Any, index: int) -> int:
+    """A class index.
+
+    Raises:
+        ValueError: if it is none; says of which example.
+    """
     try:
-        if value is None or (number := int(value)) != float(value):
-            raise ValueError(value)
+        if (number := int(value)) == float(value):
+            return number
     except (TypeError, ValueError):
-        raise ValueError(
-            f"dataset: expected a class under {' or '.join(map(repr, LABEL_KEYS))}, or a pair (input, label), as "
-            f"example {index}; or pass labels=[...], one for each example"
-        ) from None
-    return number
+        pass
+    raise ValueError(f"labels: expected a class index, got {value!r} for example {index}")
+
+
+def _listed(values: Any) -> list[Any]:
+    """Of a tensor or an array, numbers that are equal to each other where they are equal."""
+    return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 def digest(*values: Any) -> str:
-    """SHA-256 of what values hold: numbers, text, tensors, and containers of these; of others the type counts."""
+    """SHA-256 of what values hold: numbers, text, tensors, containers of these, functions; of others, their pickle."""
     state = hashlib.sha256()
     for value in values:
         _update(state, value)
@@ -110,6 +134,8 @@ def digest(*values: Any) -> str:
 
 
 def _update(state: Any, value: Any) -> None:
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.dtype.kind not in "biufc"):
+        value = value.tolist()
     if isinstance(value, (Tensor, np.ndarray)):
         value = torch.as_tensor(value).detach().cpu().contiguous()
         state.update(f"{value.dtype}{list(value.shape)}".encode())
@@ -119,11 +145,33 @@ def _update(state: Any, value: Any) -> None:
         for key, item in value.items():
             _update(state, key)
             _update(state, item)
-    elif isinstance(value, (list, tuple)):
-        state.update(f"[{len(value)}".encode())
+    elif isinstance(value, (list, tuple, Iterator)):
+        state.update(b"[")
         for item in value:
             _update(state, item)
+        state.update(b"]")
+    elif isinstance(value, (set, frozenset)):
+        _update(state, sorted(map(repr, value)))
+    elif isinstance(value, CodeType):
+        state.update(value.co_code)
+        _update(state, (value.co_consts, value.co_names))
+    elif isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _holds(cell)]
+        _update(state, (value.__code__, value.__defaults__, value.__kwdefaults__, cells))
+    elif isinstance(value, partial):
+        _update(state, (value.func, value.args, value.keywords))
     elif value is None or isinstance(value, (str, bytes, bool, int, float)):
         state.update(f"{type(value).__name__} {value!r};".encode())
     else:
-        state.update(f"<{type(value).__qualname__}>".encode())
+        state.update(f"<{type(value).__module__}.{type(value).__qualname__}>".encode())
+        if not callable(value):  # of models and other objects that do something, the type
+            with suppress(Exception):  # what has no pickle counts by its type too
+                state.update(pickle.dumps(value))
+
+
+def _holds(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 (raises where there is none)
+    except ValueError:
+        return False
+    return True

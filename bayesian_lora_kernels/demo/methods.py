@@ -15,7 +15,7 @@ from bayesian_lora_kernels.crossfitting.crossfit import crossfit
 from bayesian_lora_kernels.demo.settings import DemoSettings
 from bayesian_lora_kernels.demo.task import Example, Splits, Task, in_order, make_batch
 from bayesian_lora_kernels.laplace import LaplaceLoRA
-from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelEvidence
+from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelLikelihood
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 
 NAMES = {
@@ -135,7 +135,7 @@ def _predict(laplace: LaplaceLoRA, examples: Sequence[Example], settings: DemoSe
 
 def _by_labels(laplace: LaplaceLoRA, held_out: LogitPosterior, labels: Tensor) -> Calibration:
     """What `laplace.calibrate` finds, of predictions that are there already."""
-    evidence = LabelEvidence()
+    evidence = LabelLikelihood()
     evidence.add(held_out.mean, held_out.covariance, labels, laplace.variance_scale)
     return Calibration.of(evidence, laplace.variance_scale)
 

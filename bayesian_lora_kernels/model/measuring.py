@@ -69,6 +69,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
             if left:  # a second interrupt, or one just before the first attempt
                 uninterrupted(undo)
             _current.steps = outer
+            steps.clear()  # they hold the model, and one of them holds them
 
 
 @contextmanager

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.predictive.probabilities import SLICE, pairwise_log_probs, scalar_log_probs
+from bayesian_lora_kernels.predictive.probabilities import pairwise_log_probs, scalar_log_probs
+from bayesian_lora_kernels.surroundings import in_own_surroundings
 
 logger = logging.getLogger(__name__)
 
-METHODS: Mapping[str, Callable[..., Tensor]] = {"pairwise": pairwise_log_probs, "scalar": scalar_log_probs}
+METHODS = {"pairwise": pairwise_log_probs, "scalar": scalar_log_probs}
 LOG_FACTORS = (-7.0, 5.0, 13)  # first, last, how many
 LOG_TEMPERATURES = (-1.4, 3.0, 15)
 # Mean and standard deviation of the normal priors of ln b and ln T.
 FACTOR_PRIOR = (-1.0, 2.5)
 TEMPERATURE_PRIOR = (0.5, 1.0)
+NEGLIGIBLE = 1e-9  # a weight that is left out: of 195, no probability changes by more than 2e-7
 EDGE = 0.5  # of the weight: the grid is too small if so much is at an end of it
 
 
@@ -47,7 +49,7 @@ class Notice:
 
 
 @dataclass
-class LabelEvidence:
+class LabelLikelihood:
     """What labels say of every pair (b, T) of the grid; that of several parts of the data adds up.
 
     Attributes:
@@ -60,7 +62,10 @@ class LabelEvidence:
     """
 
     log_likelihood: dict[str, Tensor] = field(
-        default_factory=lambda: {name: torch.zeros(LOG_FACTORS[2], LOG_TEMPERATURES[2]).double() for name in METHODS}
+        default_factory=lambda: {
+            name: torch.zeros(LOG_FACTORS[2], LOG_TEMPERATURES[2], dtype=torch.float64, device="cpu")
+            for name in METHODS
+        }
     )
     counts: Tensor | None = None
     hits: int = 0
@@ -68,6 +73,7 @@ class LabelEvidence:
     folds: int | None = None
     report: Mapping[str, Any] | None = None
 
+    @in_own_surroundings
     def add(self, mean: Tensor, covariance: Tensor, labels: Tensor, scale: float) -> None:
         """Look at some labelled examples.
 
@@ -77,9 +83,9 @@ class LabelEvidence:
             labels: `[N]`, class indices.
             scale: `variance_scale` of the posterior that predicted them.
         """
-        factors, temperatures = _grid(mean.device)
-        for name, method in METHODS.items():
-            for log_probs, rows, points in _on_grid(method, mean, covariance, factors * scale, temperatures):
+        factors, temperatures = _grid()
+        for name, formula in METHODS.items():
+            for log_probs, rows, points in formula.on_grid(mean, covariance, temperatures, factors * scale):
                 chosen = log_probs.gather(2, labels[rows].expand(len(log_probs), -1)[:, :, None])
                 flat = self.log_likelihood[name].view(-1)
                 flat[points] += chosen.sum(dim=(1, 2), dtype=torch.float64).cpu()
@@ -89,17 +95,23 @@ class LabelEvidence:
         chosen = mean.double().log_softmax(dim=1).gather(1, labels[:, None])
         self.map_log_likelihood += float(chosen.sum())
 
-    def __add__(self, other: LabelEvidence) -> LabelEvidence:
+    @in_own_surroundings
+    def __add__(self, other: LabelLikelihood) -> LabelLikelihood:
         tables = {name: table + other.log_likelihood[name] for name, table in self.log_likelihood.items()}
         counts = [one.counts for one in (self, other) if one.counts is not None]
         if len({len(one) for one in counts}) > 1:
             raise ValueError(f"label evidence: expected one number of classes, got {[len(one) for one in counts]}")
-        return LabelEvidence(
+        return LabelLikelihood(
             tables,
             torch.stack(counts).sum(dim=0) if counts else None,
             self.hits + other.hits,
             self.map_log_likelihood + other.map_log_likelihood,
         )
+
+    @property
+    def n_labels(self) -> int:
+        """How many labels were seen."""
+        return 0 if self.counts is None else int(self.counts.sum())
 
     def as_json(self) -> dict[str, Any]:
         """What a file keeps."""
@@ -114,7 +126,7 @@ class LabelEvidence:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> LabelEvidence:
+    def from_json(cls, content: Mapping[str, Any]) -> LabelLikelihood:
         """What `as_json` gave.
 
         Raises:
@@ -122,7 +134,9 @@ class LabelEvidence:
         """
         if content["log_factors"] != [*LOG_FACTORS] or content["log_temperatures"] != [*LOG_TEMPERATURES]:
             raise ValueError("it is of another grid of factors and temperatures")
-        tables = {name: torch.tensor(content["log_likelihood"][name], dtype=torch.float64) for name in METHODS}
+        tables = {
+            name: torch.tensor(content["log_likelihood"][name], dtype=torch.float64, device="cpu") for name in METHODS
+        }
         if any(
             t.shape != (LOG_FACTORS[2], LOG_TEMPERATURES[2]) or not torch.isfinite(t).all() for t in tables.values()
         ):
@@ -142,6 +156,7 @@ class Calibration:
         variance_scale: `sum_m l_m ||theta_m||^2 / P`, of the posterior that this belongs to: in the units of its prior,
             variances that do not depend on what the prior precision happens to be.
         n_labels: how many labels were seen.
+        n_classes: C, what they were labels of.
         folds: how many folds of the training data they are from; None: they were held out.
         report: what `crossfit` has to say of the folds.
         outdated: why this no longer belongs to the posterior, None: it does.
@@ -150,12 +165,13 @@ class Calibration:
     weights: Mapping[str, Tensor]
     variance_scale: float
     n_labels: int
+    n_classes: int
     folds: int | None = None
     report: Mapping[str, Any] | None = None
     outdated: str | None = None
 
     @classmethod
-    def of(cls, evidence: LabelEvidence, variance_scale: float) -> Calibration:
+    def of(cls, evidence: LabelLikelihood, variance_scale: float) -> Calibration:
         """The weights that labels give, and a line at INFO that says how many there were.
 
         Raises:
@@ -172,16 +188,19 @@ class Calibration:
         weights = {}
         for name, table in evidence.log_likelihood.items():
             weights[name] = (table + prior).flatten().softmax(dim=0).view_as(table)
-        found = cls(weights, variance_scale, int(evidence.counts.sum()), evidence.folds, evidence.report)
+        counts = evidence.counts
+        found = cls(weights, variance_scale, int(counts.sum()), len(counts), evidence.folds, evidence.report)
         logger.info(str(found))
-        by_factor, by_temperature = weights["pairwise"].sum(dim=1), weights["pairwise"].sum(dim=0)
-        for share, what in (
-            (by_temperature[0], f"lowest temperature, {math.exp(LOG_TEMPERATURES[0]):.3g}"),
-            (by_temperature[-1], f"highest temperature, {math.exp(LOG_TEMPERATURES[1]):.3g}"),
-            (by_factor[-1], f"largest factor of the variance, {math.exp(LOG_FACTORS[1]):.3g}"),
-        ):
-            if share > EDGE:
-                logger.warning(f"calibrate: {share:.0%} of the weight is at the {what}; the labels ask for one beyond")
+        for name, table in weights.items():
+            for share, what in (
+                (table[:, 0].sum(), f"lowest temperature, {math.exp(LOG_TEMPERATURES[0]):.3g}"),
+                (table[:, -1].sum(), f"highest temperature, {math.exp(LOG_TEMPERATURES[1]):.3g}"),
+                (table[-1].sum(), f"largest factor of the variance, {math.exp(LOG_FACTORS[1]):.3g}"),
+            ):
+                if share > EDGE:
+                    logger.warning(
+                        f"calibrate: {share:.0%} of {name}'s weight is at the {what}; the labels ask for more"
+                    )
         return found
 
     @property
@@ -189,21 +208,27 @@ class Calibration:
         """`{method: 1 / sum of squared weights}`: over how many of the 195 pairs an average really goes."""
         return {name: float(1 / values.square().sum()) for name, values in self.weights.items()}
 
+    @in_own_surroundings
     def probs(self, method: str, mean: Tensor, covariance: Tensor) -> Tensor:
         """Probabilities `[N, C]`, averaged over the pairs.
 
         Raises:
             RuntimeError: if this is outdated.
+            ValueError: for more logits than the labels were of.
         """
         if self.outdated is not None:
             raise RuntimeError(
                 f"probs: {self.outdated} since calibrate was called; call it again, or probs(calibrated=False)"
             )
-        factors, temperatures = _grid(mean.device)
-        weights = self.weights[method].flatten().to(mean.device, mean.dtype)
+        if mean.shape[1] > self.n_classes:
+            raise ValueError(f"probs: expected at most the {self.n_classes} logits of calibrate, got {mean.shape[1]}")
+        weights = self.weights[method].flatten()
+        counted = weights > NEGLIGIBLE
+        factors, temperatures = (each[counted] for each in _grid())
+        weights = weights[counted].to(mean)
         total = torch.zeros_like(mean)
         scaled = factors * self.variance_scale
-        for log_probs, rows, points in _on_grid(METHODS[method], mean, covariance, scaled, temperatures):
+        for log_probs, rows, points in METHODS[method].on_grid(mean, covariance, temperatures, scaled):
             total[rows] += torch.einsum("g,gnc->nc", weights[points], log_probs.exp())
         return total / total.sum(dim=1, keepdim=True)
 
@@ -220,6 +245,7 @@ class Calibration:
             "log_temperatures": list(LOG_TEMPERATURES),
             "variance_scale": self.variance_scale,
             "n_labels": self.n_labels,
+            "n_classes": self.n_classes,
             "folds": self.folds,
             "report": self.report,
         }
@@ -240,6 +266,7 @@ class Calibration:
             "log_temperatures": (lambda v: v == [*LOG_TEMPERATURES], f"{[*LOG_TEMPERATURES]}"),
             "variance_scale": (lambda v: isinstance(v, float) and 0 <= v < math.inf, "a finite number, not negative"),
             "n_labels": (lambda v: _is_count(v, 2), "a number of labels"),
+            "n_classes": (lambda v: _is_count(v, 2), "a number of classes"),
             "folds": (lambda v: v is None or _is_count(v, 2), "null or a number of folds"),
             "report": (lambda v: v is None or isinstance(v, dict), "null or an object"),
         }
@@ -252,7 +279,7 @@ class Calibration:
             if not check(content[key]):
                 raise ValueError(f"calibration.{key}: expected {text}, got {content[key]!r:.80}")
         weights = {name: _weights(name, table) for name, table in content["weights"].items()}
-        return cls(weights, *(content[key] for key in ("variance_scale", "n_labels", "folds", "report")))
+        return cls(weights, *(content[key] for key in ("variance_scale", "n_labels", "n_classes", "folds", "report")))
 
 
 def _is_count(value: Any, least: int) -> bool:
@@ -272,26 +299,14 @@ def _weights(name: str, table: Any) -> Tensor:
     return weights
 
 
-def _grid(device: torch.device) -> tuple[Tensor, Tensor]:
+def _grid() -> tuple[Tensor, Tensor]:
     """Factors and temperatures of all pairs, `[195]` float64; the temperature goes fastest."""
-    b, t = (torch.linspace(*axis, dtype=torch.float64, device=device).exp() for axis in (LOG_FACTORS, LOG_TEMPERATURES))
+    b, t = (torch.linspace(*axis, dtype=torch.float64, device="cpu").exp() for axis in (LOG_FACTORS, LOG_TEMPERATURES))
     return b.repeat_interleave(len(t)), t.repeat(len(b))
 
 
 def _log_prior() -> Tensor:
     """`[13, 15]`, up to a constant."""
-    b, t = (torch.linspace(*axis, dtype=torch.float64) for axis in (LOG_FACTORS, LOG_TEMPERATURES))
+    b, t = (torch.linspace(*axis, dtype=torch.float64, device="cpu") for axis in (LOG_FACTORS, LOG_TEMPERATURES))
     (mean_b, std_b), (mean_t, std_t) = FACTOR_PRIOR, TEMPERATURE_PRIOR
     return -0.5 * (((b - mean_b) / std_b).square()[:, None] + ((t - mean_t) / std_t).square()[None, :])
-
-
-def _on_grid(
-    method: Callable[..., Tensor], mean: Tensor, covariance: Tensor, factors: Tensor, temperatures: Tensor
-) -> Iterable[tuple[Tensor, slice, slice]]:
-    """Log-probabilities `[g, n, C]` of some examples at some pairs, and which: a slice of either."""
-    c = mean.shape[1]
-    n = max(1, SLICE // (16 * c * c))
-    for rows in (slice(i, i + n) for i in range(0, len(mean), n)):
-        g = max(1, SLICE // (c * c * len(mean[rows])))
-        for points in (slice(i, i + g) for i in range(0, len(factors), g)):
-            yield method(mean[rows], covariance[rows], temperatures[points], factors[points]), rows, points

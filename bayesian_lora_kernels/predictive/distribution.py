@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,13 @@ from bayesian_lora_kernels.predictive.probabilities import (
     orthonormal_contrasts,
     pairwise_log_probs,
     probit_log_probs,
+    row_slices,
     sampled_probs,
     scalar_log_probs,
 )
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 
-FORMULAS = {
+FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "pairwise": pairwise_log_probs,
     "scalar": scalar_log_probs,
     "probit": probit_log_probs,
@@ -126,7 +128,8 @@ class LogitPosterior:
             self.notice.say()
         if method == "mc":
             return sampled_probs(self.mean, self.covariance, n_samples, generator)
-        return FORMULAS[method](self.mean, self.covariance).exp()
+        formula = FORMULAS[method]
+        return torch.cat([formula(self.mean[i], self.covariance[i]) for i in row_slices(self.mean)]).exp()
 
     def distribution(self) -> torch.distributions.MultivariateNormal:
         """The same Gaussian as a `torch.distributions` object with batch shape `[N]`."""

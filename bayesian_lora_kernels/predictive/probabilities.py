@@ -11,6 +11,8 @@ Sources: MacKay 1992, "The evidence framework applied to classification networks
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,47 +23,58 @@ ROUNDING = 1e-4  # of the largest variance: what a negative eigenvalue may be
 SLICE = 2**22  # numbers at once
 
 
-def pairwise_log_probs(
-    mean: Tensor, covariance: Tensor, temperature: float | Tensor = 1.0, factor: float | Tensor = 1.0
-) -> Tensor:
-    """`[N, C]`, from the variance of every difference of two logits.
+@dataclass(frozen=True)
+class TemperedFormula:
+    """Log-probabilities that are a function of `x / sqrt(T^2 + pi/8 b v)`, for a temperature T and a factor b.
 
-    `1 / p_k` is the sum over j of `exp(-(f_k - f_j) / sqrt(T^2 + pi/8 b S_kj))`, with `S_kj` the variance of
-    `f_k - f_j`; the probabilities are then divided by their sum.
-
-    Args:
-        mean: `[N, C]`.
-        covariance: `[N, C, C]`.
-        temperature: T, positive; or several, `[G]`, for `[G, N, C]`.
-        factor: b, of the variances; 0 leaves temperature scaling. `[G]` likewise.
+    Attributes:
+        read: from mean `[N, C]` and covariance `[N, C, C]` to x and v, which do not depend on T and b.
+        finish: from their quotient `[..., N, ...]` to log-probabilities `[..., N, C]`.
     """
-    differences = mean[:, :, None] - mean[:, None, :]
-    scaled = differences / _width(_variances_of_differences(covariance), temperature, factor)
-    return (-(-scaled).logsumexp(dim=-1)).log_softmax(dim=-1)
+
+    read: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    finish: Callable[[Tensor], Tensor]
+
+    def __call__(self, mean: Tensor, covariance: Tensor, temperature: float = 1.0, factor: float = 1.0) -> Tensor:
+        """`[N, C]`; T must be positive, and b = 0 is temperature scaling."""
+        x, v = self.read(mean, covariance)
+        return self.finish(x / (temperature**2 + math.pi / 8 * factor * v).sqrt())
+
+    def on_grid(
+        self, mean: Tensor, covariance: Tensor, temperatures: Tensor, factors: Tensor
+    ) -> Iterator[tuple[Tensor, slice, slice]]:
+        """Log-probabilities `[g, n, C]` of some examples at some of the pairs `[G]`, and which: a slice of either."""
+        squared, scale = temperatures.to(mean).square(), math.pi / 8 * factors.to(mean)
+        for rows in row_slices(mean, 16):
+            x, v = self.read(mean[rows], covariance[rows])
+            step = max(1, SLICE // x.numel())
+            for points in (slice(i, i + step) for i in range(0, len(squared), step)):
+                t, b = (each[points].reshape(-1, *[1] * v.ndim) for each in (squared, scale))
+                yield self.finish(x / (t + b * v).sqrt()), rows, points
 
 
-def scalar_log_probs(
-    mean: Tensor, covariance: Tensor, temperature: float | Tensor = 1.0, factor: float | Tensor = 1.0
-) -> Tensor:
-    """`[N, C]`, from the mean variance of a difference of two logits, which never changes the most probable class.
+def _pairs(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    return mean[:, :, None] - mean[:, None, :], _variances_of_differences(covariance)
 
-    The softmax of `f / sqrt(T^2 + pi/8 b v)`, v the mean of the variances of all differences.
 
-    Args:
-        mean: `[N, C]`.
-        covariance: `[N, C, C]`.
-        temperature: T, positive; or several, `[G]`, for `[G, N, C]`.
-        factor: b, of the variance; 0 leaves temperature scaling. `[G]` likewise.
-    """
+def _mean_of_pairs(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     c = mean.shape[1]
     variance = _variances_of_differences(covariance).sum(dim=(1, 2)) / max(c * (c - 1), 1)
-    return (_centred(mean) / _width(variance[:, None], temperature, factor)).log_softmax(dim=-1)
+    return _centred(mean), variance[:, None]
+
+
+# From the variance of every difference of two logits: `1 / p_k` is the sum over j of
+# `exp(-(f_k - f_j) / sqrt(T^2 + pi/8 b S_kj))`, with `S_kj` the variance of `f_k - f_j`; then divided by their sum.
+pairwise_log_probs = TemperedFormula(_pairs, lambda scaled: (-(-scaled).logsumexp(dim=-1)).log_softmax(dim=-1))
+
+# From the mean v of these variances: the softmax of `f / sqrt(T^2 + pi/8 b v)`, which keeps the most probable class.
+scalar_log_probs = TemperedFormula(_mean_of_pairs, lambda scaled: scaled.log_softmax(dim=-1))
 
 
 def probit_log_probs(mean: Tensor, covariance: Tensor) -> Tensor:
     """`[N, C]`, the softmax of `f / sqrt(1 + pi/8 variance)`, both of the logits less their mean."""
     variance = differences_only(covariance).diagonal(dim1=1, dim2=2).clamp_min(0)
-    return (_centred(mean) / _width(variance, 1.0, 1.0)).log_softmax(dim=1)
+    return (_centred(mean) / (1 + math.pi / 8 * variance).sqrt()).log_softmax(dim=1)
 
 
 def bridge_log_probs(mean: Tensor, covariance: Tensor) -> Tensor:
@@ -93,7 +106,8 @@ def sampled_probs(mean: Tensor, covariance: Tensor, n_samples: int, generator: t
     if not torch.isfinite(covariance).all():
         raise ValueError("covariance: expected finite numbers, got NaN or infinity")
     basis = orthonormal_contrasts(c, mean)
-    values, vectors = torch.linalg.eigh(basis.T @ covariance @ basis)
+    # What is shared goes by subtraction first: a product in TF32 would not cancel it.
+    values, vectors = torch.linalg.eigh(basis.T @ differences_only(covariance) @ basis)
     # Where logits share most of their variance, what is left of it after rounding need not be positive.
     least = -ROUNDING * covariance.diagonal(dim1=1, dim2=2).amax(dim=1)
     if (negative := values[:, 0] < least).any():
@@ -116,12 +130,12 @@ def sampled_probs(mean: Tensor, covariance: Tensor, n_samples: int, generator: t
 
 
 def contrasts(count: int, like: Tensor) -> Tensor:
-    """`[C, C - 1]`, orthogonal columns that sum to zero, exactly so in any dtype: Helmert's (1, ..., 1, -k, 0, ..., 0).
+    """`[C, C - 1]`, orthogonal columns that sum to zero: Helmert's (1, ..., 1, -k, 0, ..., 0).
 
-    In the dtype and on the device of `like`.
+    In the dtype and on the device of `like`; exact there, but for more than 257 classes in bfloat16, 2049 in float16.
     """
-    columns = torch.ones(count, count - 1, dtype=torch.float64).triu()
-    columns[torch.arange(1, count), torch.arange(count - 1)] = -torch.arange(1.0, count, dtype=torch.float64)
+    columns = torch.ones(count, count - 1, dtype=torch.float64, device="cpu").triu()
+    columns.diagonal(-1).copy_(-torch.arange(1.0, count, dtype=torch.float64, device="cpu"))
     return columns.to(like)
 
 
@@ -129,6 +143,12 @@ def orthonormal_contrasts(count: int, like: Tensor) -> Tensor:
     """The same, each divided by its norm."""
     columns = contrasts(count, like)
     return columns / columns.norm(dim=0)
+
+
+def row_slices(mean: Tensor, at_once: int = 1) -> Iterator[slice]:
+    """Examples whose `at_once` matrices `[C, C]` are few enough numbers."""
+    step = max(1, SLICE // (at_once * mean.shape[1] ** 2))
+    return (slice(i, i + step) for i in range(0, len(mean), step))
 
 
 def differences_only(covariance: Tensor) -> Tensor:
@@ -165,14 +185,3 @@ def _variances_of_differences(covariance: Tensor) -> Tensor:
     """`[N, C, C]`, of `f_k - f_j`."""
     variance = covariance.diagonal(dim1=1, dim2=2)
     return (variance[:, :, None] + variance[:, None, :] - 2 * covariance).clamp_min(0)
-
-
-def _width(variance: Tensor, temperature: float | Tensor, factor: float | Tensor) -> Tensor:
-    """`sqrt(T^2 + pi/8 b variance)`, for each T and b of several."""
-    squared, scale = (
-        torch.as_tensor(value, dtype=variance.dtype, device=variance.device).reshape(-1, *[1] * variance.ndim)
-        for value in (temperature, factor)
-    )
-    width = (squared.square() + math.pi / 8 * scale * variance).sqrt()
-    several = isinstance(temperature, torch.Tensor) or isinstance(factor, torch.Tensor)
-    return width if several else width[0]
