@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import test_commands
 import transformers
 from test_commands import LABELS, blk, error_of, read_lines, write_data
@@ -142,3 +143,16 @@ def test_a_language_model_needs_choices(place: Path, capsys: Any) -> None:
     for command in ("fit", "predict", "evaluate", "calibrate"):
         assert main([command, "adapter", "data.jsonl"]) == 2
         assert "--choices: expected what the model chooses between" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "calibrate", "evaluate", "predict"])
+def test_help(capsys: Any, command: str) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in (
+        '"messages", a chat',
+        '"chosen": ..., "rejected": ...',
+        "a classifier or reward model knows by itself",
+    ):
+        assert text in shown

@@ -66,7 +66,8 @@ def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA)
         "--max-length",
         type=positive,
         metavar="N",
-        help="tokens in a prompt, of which a longer one keeps the last; default: what the model is made for",
+        help="tokens in a prompt, of which a longer one keeps the last, and a classifier's text what its tokenizer "
+        "keeps; default: what the model is made for",
     )
 
 

@@ -62,22 +62,21 @@ def tokenise_texts(tokenizer: Any, examples: Sequence[Example], max_length: int 
     special = tokenizer.num_special_tokens_to_add(pair=False)
     if max_length is not None and max_length <= special:
         raise InputError(f"--max-length: expected more than {special}, the special tokens alone take those")
-    ids, truncated = [], 0
+    contents = [(content, example.line) for example in examples for content in example.inputs]
+    texts = [_text(tokenizer, content, line, answer=False) for content, line in contents]
+    every, kept = (_whole(tokenizer, contents, texts, limit) for limit in (None, max_length))
+    ids: list[tuple[list[int], ...]] = []
+    truncated, start = 0, 0
     for example in examples:
-        parts, cut = [], False
-        for content in example.inputs:
-            text = _text(tokenizer, content, example.line, answer=False)
-            tokens = _ids(tokenizer, [text], special=isinstance(content, str))[0]
-            if max_length is not None and len(tokens) > max_length:
-                tokens, cut = _ids(tokenizer, [text], isinstance(content, str), max_length)[0], True
-            if not tokens:
-                raise InputError(f"line {example.line}: the text {content!r} has no tokens")
-            parts.append(tokens)
+        rows = slice(start, start + len(example.inputs))
+        parts, cut, start = tuple(kept[rows]), kept[rows] != every[rows], rows.stop
+        if not all(parts):
+            raise InputError(f"line {example.line}: the text {example.inputs[parts.index([])]!r} has no tokens")
         if len(parts) > 1 and parts[0] == parts[1]:
             within = f" within {max_length} tokens (--max-length)" if cut else ""
             raise InputError(f"line {example.line}: {' and '.join(SIDES)} are the same{within}, expected two answers")
         truncated += cut
-        ids.append(tuple(parts))
+        ids.append(parts)
     return Inputs(ids, truncated)
 
 
@@ -193,6 +192,19 @@ def _ids(tokenizer: Any, texts: list[str], special: bool, max_length: int | None
         verbose=False,
     )
     return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _whole(
+    tokenizer: Any, contents: Sequence[tuple[Content, int]], texts: Sequence[str], max_length: int | None
+) -> list[list[int]]:
+    """Token ids of texts, with special tokens where no chat template has written them already."""
+    ids: list[list[int]] = [[] for _ in texts]
+    for special in (True, False):
+        rows = [i for i, (content, _) in enumerate(contents) if isinstance(content, str) == special]
+        if rows:
+            for i, found in zip(rows, _ids(tokenizer, [texts[i] for i in rows], special, max_length), strict=True):
+                ids[i] = found
+    return ids
 
 
 def _prefix(tokenizer: Any, text: str, plain: list[int]) -> list[int]:
