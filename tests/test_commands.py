@@ -364,7 +364,7 @@ def error_of(capsys: Any, command: str, *options: str, **more: Any) -> str:
         ("", "bad.jsonl: no examples"),
         ('{"prompt": "red", "label": "A"}\n\n{"prompt": "red" "A"}', "bad.jsonl, line 3: not JSON"),
         ('["red", "A"]', "line 1: expected an object"),
-        ('{"text": "red", "label": "A"}', 'line 1: no "prompt"; its keys are "text", "label"'),
+        ('{"text": "red", "label": "A"}', 'line 1: no "prompt" and no "messages"; its keys are "text", "label"'),
         ('{"prompt": 3, "label": "A"}', 'line 1: "prompt": expected text, got 3'),
         ('{"prompt": "red"}', 'line 1: no "label"; its keys are "prompt"'),
         ('{"prompt": "red", "label": "D"}', "line 1: label \"D\" is not among the choices 'A', 'B', 'C'"),
@@ -429,8 +429,8 @@ def test_a_base_that_does_not_serve(made: Path, place: Path, capsys: Any) -> Non
     assert "it does not name the base model; pass --base FOLDER" in error_of(capsys, "fit")
     edit_config(place, use_dora=True)
     assert "this one uses DoRA" in error_of(capsys, "fit")
-    edit_config(place, task_type="SEQ_CLS")
-    assert "this one is for SEQ_CLS" in error_of(capsys, "fit")
+    edit_config(place, task_type="TOKEN_CLS")
+    assert "this one is for TOKEN_CLS" in error_of(capsys, "fit")
 
 
 @pytest.mark.parametrize("change", [{"hidden_size": 32}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}])

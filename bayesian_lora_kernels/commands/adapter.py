@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from bayesian_lora_kernels.commands.errors import InputError, brief, loading
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
+TASKS = {CAUSAL_LM: "a causal language model", SEQ_CLS: "a classifier or reward model"}
 NO_LIMIT = 10**9  # tokenizers that know no maximal length say 10^30
 
 
@@ -29,12 +31,14 @@ class AdapterFolder:
     Attributes:
         folder: of the adapter.
         base: folder or hub name of the base model.
+        task: PEFT's name of what it is for, one of `TASKS`.
         download: whether the base may be downloaded: only if the user named it on the command line.
         revision: of the base on the hub, as the adapter remembers it.
     """
 
     folder: Path
     base: str
+    task: str
     download: bool
     revision: str | None
 
@@ -56,12 +60,38 @@ class AdapterFolder:
             except OSError as error:
                 raise self._absent("tokenizer", error) from error
 
-    def model(self, device: torch.device, dtype: str) -> nn.Module:
+    def base_config(self) -> Any:
+        """The base model's configuration.
+
+        Raises:
+            InputError: if it cannot be loaded.
+        """
+        from transformers import AutoConfig
+
+        with loading(f"base model {self.base}"):
+            try:
+                return AutoConfig.from_pretrained(self.base, **self._hub())
+            except OSError as error:
+                raise self._absent("base model", error) from error
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the adapter's weights.
+
+        Raises:
+            InputError: if they cannot be read.
+        """
+        from peft.utils import load_peft_weights
+
+        with loading(f"adapter {self.folder}"):
+            return {name: tuple(w.shape) for name, w in load_peft_weights(str(self.folder), device="cpu").items()}
+
+    def model(self, device: torch.device, dtype: str, config: Any = None) -> nn.Module:
         """The base model with the adapter, trainable, in eval mode.
 
         Args:
             device: a quantised model stays where its quantiser put it.
             dtype: of the base; `auto` is the one it was saved in.
+            config: of a base that classifies texts; None: it is a causal language model.
 
         Raises:
             InputError: if one of them cannot be loaded, or the adapter does not fit the base.
@@ -71,9 +101,14 @@ class AdapterFolder:
 
         key = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-        with loading(f"base model {self.base}"), _loading_bar(shown=sys.stderr.isatty()):
+        kind: Any = transformers.AutoModelForCausalLM
+        options = {key: wanted, **self._hub()}
+        if config is not None:  # the head is the adapter's, whatever the base has
+            kind = transformers.AutoModelForSequenceClassification
+            options |= {"config": config, "ignore_mismatched_sizes": True}
+        with loading(f"base model {self.base}"), _loading_bar(sys.stderr.isatty()), _quiet(config is not None):
             try:
-                base = transformers.AutoModelForCausalLM.from_pretrained(self.base, **{key: wanted}, **self._hub())
+                base, info = kind.from_pretrained(self.base, output_loading_info=True, **options)
             except OSError as error:
                 raise self._absent("base model", error) from error
             if getattr(base, "hf_quantizer", None) is None:
@@ -86,11 +121,17 @@ class AdapterFolder:
                 )
             except RuntimeError as error:  # shapes that differ
                 raise InputError(f"the adapter does not fit the base model {self.base}: {brief(error)}") from error
-            self._check_fit(model)
+            random = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+            self._check_fit(model, () if config is None else random)
         return model.eval()
 
-    def _check_fit(self, model: Any) -> None:
-        """PEFT only warns of weights that the file lacks, and ignores those that the model has no place for."""
+    def _check_fit(self, model: Any, random: Iterable[str]) -> None:
+        """PEFT only warns of weights that the file lacks, and ignores those that the model has no place for.
+
+        Args:
+            model: with the adapter.
+            random: names of weights of the base that it lacks: those have random numbers if the adapter has none.
+        """
         from peft import get_peft_model_state_dict
         from peft.utils import load_peft_weights
 
@@ -98,6 +139,13 @@ class AdapterFolder:
         stored = set(load_peft_weights(str(self.folder), device="cpu"))
         lacking = sorted(expected - stored)
         homeless = sorted(name for name in stored - expected if "lora_" in name)
+        nowhere = sorted(name for name in random if f"base_model.model.{name}" not in stored)
+        if nowhere:
+            raise InputError(
+                f"{len(nowhere)} weights of the classifier, such as {nowhere[0]}, are neither in the base model "
+                f"{self.base} nor in the adapter, which must have been trained with others than it would now get; pass "
+                "--base FOLDER of the base model with them, or train with their module in modules_to_save"
+            )
         if lacking:
             found = f"{len(lacking)} weights are missing from it, such as {lacking[0]}"
         elif homeless:
@@ -123,15 +171,16 @@ class AdapterFolder:
         )
 
 
-def open_adapter(folder: Path, base: str | None) -> AdapterFolder:
+def open_adapter(folder: Path, base: str | None, tasks: Sequence[str] = (CAUSAL_LM,)) -> AdapterFolder:
     """Read an adapter folder's configuration.
 
     Args:
         folder: that `save_pretrained` of PEFT wrote.
         base: folder or hub name of the base model; None: what the adapter says.
+        tasks: what it may be for.
 
     Raises:
-        InputError: if it is no adapter of a causal language model, or does not say what its base is.
+        InputError: if it is for something else, or does not say what its base is.
     """
     path = folder / CONFIG
     if not folder.is_dir():
@@ -146,9 +195,10 @@ def open_adapter(folder: Path, base: str | None) -> AdapterFolder:
         raise InputError(f"{path}: expected a JSON object")
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise InputError(f"{folder}: no adapter weights in it; expected {' or '.join(WEIGHTS)}")
-    task = config.get("task_type")
-    if task not in (None, "CAUSAL_LM"):
-        raise InputError(f"{folder}: expected an adapter of a causal language model, this one is for {task}")
+    task = config.get("task_type") or CAUSAL_LM
+    if task not in tasks:
+        expected = " or ".join(TASKS[one] for one in tasks)
+        raise InputError(f"{folder}: expected an adapter of {expected}, this one is for {task}")
     if config.get("use_dora"):  # PEFT sends an identity matrix through A and B, which nobody can tell from inputs
         raise InputError(f"{folder}: expected a plain LoRA adapter, this one uses DoRA, which is not supported")
     named = base or config.get("base_model_name_or_path")
@@ -158,7 +208,7 @@ def open_adapter(folder: Path, base: str | None) -> AdapterFolder:
         if base is not None:
             raise InputError(f"--base {base}: no such folder")
         raise InputError(f"{path}: its base model {named} is not there; pass --base FOLDER")
-    return AdapterFolder(folder, str(named), base is not None, None if base else config.get("revision"))
+    return AdapterFolder(folder, str(named), task, base is not None, None if base else config.get("revision"))
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -208,6 +258,20 @@ def _loading_bar(shown: bool) -> Iterator[None]:
     finally:
         if before:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Transformers warns of a new classification head, which the adapter then replaces."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    if quiet:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 
-import torch
-
 from bayesian_lora_kernels.calibration import expected_calibration_error, negative_log_likelihood
 from bayesian_lora_kernels.commands import options, output
 from bayesian_lora_kernels.commands.errors import as_input_errors
@@ -47,7 +45,8 @@ def run(args: Namespace) -> int:
     if len(job.labels) < FEW_LABELS:
         output.warn(f"{args.data}: {len(job.labels)} labels say little; {FEW_LABELS} do, a hundred are good")
     laplace = load_posterior(job, folder)
-    logits, labels, evidence = job.predict(laplace), torch.tensor(job.labels), LabelLikelihood()
+    logits, labels = job.judged(laplace)
+    evidence = LabelLikelihood()
     with as_input_errors():
         evidence.add(logits.mean, logits.covariance, labels, laplace.variance_scale)
         calibration = laplace.calibrate(evidence).calibration
@@ -65,9 +64,10 @@ def run(args: Namespace) -> int:
         "base": job.base,
         "posterior": str(folder),
         "data": str(args.data),
-        "choices": args.choices,
+        "task": job.task.kind,
+        "choices": job.task.names,
         "n_examples": calibration.n_labels,
-        "n_truncated": job.truncated,
+        "n_truncated": job.inputs.truncated,
         "grid_points": calibration.weights[METHOD].numel(),
         "effective_points": calibration.effective_points,
         "method": METHOD,
@@ -76,7 +76,7 @@ def run(args: Namespace) -> int:
     output.write_json(args.json, result)
     points = ", ".join(f"{points:.1f} ({method})" for method, points in calibration.effective_points.items())
     facts = [
-        ("examples", f"{calibration.n_labels} of {args.data}"),
+        (job.task.examples, f"{calibration.n_labels} of {args.data}"),
         ("effective grid points", f"{points}, of {result['grid_points']}"),
         ("written to", f"{folder}/{JSON_NAME}"),
     ]

@@ -1,9 +1,9 @@
-"""JSON lines of prompts and labels, and the padded batches made of them."""
+"""JSON lines of prompts and labels, or of pairs, and the padded batches made of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ from torch import Tensor
 
 from bayesian_lora_kernels.commands.errors import InputError
 
+SIDES = ("chosen", "rejected")  # of a pair
+
+Content = str | list[dict[str, Any]]  # a text as it is, or the messages of a chat
+
 
 @dataclass(frozen=True)
 class Example:
@@ -20,22 +24,26 @@ class Example:
 
     Attributes:
         line: its number in the file, from 1.
-        prompt: what the model reads, as it is.
-        label: index into the choices; None if the line has no label.
+        inputs: what the model reads: one, or the two of a pair.
+        label: index into the choices; None if the line has no label. Of a pair 0, the one that was chosen.
     """
 
     line: int
-    prompt: str
+    inputs: tuple[Content, ...]
     label: int | None
 
 
-def read_examples(path: Path, choices: Sequence[str] | None, labelled: bool) -> list[Example]:
+def read_examples(path: Path, choices: Sequence[str] | None, labelled: bool, pairs: bool = False) -> list[Example]:
     """The examples of a JSON-lines file, `{"prompt": ..., "label": ...}` on each line; empty lines are skipped.
+
+    A chat stands under `messages`, in place of `prompt`. A pair is `{"prompt": ..., "chosen": ..., "rejected": ...}`,
+    texts or lists of messages, to either of which the prompt is put in front, if there is one.
 
     Args:
         path: of the file, UTF-8.
         choices: what a label may be: one of them, or an index into them; None: labels are not read.
         labelled: whether every line must have a label.
+        pairs: whether the lines are pairs.
 
     Raises:
         InputError: if the file cannot be read or holds no example; if a line is not such an object. It names the line.
@@ -52,30 +60,84 @@ def read_examples(path: Path, choices: Sequence[str] | None, labelled: bool) -> 
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     examples = []
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            examples.append(_example(line, number, f"{path}, line {number}: ", choices, labelled))
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}: "
+        content = _object(line, where, pairs)
+        if pairs:
+            examples.append(Example(number, _pair(content, where), 0))
+        else:
+            examples.append(Example(number, (_prompt(content, where),), _label(content, where, choices, labelled)))
     if not examples:
         raise InputError(f"{path}: no examples; expected a JSON object on every line")
     return examples
 
 
-def _example(line: str, number: int, where: str, choices: Sequence[str] | None, labelled: bool) -> Example:
+def _object(line: str, where: str, pairs: bool) -> dict[str, Any]:
     try:
         content = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(content, dict):
-        raise InputError(f'{where}expected an object {{"prompt": ..., "label": ...}}, got {_json(content)}')
+        keys = '"chosen": ..., "rejected": ...' if pairs else '"prompt": ..., "label": ...'
+        raise InputError(f"{where}expected an object {{{keys}}}, got {_json(content)}")
+    return content
+
+
+def _prompt(content: Mapping[str, Any], where: str) -> Content:
+    if "prompt" in content and "messages" in content:
+        raise InputError(f'{where}expected "prompt" or "messages", got both')
+    if "messages" in content:
+        return _messages(content["messages"], "messages", where)
     if "prompt" not in content:
-        raise InputError(f'{where}no "prompt"; its keys are {", ".join(map(_json, content)) or "none"}')
-    if not isinstance(content["prompt"], str):
-        raise InputError(f'{where}"prompt": expected text, got {_json(content["prompt"])}')
+        raise InputError(f'{where}no "prompt" and no "messages"; its keys are {_keys(content)}')
+    prompt = content["prompt"]
+    if not isinstance(prompt, str):
+        chat = '; the messages of a chat go under "messages"' if isinstance(prompt, list) else ""
+        raise InputError(f'{where}"prompt": expected text, got {_json(prompt)}{chat}')
+    return prompt
+
+
+def _pair(content: Mapping[str, Any], where: str) -> tuple[Content, ...]:
+    """The two whole inputs of a pair, the chosen one first."""
+    for side in SIDES:
+        if side not in content:
+            raise InputError(
+                f'{where}no "{side}"; this model gives a text one score, and is asked about pairs {{"prompt": ..., '
+                f'"chosen": ..., "rejected": ...}}; the keys are {_keys(content)}'
+            )
+    parts = {key: content[key] for key in ("prompt", *SIDES) if content.get(key) is not None or key in SIDES}
+    if not any(isinstance(part, list) for part in parts.values()):
+        for key, part in parts.items():
+            if not isinstance(part, str):
+                raise InputError(f'{where}"{key}": expected text, or a list of messages, got {_json(part)}')
+        return tuple(parts.get("prompt", "") + parts[side] for side in SIDES)
+    if any(isinstance(part, str) for part in parts.values()):
+        kinds = " and ".join(f'"{key}" is {"text" if isinstance(p, str) else "a list"}' for key, p in parts.items())
+        raise InputError(f"{where}expected texts only, or lists of messages only; {kinds}")
+    chats = {key: _messages(part, key, where) for key, part in parts.items()}
+    return tuple(chats.get("prompt", []) + chats[side] for side in SIDES)
+
+
+def _messages(value: Any, key: str, where: str) -> list[dict[str, Any]]:
+    if isinstance(value, list) and value and all(map(_is_message, value)):
+        return value
+    raise InputError(
+        f'{where}"{key}": expected a list of messages {{"role": ..., "content": ...}}, both texts, got {_json(value)}'
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _label(content: Mapping[str, Any], where: str, choices: Sequence[str] | None, labelled: bool) -> int | None:
     label = None if choices is None else content.get("label")
-    if label is None or choices is None:
-        if labelled:
-            raise InputError(f'{where}no "label"; its keys are {", ".join(map(_json, content))}')
-        return Example(number, content["prompt"], None)
-    return Example(number, content["prompt"], _label_index(label, choices, where))
+    if label is not None and choices is not None:
+        return _label_index(label, choices, where)
+    if labelled:
+        raise InputError(f'{where}no "label"; its keys are {_keys(content)}')
+    return None
 
 
 def _label_index(label: Any, choices: Sequence[str], where: str) -> int:
@@ -100,30 +162,50 @@ def _label_index(label: Any, choices: Sequence[str], where: str) -> int:
     )
 
 
+def _keys(content: Mapping[str, Any]) -> str:
+    return ", ".join(map(_json, content)) or "none"
+
+
 def _json(value: Any, limit: int = 60) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def batches(
-    sequences: Sequence[Sequence[int]], size: int, pad_id: int, labels: Sequence[int] | None = None
+    examples: Sequence[Sequence[Sequence[int]]], size: int, pad_id: int, labels: Sequence[int] | None = None
 ) -> list[dict[str, Tensor]]:
     """Token ids as padded batches: `input_ids` and `attention_mask` `[N, T]`, and `labels` `[N]` if there are any.
 
+    Pairs have `input_ids_chosen`, `attention_mask_chosen`, `input_ids_rejected` and `attention_mask_rejected`, either
+    side of a width of its own.
+
     Padding is on the right, whatever the tokenizer's own side: a causal model's tokens never see what follows them, so
     it cannot matter, and positions come out right without the model's help.
+
+    Args:
+        examples: the inputs of each.
+        size: of a batch.
+        pad_id: what fills it up.
+        labels: of the examples.
     """
     made = []
-    for start in range(0, len(sequences), size):
-        piece = sequences[start : start + size]
-        width = max(len(ids) for ids in piece)
-        input_ids = torch.full((len(piece), width), pad_id)
-        mask = torch.zeros((len(piece), width), dtype=torch.long)
-        for row, ids in enumerate(piece):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            mask[row, : len(ids)] = 1
-        batch = {"input_ids": input_ids, "attention_mask": mask}
+    for start in range(0, len(examples), size):
+        piece = examples[start : start + size]
+        ends = [""] if len(piece[0]) == 1 else [f"_{side}" for side in SIDES]
+        batch: dict[str, Tensor] = {}
+        for end, sequences in zip(ends, zip(*piece, strict=True), strict=True):
+            batch[f"input_ids{end}"], batch[f"attention_mask{end}"] = _padded(sequences, pad_id)
         if labels is not None:
             batch["labels"] = torch.tensor(labels[start : start + size])
         made.append(batch)
     return made
+
+
+def _padded(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    width = max(len(ids) for ids in sequences)
+    input_ids = torch.full((len(sequences), width), pad_id)
+    mask = torch.zeros((len(sequences), width), dtype=torch.long)
+    for row, ids in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = 1
+    return input_ids, mask

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from bayesian_lora_kernels.commands import output
-from bayesian_lora_kernels.commands.adapter import choose_device, context_length, open_adapter, pad_token
+from bayesian_lora_kernels.commands.adapter import TASKS, open_adapter
 from bayesian_lora_kernels.commands.dataset import batches, read_examples
 from bayesian_lora_kernels.commands.errors import FAILED, InputError, as_input_errors
-from bayesian_lora_kernels.commands.job import check_vocabulary
+from bayesian_lora_kernels.commands.job import load_inputs
 from bayesian_lora_kernels.commands.options import Subparsers, add_device, add_json
-from bayesian_lora_kernels.commands.tokens import choice_tokens, tokenise_prompts
+from bayesian_lora_kernels.commands.task import task_of
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.ops import native
 from bayesian_lora_kernels.ops.dispatch import backends
@@ -40,7 +40,9 @@ def add_parser(subparsers: Subparsers) -> ArgumentParser:
     )
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="PEFT adapter folder to verify")
     parser.add_argument("--model", metavar="MODEL", help="its base model; default: what the adapter says")
-    parser.add_argument("--data", type=Path, metavar="FILE", help='JSON lines {"prompt": ...} to verify it on')
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="JSON lines to verify it on, as for blk fit; no labels are needed"
+    )
     parser.add_argument("--choices", nargs="+", metavar="CHOICE", help="what the model chooses between, as for blk fit")
     add_device(parser)
     add_json(parser, "also write the report to this file")
@@ -107,18 +109,13 @@ def verify_adapter(args: Namespace) -> Verification:
     """
     if args.data is None:
         raise InputError("--data: expected a file of JSON lines with prompts, to verify the adapter on")
-    folder = open_adapter(args.adapter, args.model)
-    examples = read_examples(args.data, None, labelled=False)[:EXAMPLES]
-    device = choose_device(args.device)
-    tokenizer = folder.tokenizer()
-    ids = choice_tokens(tokenizer, args.choices) if args.choices else None
-    model = folder.model(device, args.dtype)
-    config = getattr(model, "config", None)
-    prompts, _ = tokenise_prompts(tokenizer, examples, context_length(tokenizer, config))
-    check_vocabulary(model, prompts)
+    folder = open_adapter(args.adapter, args.model, tuple(TASKS))
+    task = task_of(folder, args.choices, vocabulary=True)
+    examples = read_examples(args.data, None, labelled=False, pairs=task.pairs)[:EXAMPLES]
+    inputs = load_inputs(folder, task, examples, args.device, args.dtype)
     with as_input_errors():
-        laplace = LaplaceLoRA(model, class_token_ids=ids)
-        return laplace.verify(batches(prompts, EXAMPLES, pad_token(tokenizer, config))[0])
+        laplace = LaplaceLoRA(inputs.model, task.forward, inputs.token_ids)
+        return laplace.verify(batches(inputs.ids, EXAMPLES, inputs.pad_id)[0])
 
 
 def evidence_is_that_of_the_dense_matrix() -> float:

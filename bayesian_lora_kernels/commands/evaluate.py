@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.calibration import (
@@ -66,8 +65,7 @@ def run(args: Namespace) -> int:
     """
     folder = args.posterior or args.adapter
     job = load_job(args, labelled=True, posterior=folder)
-    logits = job.predict(load_posterior(job, folder))
-    labels = torch.tensor(job.labels)
+    logits, labels = job.judged(load_posterior(job, folder))
     name, laplace, calibration = laplace_probs(logits, args, folder)
     probs = {"MAP": logits.probs("map"), name: laplace}
     with as_input_errors():
@@ -85,15 +83,16 @@ def run(args: Namespace) -> int:
         "base": job.base,
         "posterior": str(folder),
         "data": str(args.data),
-        "choices": args.choices,
+        "task": job.task.kind,
+        "choices": job.task.names,
         "method": args.method,
         "calibration_labels": None if calibration is None else calibration.n_labels,
         "n_examples": len(labels),
-        "n_truncated": job.truncated,
+        "n_truncated": job.inputs.truncated,
         **dict(zip(("map", "laplace"), metrics.values(), strict=True)),
     }
     output.write_json(args.json, result)
-    print(f"{len(labels)} examples of {args.data}\n\n{_report(metrics)}")
+    print(f"{len(labels)} {job.task.examples} of {args.data}\n\n{_report(metrics)}")
     pictures = {"reliability": args.plot, "risk-coverage": args.plot_risk}
     written = [f"{kind} diagram written to {path}" for kind, path in pictures.items() if path is not None]
     if written:

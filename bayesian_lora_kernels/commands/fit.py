@@ -14,7 +14,6 @@ from torch import Tensor
 from bayesian_lora_kernels.commands import options, output
 from bayesian_lora_kernels.commands.errors import as_input_errors
 from bayesian_lora_kernels.commands.job import FEW_LABELS, add_job_options, how_to_calibrate, load_job
-from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 
 
@@ -45,7 +44,7 @@ def run(args: Namespace) -> int:
     config = options.config_of(args)
     job = load_job(args, labelled=True)
     with as_input_errors():
-        laplace = LaplaceLoRA(job.model, class_token_ids=job.token_ids, config=config)
+        laplace = job.laplace(config)
         started = time.perf_counter()
         laplace.fit(job.batches(), progress=sys.stderr.isatty())
         laplace.optimize_prior_precision(per_module=args.per_module)
@@ -59,12 +58,13 @@ def run(args: Namespace) -> int:
         "base": job.base,
         "data": str(args.data),
         "posterior": str(folder),
-        "choices": list(job.tokens),
-        "class_tokens": list(job.tokens.values()),
-        "class_token_ids": job.token_ids,
+        "task": job.task.kind,
+        "choices": job.task.names,
+        "class_tokens": job.inputs.tokens,
+        "class_token_ids": job.inputs.token_ids,
         **laplace.config.as_json(),
         "n_examples": laplace.n_examples,
-        "n_truncated": job.truncated,
+        "n_truncated": job.inputs.truncated,
         "n_modules": len(laplace.layers),
         "n_parameters": sum(p.numel() for p in parameters),
         "log_likelihood": laplace.log_likelihood,
@@ -83,13 +83,12 @@ def run(args: Namespace) -> int:
 
 def _report(result: Mapping[str, Any]) -> str:
     n = result["n_examples"]
-    choices = ", ".join(
-        f"{choice!r} by token {token!r}"
-        for choice, token in zip(result["choices"], result["class_tokens"], strict=True)
-    )
+    names = list(map(repr, result["choices"]))
+    if result["class_tokens"] is not None:
+        names = [f"{name} by token {token!r}" for name, token in zip(names, result["class_tokens"], strict=True)]
     return output.pairs(
         [
-            ("choices", choices),
+            (result["task"], ", ".join(names)),
             ("examples", f"{n}"),
             ("modules", f"{result['n_modules']}"),
             ("parameters", f"{result['n_parameters']:,}"),

@@ -16,11 +16,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.commands import output
-from bayesian_lora_kernels.commands.adapter import choose_device, context_length, open_adapter, pad_token
+from bayesian_lora_kernels.commands.adapter import (
+    TASKS,
+    AdapterFolder,
+    choose_device,
+    context_length,
+    open_adapter,
+    pad_token,
+)
+from bayesian_lora_kernels.commands.classifier import set_pad_token
 from bayesian_lora_kernels.commands.dataset import Example, batches, read_examples
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
 from bayesian_lora_kernels.commands.options import add_adapter, add_model, positive
-from bayesian_lora_kernels.commands.tokens import choice_tokens, token_text, tokenise_prompts
+from bayesian_lora_kernels.commands.task import Task, task_of
+from bayesian_lora_kernels.commands.tokens import choice_tokens, token_text, tokenise_prompts, tokenise_texts
+from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
@@ -31,20 +41,24 @@ FEW_LABELS = 10  # with fewer, the labels say little
 
 def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA) -> None:
     """What `load_job` reads; `data` is what the file of examples is called."""
-    lines = (
-        'JSON lines {"prompt": ..., "label": ...}; a label is one of the choices, or its index'
+    content = (
+        'JSON lines {"prompt": ..., "label": ...}; a label is one of the choices (of a classifier, its name), or its '
+        "index"
         if labelled
         else 'JSON lines {"prompt": ...}; labels may be there'
+    )
+    lines = (
+        f'{content}; "messages", a chat, may stand in place of "prompt"; for a reward model, pairs {{"prompt": ..., '
+        '"chosen": ..., "rejected": ...}, texts or lists of messages, of which the prompt may be absent'
     )
     add_adapter(parser)
     parser.add_argument("data", type=Path, metavar=data, help=lines)
     parser.add_argument(
         "--choices",
         nargs="+",
-        required=True,
         metavar="CHOICE",
-        help="what the model chooses between, written as it follows the prompt (' A' if a space comes first); each "
-        "stands for the token that it begins with",
+        help="what a causal language model chooses between, written as it follows the prompt (' A' if a space comes "
+        "first); each stands for the token that it begins with; a classifier or reward model knows by itself",
     )
     add_model(parser)
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
@@ -52,8 +66,30 @@ def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA)
         "--max-length",
         type=positive,
         metavar="N",
-        help="tokens in a prompt, of which a longer one keeps the last; default: what the model is made for",
+        help="tokens in a prompt, of which a longer one keeps the last, and a classifier's text what its tokenizer "
+        "keeps; default: what the model is made for",
     )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model, and texts as it takes them.
+
+    Attributes:
+        model: base and adapter.
+        ids: token ids, of each example one input, or the two of a pair.
+        truncated: how many examples lost some of them.
+        token_ids: of the choices; None: there are none.
+        tokens: the same as the vocabulary writes them.
+        pad_id: what fills up a batch.
+    """
+
+    model: Any
+    ids: list[tuple[list[int], ...]]
+    truncated: int
+    token_ids: list[int] | None
+    tokens: list[str] | None
+    pad_id: int
 
 
 @dataclass(frozen=True)
@@ -62,25 +98,17 @@ class Job:
 
     Attributes:
         base: folder or hub name of the base model.
-        model: base and adapter.
+        task: what the model decides.
         examples: of the data file, in its order.
-        prompts: their token ids.
-        truncated: how many prompts lost their beginning.
-        tokens: `{choice: its first token, as the vocabulary writes it}`.
-        token_ids: their ids.
+        inputs: the model, and the examples' tokens.
         batch_size: examples in a batch.
-        pad_id: what fills up a batch.
     """
 
     base: str
-    model: Any
+    task: Task
     examples: list[Example]
-    prompts: list[list[int]]
-    truncated: int
-    tokens: dict[str, str]
-    token_ids: list[int]
+    inputs: Inputs
     batch_size: int
-    pad_id: int
 
     @property
     def labels(self) -> list[int]:
@@ -89,24 +117,49 @@ class Job:
 
     def batches(self) -> list[dict[str, Tensor]]:
         """Labelled batches, in the order of the file."""
-        return batches(self.prompts, self.batch_size, self.pad_id, self.labels)
+        return batches(self.inputs.ids, self.batch_size, self.inputs.pad_id, self.labels)
 
-    def predict(self, laplace: LaplaceLoRA) -> LogitPosterior:
+    def laplace(self, config: LaplaceConfig) -> LaplaceLoRA:
+        """Before the fit."""
+        return LaplaceLoRA(self.inputs.model, self.task.forward, self.inputs.token_ids, config=config)
+
+    def predict(self, laplace: LaplaceLoRA, differences: bool = True) -> LogitPosterior:
         """The Gaussian over the choices' logits less their mean, of all examples in the order of the file, on the CPU.
 
         Examples of similar length run together, the longest first: less padding, and memory runs out at once or never.
+
+        Args:
+            laplace: the posterior.
+            differences: False: the logits themselves.
         """
-        order = sorted(range(len(self.prompts)), key=lambda i: -len(self.prompts[i]))
+        ids = self.inputs.ids
+        order = sorted(range(len(ids)), key=lambda i: -sum(map(len, ids[i])))
         means, covariances = [], []
         with tqdm(total=len(order), desc="predict", unit="example", disable=not sys.stderr.isatty()) as bar:
-            for batch in batches([self.prompts[i] for i in order], self.batch_size, self.pad_id):
+            for batch in batches([ids[i] for i in order], self.batch_size, self.inputs.pad_id):
                 with as_input_errors():
-                    part = laplace.predict(batch, differences=True)
+                    part = laplace.predict(batch, differences=differences)
                 means.append(part.mean.cpu())
                 covariances.append(part.covariance.cpu())
                 bar.update(len(part.mean))
         back = torch.tensor(order).argsort()
         return replace(part, mean=torch.cat(means)[back], covariance=torch.cat(covariances)[back])
+
+    def judged(self, laplace: LaplaceLoRA) -> tuple[LogitPosterior, Tensor]:
+        """The same prediction, and labels `[N]` to judge it by.
+
+        The file has the chosen one of a pair first; every second pair is turned round here. Neither the likelihood nor
+        a metric sees which side is first, but for two things: of equal scores the first counts as the answer, so that
+        all ties would be right and now half of them are; and labels of one class alone, from which calibrate learns
+        nothing about a classifier, are refused.
+        """
+        logits, labels = self.predict(laplace), torch.tensor(self.labels)
+        if not self.task.pairs:
+            return logits, labels
+        labels[1::2] = 1
+        mean, covariance = logits.mean.clone(), logits.covariance.clone()
+        mean[1::2], covariance[1::2] = mean[1::2].flip(1), covariance[1::2].flip(1, 2)
+        return replace(logits, mean=mean, covariance=covariance), labels
 
 
 def load_job(args: Namespace, *, labelled: bool, posterior: Path | None = None, classes: int = 1) -> Job:
@@ -121,47 +174,64 @@ def load_job(args: Namespace, *, labelled: bool, posterior: Path | None = None, 
     Raises:
         InputError: for whatever the user has to put right.
     """
-    choices: list[str] = args.choices
-    if len(choices) < 2:
-        raise InputError(f"--choices: expected at least two, got {len(choices)}")
-    repeated = next((choice for i, choice in enumerate(choices) if choice in choices[:i]), None)
-    if repeated is not None:
-        raise InputError(f"--choices: {repeated!r} is there twice")
-    folder = open_adapter(args.adapter, args.base)
+    folder = open_adapter(args.adapter, args.base, tuple(TASKS))
+    task = task_of(folder, args.choices)
     if posterior is not None and not (posterior / JSON_NAME).is_file():
         raise InputError(f"{posterior}: no posterior ({JSON_NAME}) in it; run blk fit first")
-    examples = read_examples(args.data, choices, labelled)
-    seen = {example.label for example in examples if example.label is not None}
-    if labelled and len(seen) < classes:
-        raise InputError(
-            f"{args.data}: expected labels of at least {classes} of the choices, all {len(examples)} are "
-            f"{' or '.join(repr(choices[label]) for label in sorted(seen))}"
-        )
-    device = choose_device(args.device)
+    examples = read_examples(args.data, task.names, labelled, task.pairs)
+    if labelled:
+        _check_classes(args.data, task, examples, classes)
+    inputs = load_inputs(folder, task, examples, args.device, args.dtype, args.max_length, posterior)
+    return Job(folder.base, task, examples, inputs, args.batch_size)
+
+
+def load_inputs(
+    folder: AdapterFolder,
+    task: Task,
+    examples: Sequence[Example],
+    device: str | None,
+    dtype: str,
+    max_length: int | None = None,
+    posterior: Path | None = None,
+) -> Inputs:
+    """Load tokenizer and model, and make tokens of the examples.
+
+    Args:
+        folder: of the adapter.
+        task: what it is for.
+        examples: to make tokens of.
+        device: its name; None: a GPU if there is one.
+        dtype: of the base model.
+        max_length: tokens of an input; None: what the model is made for.
+        posterior: folder of a fitted posterior, which must be of the same task.
+
+    Raises:
+        InputError: for whatever the user has to put right.
+    """
+    place = choose_device(device)
     tokenizer = folder.tokenizer()
-    token_ids = choice_tokens(tokenizer, choices)
+    token_ids = choice_tokens(tokenizer, task.names) if task.kind == "choices" and task.names else None
     if posterior is not None:
-        _check_same_choices(posterior, tokenizer, token_ids)
-    model: Any = folder.model(device, args.dtype)
+        _check_same_task(posterior, task, tokenizer, token_ids)
+    model: Any = folder.model(place, dtype, task.config)
     config = getattr(model, "config", None)
-    limit = args.max_length or context_length(tokenizer, config)
-    prompts, truncated = tokenise_prompts(tokenizer, examples, limit)
-    check_vocabulary(model, prompts)
+    limit = max_length or context_length(tokenizer, config)
+    tokenise = tokenise_prompts if task.kind == "choices" else tokenise_texts
+    ids, truncated = tokenise(tokenizer, examples, limit)
+    check_vocabulary(model, [one for example in ids for one in example])
     if truncated:
+        begins = task.kind == "choices" or tokenizer.truncation_side == "left"
         output.warn(
-            f"{truncated} of {len(prompts)} prompts are longer than {limit} tokens and lost their beginning "
-            "(--max-length)"
+            f"{truncated} of {len(ids)} {'pairs' if task.pairs else 'prompts'} are longer than {limit} tokens and lost "
+            f"their {'beginning' if begins else 'end'} (--max-length)"
         )
-    return Job(
-        base=folder.base,
+    return Inputs(
         model=model,
-        examples=examples,
-        prompts=prompts,
+        ids=ids,
         truncated=truncated,
-        tokens={choice: token_text(tokenizer, token) for choice, token in zip(choices, token_ids, strict=True)},
         token_ids=token_ids,
-        batch_size=args.batch_size,
-        pad_id=pad_token(tokenizer, config),
+        tokens=None if token_ids is None else [token_text(tokenizer, token) for token in token_ids],
+        pad_id=pad_token(tokenizer, config) if task.kind == "choices" else set_pad_token(model, tokenizer, ids),
     )
 
 
@@ -172,12 +242,14 @@ def load_posterior(job: Job, folder: Path) -> LaplaceLoRA:
         InputError: if it is damaged, or of other weights.
     """
     with as_input_errors():
-        return LaplaceLoRA.from_pretrained(job.model, folder)
+        return LaplaceLoRA.from_pretrained(job.inputs.model, folder, job.task.forward)
 
 
 def how_to_calibrate(args: Namespace, folder: Path) -> str:
     """The command that sets the level of the probabilities of the posterior in this folder, as a shell takes it."""
-    words = ["blk", "calibrate", str(args.adapter), HELD_OUT, "--choices", *args.choices]
+    words = ["blk", "calibrate", str(args.adapter), HELD_OUT]
+    if args.choices is not None:
+        words += ["--choices", *args.choices]
     if folder != args.adapter:
         words += ["--posterior", str(folder)]
     if args.base is not None:
@@ -185,11 +257,29 @@ def how_to_calibrate(args: Namespace, folder: Path) -> str:
     return shlex.join(words)
 
 
-def _check_same_choices(folder: Path, tokenizer: Any, token_ids: Sequence[int]) -> None:
+def _check_classes(data: Path, task: Task, examples: Sequence[Example], classes: int) -> None:
+    seen = {example.label for example in examples if example.label is not None}
+    if task.pairs:
+        if len(examples) < classes:
+            raise InputError(f"{data}: expected at least {classes} pairs, got {len(examples)}")
+    elif len(seen) < classes:
+        raise InputError(
+            f"{data}: expected labels of at least {classes} of the choices, all {len(examples)} are "
+            f"{' or '.join(repr(task.names[label]) for label in sorted(seen))}"
+        )
+
+
+def _check_same_task(folder: Path, task: Task, tokenizer: Any, token_ids: Sequence[int] | None) -> None:
     """Before the model is loaded, which can take minutes. Whether the file is sound is for from_pretrained to say."""
     try:
-        fitted = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))["class_token_ids"]
+        content = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
+        fitted, own = content["class_token_ids"], content["custom_forward"]
+        likelihood = content["settings"]["likelihood"]
     except (OSError, ValueError, KeyError, TypeError):
+        return
+    if token_ids is None:
+        if fitted is not None or own != task.pairs or likelihood != "classification":
+            raise InputError(f"{folder}: its posterior was not fitted to {task.kind} by blk fit; run it again")
         return
     if fitted is None:
         raise InputError(f"{folder}: its posterior was not fitted with choices; run blk fit")

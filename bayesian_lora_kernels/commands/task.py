@@ -1,0 +1,98 @@
+"""What a model decides: between choices that follow a prompt, the label of a text, or which of a pair is better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bayesian_lora_kernels.commands.adapter import CAUSAL_LM, AdapterFolder
+from bayesian_lora_kernels.commands.classifier import classifier_config
+from bayesian_lora_kernels.commands.dataset import SIDES
+from bayesian_lora_kernels.commands.errors import InputError
+from bayesian_lora_kernels.model.forward import ForwardFunction
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of an adapter.
+
+    Attributes:
+        kind: `choices` of a causal language model, `labels` of a classifier, `pairs` for a model of one score.
+        names: of the classes.
+        config: of the base model of a classifier; None for a causal language model.
+    """
+
+    kind: Literal["choices", "labels", "pairs"]
+    names: list[str]
+    config: Any = None
+
+    @property
+    def pairs(self) -> bool:
+        """Whether an example is a pair."""
+        return self.kind == "pairs"
+
+    @property
+    def examples(self) -> str:
+        """What they are called."""
+        return "pairs" if self.pairs else "examples"
+
+    @property
+    def forward(self) -> ForwardFunction | None:
+        """From a batch to logits; None for the default."""
+        return pair_scores if self.pairs else None
+
+
+def task_of(folder: AdapterFolder, choices: Sequence[str] | None, *, vocabulary: bool = False) -> Task:
+    """What an adapter is for.
+
+    Args:
+        folder: of the adapter.
+        choices: what `--choices` says; None: nothing.
+        vocabulary: whether a causal language model may do without.
+
+    Raises:
+        InputError: if the choices are not what the adapter needs.
+    """
+    if folder.task == CAUSAL_LM:
+        if choices is None:
+            if vocabulary:
+                return Task("choices", [])
+            raise InputError("--choices: expected what the model chooses between, as a causal language model needs it")
+        if len(choices) < 2:
+            raise InputError(f"--choices: expected at least two, got {len(choices)}")
+        repeated = next((choice for i, choice in enumerate(choices) if choice in choices[:i]), None)
+        if repeated is not None:
+            raise InputError(f"--choices: {repeated!r} is there twice")
+        return Task("choices", list(choices))
+    config = classifier_config(folder)
+    names = list(config.id2label.values())
+    task = Task("pairs", list(SIDES), config) if len(names) == 1 else Task("labels", names, config)
+    if choices is not None and list(choices) != task.names:
+        what = "a reward model, which chooses between" if task.pairs else "a classifier with the labels"
+        raise InputError(
+            f"--choices: leave them out; {folder.folder} is {what} {_listed(task.names)}, got {_listed(choices)}"
+        )
+    return task
+
+
+def pair_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Scores `[N, 2]` of the chosen and the rejected of every pair, by a model that gives a text one.
+
+    A softmax over them is the model of Bradley and Terry: the chosen one is better with probability
+    `1 / (1 + exp(rejected - chosen))`. As two logits of one example, they have a covariance, and so has their
+    difference a variance. Source: Bradley and Terry 1952, "Rank analysis of incomplete block designs".
+    """
+    scores = [
+        model(input_ids=batch[f"input_ids_{side}"], attention_mask=batch[f"attention_mask_{side}"]).logits
+        for side in SIDES
+    ]
+    return torch.cat(scores, dim=1)
+
+
+def _listed(names: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return " ".join(map(repr, names[:limit])) + more
