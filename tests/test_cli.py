@@ -12,7 +12,7 @@ import torch
 from bayesian_lora_kernels import LaplaceLoRA, cli
 from bayesian_lora_kernels.demo.methods import NAMES
 from bayesian_lora_kernels.demo.report import COLUMNS, LAST
-from bayesian_lora_kernels.demo.run import JSON_NAME, PLOT_NAME
+from bayesian_lora_kernels.demo.run import JSON_NAME, PLOT_NAME, RISK_NAME
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,9 @@ def quick(tmp_path_factory):
 
 def test_demo_writes_its_files(quick):
     _, folder = quick
-    assert sorted(path.name for path in (folder / "out").iterdir()) == sorted([JSON_NAME, PLOT_NAME])
-    assert (folder / "out" / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (folder / "out").iterdir()) == sorted([JSON_NAME, PLOT_NAME, RISK_NAME])
+    for name in (PLOT_NAME, RISK_NAME):
+        assert (folder / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert (folder / "copy.json").read_text() == (folder / "out" / JSON_NAME).read_text()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from bayesian_lora_kernels.calibration.plots import reliability_diagrams, save_figure
+from bayesian_lora_kernels.calibration.plots import reliability_diagrams, risk_coverage_diagram, save_figure
 from bayesian_lora_kernels.demo.methods import FOLDS, NAMES, compare_methods
 from bayesian_lora_kernels.demo.report import TITLES, as_json, conclusions, format_differences, format_table
 from bayesian_lora_kernels.demo.results import MEASURED, Run, make_run, measure
@@ -24,7 +24,7 @@ from bayesian_lora_kernels.demo.training import add_lora, fine_tune, make_base_m
 from bayesian_lora_kernels.posterior.storage import write_text
 
 DRAWN = ("map", "temperature", "labels", "folds", "evidence")
-JSON_NAME, PLOT_NAME = "results.json", "reliability.png"
+JSON_NAME, PLOT_NAME, RISK_NAME = "results.json", "reliability.png", "risk-coverage.png"
 MOST_THREADS = 4  # the model is small: more of them wait for each other
 
 
@@ -37,7 +37,7 @@ def run_demo(settings: DemoSettings, seeds: int, seed: int, out: Path, progress:
         settings: sizes.
         seeds: how many runs.
         seed: of the base model and the first run; the others count on from it.
-        out: folder for `results.json` and `reliability.png`; made if it is not there.
+        out: folder for `results.json`, `reliability.png` and `risk-coverage.png`; made if it is not there.
         progress: whether to show progress bars.
 
     Returns:
@@ -70,6 +70,7 @@ def run_demo(settings: DemoSettings, seeds: int, seed: int, out: Path, progress:
     seconds["total"] = perf_counter() - start
     content = as_json(runs, results, settings, seconds)
     save_figure(figure, out / PLOT_NAME)
+    save_figure(risk_coverage_diagram(*_pooled(runs, "test"), title=TITLES["test"]), out / RISK_NAME)
     write_text(out / JSON_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     print(_heading(settings, seeds))
@@ -79,7 +80,7 @@ def run_demo(settings: DemoSettings, seeds: int, seed: int, out: Path, progress:
         print(format_differences(results) + "\n")
     for sentence in conclusions(results, settings):
         print(sentence)
-    print(f"\n{out / PLOT_NAME}, {out / JSON_NAME}; {seconds['total']:.0f} s")
+    print(f"\n{out / PLOT_NAME}, {out / RISK_NAME}, {out / JSON_NAME}; {seconds['total']:.0f} s")
     return content
 
 
