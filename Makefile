@@ -74,8 +74,10 @@ FLOOR_TESTS  ?= tests/test_bad_calls.py tests/test_batches.py tests/test_calibra
   tests/test_evidence.py tests/test_examples.py tests/test_native.py tests/test_ops_compile.py tests/test_ops_dispatch.py tests/test_ops_jacobian.py \
   tests/test_ops_outer_product.py tests/test_ops_square_sum.py tests/test_packaging.py tests/test_predictions.py \
   tests/test_storage.py tests/test_surroundings.py
-# transformers 4.46 cannot make this test's model.
-FLOOR_SKIP   := tests/test_batches.py::test_a_vision_language_model_one_example_at_a_time
+# transformers 4.46 cannot make the first test's model, and its Trainer does not fit the accelerate of today.
+FLOOR_SKIP   := tests/test_batches.py::test_a_vision_language_model_one_example_at_a_time \
+  tests/test_crossfit.py::test_a_trainer \
+  tests/test_crossfit.py::test_a_trainer_hands_over_the_right_examples_whatever_its_loaders_keep
 
 # In a copy, so that neither the sources nor an extension built for .venv are imported in place of what was installed.
 test-floors: $(FLOORS)/.ready

@@ -119,10 +119,13 @@ def sampled_probs(mean: Tensor, covariance: Tensor, n_samples: int, generator: t
     device = mean.device if generator is None else generator.device
     seed = int(torch.randint(2**62, (), generator=generator, device=device))
     engine = torch.quasirandom.SobolEngine(c - 1, scramble=True, seed=seed)
+    first = engine.quasi.double() / 2**engine.MAXBIT  # the engine's own is in the default dtype, which may be narrow
     total = torch.zeros_like(mean)
     step = max(1, SLICE // max(mean.numel(), 1))
     for start in range(0, n_samples, step):
         points = engine.draw(min(step, n_samples - start), dtype=torch.float64)  # multiples of 2^-30, from 0
+        if start == 0:
+            points[0] = first
         noise = math.sqrt(2) * torch.erfinv(2 * points + 2.0**-30 - 1)
         deviations = torch.einsum("ncd,sd->snc", factor, noise.to(mean))
         total += (mean + deviations).softmax(dim=-1).sum(dim=0)
