@@ -12,7 +12,8 @@ from bayesian_lora_kernels.posterior.curvature import CURVATURES
 Check = Callable[[Any], bool]
 
 
-def _is_int(least: int) -> Check:
+def is_int(least: int) -> Check:
+    """An int, no bool, of at least this."""
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -32,16 +33,17 @@ def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
-def _is_object(value: Any) -> bool:
+def is_object(value: Any) -> bool:
+    """What JSON calls so."""
     return isinstance(value, dict)
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_int(0)(n) for n in value)
+    return isinstance(value, list) and all(is_int(0)(n) for n in value)
 
 
 def _is_matrix_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_is_int(1)(n) for n in value)
+    return isinstance(value, list) and len(value) == 2 and all(is_int(1)(n) for n in value)
 
 
 def _is_file_name(value: Any) -> bool:
@@ -52,7 +54,8 @@ def _is_covers(value: Any) -> bool:
     return value in (["weight"], ["bias"], ["weight", "bias"])
 
 
-def _optional(check: Check) -> Check:
+def optional(check: Check) -> Check:
+    """None, or what the check accepts."""
     return lambda value: value is None or check(value)
 
 
@@ -61,28 +64,28 @@ def _list_of(check: Check) -> Check:
 
 
 _TOP: dict[str, tuple[Check, str]] = {
-    "settings": (_is_object, "an object"),
-    "class_token_ids": (_optional(_list_of(_is_int(0))), "null or a list of token ids"),
+    "settings": (is_object, "an object"),
+    "class_token_ids": (optional(_list_of(is_int(0))), "null or a list of token ids"),
     "custom_forward": (_is_bool, "true or false"),
-    "prior_precision": (_is_object, "an object of one number for each layer"),
-    "n_examples": (_is_int(0), "a number of examples"),
-    "log_likelihood": (_optional(_is_number), "null or a finite number"),
+    "prior_precision": (is_object, "an object of one number for each layer"),
+    "n_examples": (is_int(0), "a number of examples"),
+    "log_likelihood": (optional(_is_number), "null or a finite number"),
     "adapter_sha256": (_is_digest, "a SHA-256 in hexadecimal"),
-    "layers": (lambda value: _is_object(value) and len(value) > 0, "an object of one entry for each layer"),
-    "tensors": (_is_object, "an object"),
+    "layers": (lambda value: is_object(value) and len(value) > 0, "an object of one entry for each layer"),
+    "tensors": (is_object, "an object"),
 }
 _TENSORS: dict[str, tuple[Check, str]] = {
     "file": (_is_file_name, "the name of a safetensors file in the same folder"),
     "sha256": (_is_digest, "a SHA-256 in hexadecimal"),
 }
 _BASE: dict[str, tuple[Check, str]] = {
-    "tensors": (_is_object, "an object of one entry for each frozen tensor"),
-    "skipped": (_is_int(0), "a number of tensors"),
+    "tensors": (is_object, "an object of one entry for each frozen tensor"),
+    "skipped": (is_int(0), "a number of tensors"),
 }
 _BASE_TENSOR: dict[str, tuple[Check, str]] = {
     "shape": (_is_shape, "a list of sizes"),
     "dtype": (_is_text, "text"),
-    "values": (_is_int(0), "a number of values"),
+    "values": (is_int(0), "a number of values"),
 }
 _SHAPE: tuple[Check, str] = (_is_matrix_shape, "[d_out, d_in]")
 _COVERS: tuple[Check, str] = (_is_covers, '["weight"], ["bias"] or both')
@@ -94,35 +97,40 @@ def check_description(content: Mapping[str, Any], version: int) -> None:
     Raises:
         ValueError: naming the first key that is missing, is not what it should be, or does not belong there.
     """
-    _check("", content, _TOP)
+    check_keys("", content, _TOP)
     curvature = LaplaceConfig.from_json(content["settings"]).curvature
     if curvature not in CURVATURES:
         raise ValueError(
             f"settings.curvature: expected one of {', '.join(CURVATURES)}, got {curvature!r}; import the module that "
             "registers it first (bayesian_lora_kernels.compat.laplace_lora has 'kfac-published')"
         )
-    _check("tensors.", content["tensors"], _TENSORS)
+    check_keys("tensors.", content["tensors"], _TENSORS)
     layers = content["layers"]
     per_layer: dict[str, tuple[Check, str]] = {"shape": _SHAPE}
     if version > 1:
         per_layer["covers"] = _COVERS
     for name, layer in layers.items():
-        _check("layers.", layers, {name: (_is_object, "an object")})
-        _check(f"layers.{name}.", layer, per_layer)
+        check_keys("layers.", layers, {name: (is_object, "an object")})
+        check_keys(f"layers.{name}.", layer, per_layer)
     positive: tuple[Check, str] = (lambda value: _is_number(value) and value > 0, "a finite positive number")
-    _check("prior_precision.", content["prior_precision"], dict.fromkeys(layers, positive))
+    check_keys("prior_precision.", content["prior_precision"], dict.fromkeys(layers, positive))
     if version > 1:
-        _check("", content, {"base_model": (_is_object, "an object")})
-        _check("base_model.", content["base_model"], _BASE)
+        check_keys("", content, {"base_model": (is_object, "an object")})
+        check_keys("base_model.", content["base_model"], _BASE)
         tensors = content["base_model"]["tensors"]
         for name, tensor in tensors.items():
-            _check("base_model.tensors.", tensors, {name: (_is_object, "an object")})
-            _check(f"base_model.tensors.{name}.", tensor, _BASE_TENSOR)
+            check_keys("base_model.tensors.", tensors, {name: (is_object, "an object")})
+            check_keys(f"base_model.tensors.{name}.", tensor, _BASE_TENSOR)
     if version > 2:  # what it holds, Calibration.from_json checks
-        _check("", content, {"calibration": (_optional(_is_object), "null or an object")})
+        check_keys("", content, {"calibration": (optional(is_object), "null or an object")})
 
 
-def _check(prefix: str, content: Mapping[str, Any], spec: Mapping[str, tuple[Check, str]]) -> None:
+def check_keys(prefix: str, content: Mapping[str, Any], spec: Mapping[str, tuple[Check, str]]) -> None:
+    """Whether every key of `spec` is there, with a value that its check accepts.
+
+    Raises:
+        ValueError: naming the first that is not, with the prefix before it, and what was expected.
+    """
     for key, (check, expected) in spec.items():
         if key not in content:
             raise ValueError(f"{prefix}{key}: missing, expected {expected}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bayesian_lora_kernels.posterior.description import check_keys, is_int, is_object, optional
 from bayesian_lora_kernels.predictive.probabilities import pairwise_log_probs, scalar_log_probs
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 
@@ -257,33 +258,24 @@ class Calibration:
         Raises:
             ValueError: for a key that is missing or unknown, or a value that cannot be; it is named.
         """
-        expected = {
-            "weights": (
-                lambda v: isinstance(v, dict) and v.keys() == METHODS.keys(),
-                f"one table of each of {[*METHODS]}",
-            ),
-            "log_factors": (lambda v: v == [*LOG_FACTORS], f"{[*LOG_FACTORS]}"),
-            "log_temperatures": (lambda v: v == [*LOG_TEMPERATURES], f"{[*LOG_TEMPERATURES]}"),
-            "variance_scale": (lambda v: isinstance(v, float) and 0 <= v < math.inf, "a finite number, not negative"),
-            "n_labels": (lambda v: _is_count(v, 2), "a number of labels"),
-            "n_classes": (lambda v: _is_count(v, 2), "a number of classes"),
-            "folds": (lambda v: v is None or _is_count(v, 2), "null or a number of folds"),
-            "report": (lambda v: v is None or isinstance(v, dict), "null or an object"),
-        }
-        for key in (*expected, *content):
-            if key not in content:
-                raise ValueError(f"calibration.{key}: missing, expected {expected[key][1]}")
-            if key not in expected:
+        for key in content:
+            if key not in _SAVED:
                 raise ValueError(f"calibration.{key}: expected no such key")
-            check, text = expected[key]
-            if not check(content[key]):
-                raise ValueError(f"calibration.{key}: expected {text}, got {content[key]!r:.80}")
+        check_keys("calibration.", content, _SAVED)
         weights = {name: _weights(name, table) for name, table in content["weights"].items()}
         return cls(weights, *(content[key] for key in ("variance_scale", "n_labels", "n_classes", "folds", "report")))
 
 
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+_SAVED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "weights": (lambda v: is_object(v) and v.keys() == METHODS.keys(), f"one table of each of {[*METHODS]}"),
+    "log_factors": (lambda v: v == [*LOG_FACTORS], f"{[*LOG_FACTORS]}"),
+    "log_temperatures": (lambda v: v == [*LOG_TEMPERATURES], f"{[*LOG_TEMPERATURES]}"),
+    "variance_scale": (lambda v: isinstance(v, float) and 0 <= v < math.inf, "a finite number, not negative"),
+    "n_labels": (is_int(2), "a number of labels"),
+    "n_classes": (is_int(2), "a number of classes"),
+    "folds": (optional(is_int(2)), "null or a number of folds"),
+    "report": (optional(is_object), "null or an object"),
+}
 
 
 def _weights(name: str, table: Any) -> Tensor:
