@@ -259,16 +259,14 @@ def _in_process(task: _Task, threads: int) -> LabelLikelihood:
 
 
 def _trainers_loader(trainer: Any, part: Any) -> list[Any]:
-    """The Trainer's batches of a part of the data, all of it, and never those that it kept of another part."""
-    arguments, kept = trainer.args, vars(trainer).pop("_eval_dataloaders", None)
-    trainer.args = copy.copy(arguments)
-    trainer.args.dataloader_persistent_workers = trainer.args.dataloader_drop_last = False
+    """The Trainer's batches of all of a part; with workers that persist it would hand out those of another part."""
+    arguments, trainer.args = trainer.args, copy.copy(trainer.args)
+    trainer.args.dataloader_persistent_workers = False
+    trainer.args.dataloader_drop_last = False
     try:
         return list(trainer.get_eval_dataloader(part))
     finally:
         trainer.args = arguments
-        if kept is not None:
-            trainer._eval_dataloaders = kept
 
 
 def _check_count(what: str, seen: int, part: Any) -> None:

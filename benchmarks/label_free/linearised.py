@@ -19,6 +19,7 @@ from torch import Tensor
 from bayesian_lora_kernels import LaplaceLoRA
 from bayesian_lora_kernels.curvature.passes import Passes
 from bayesian_lora_kernels.posterior.evidence import minimise_on_grid
+from bayesian_lora_kernels.predictive.probabilities import orthonormal_contrasts
 
 TOLERANCE = 1e-8  # of the Newton decrement, per example
 STEPS = 60
@@ -37,23 +38,13 @@ def jacobians(laplace: LaplaceLoRA, batches: list[dict[str, Tensor]], c: int) ->
     return torch.cat(blocks)
 
 
-def centring(c: int) -> Tensor:
-    """`[C, C - 1]` orthonormal, orthogonal to the ones."""
-    helmert = torch.zeros(c, c - 1, dtype=torch.float64)
-    for k in range(1, c):
-        helmert[:k, k - 1] = 1
-        helmert[k, k - 1] = -k
-        helmert[:, k - 1] /= math.sqrt(k * (k + 1))
-    return helmert
-
-
 @dataclass(frozen=True)
 class Features:
     """Training rows `[N, C - 1, R]` in at most as many coordinates as there are rows.
 
     Attributes:
         span: `[P, R]`, orthonormal, from weights to coordinates; None: they are the same.
-        basis: `[C, C - 1]`, as `centring` gives it.
+        basis: `[C, C - 1]`, as `orthonormal_contrasts` gives it.
         offset: `[N, C - 1]`, what the logits are at w = 0; None: zero.
     """
 
@@ -65,7 +56,7 @@ class Features:
     @classmethod
     def of(cls, jacobian: Tensor) -> Features:
         n, c, p = jacobian.shape
-        basis = centring(c)
+        basis = orthonormal_contrasts(c, jacobian)
         # Before fine-tuning the gradients of every LoRA A are zero.
         used = jacobian.abs().amax((0, 1)) > 0
         if not used.all():
