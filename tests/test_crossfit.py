@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import logging
 import math
@@ -313,8 +314,13 @@ def test_a_collator_that_loses_examples_is_noticed():
         )
 
 
-def test_models_do_not_pile_up():
+@pytest.mark.parametrize("collected", [True, False])
+def test_models_do_not_pile_up(collected, monkeypatch):
+    """Nor do they wait for the garbage collector: a fit leaves no cycle that holds the model."""
     alive, counts = weakref.WeakSet(), []
+    if not collected:
+        monkeypatch.setattr("gc.collect", lambda: 0)
+        gc.disable()
 
     def counted(part):
         counts.append(len(alive))
@@ -322,7 +328,10 @@ def test_models_do_not_pile_up():
         alive.add(model)
         return model
 
-    blk.crossfit(counted, make_data(), folds=5, **SETTINGS)
+    try:
+        blk.crossfit(counted, make_data(), folds=5, **SETTINGS)
+    finally:
+        gc.enable()
     assert counts == [0] * 6
 
 
