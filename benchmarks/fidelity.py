@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayesian_lora_kernels import LaplaceLoRA
+from bayesian_lora_kernels.demo.problem import in_order
 from bayesian_lora_kernels.demo.sentences import read_standard_library
 from bayesian_lora_kernels.demo.settings import DemoSettings
-from bayesian_lora_kernels.demo.task import Task, in_order
+from bayesian_lora_kernels.demo.task import Task
 from bayesian_lora_kernels.demo.training import add_lora, class_logits, fine_tune, make_base_model, train_base_model
 
 from .fidelity_report import Measurement, Method, as_json, as_markdown, as_text

@@ -14,17 +14,19 @@ import torch
 from bayesian_lora_kernels.calibration import temperature_scale
 from bayesian_lora_kernels.commands.doctor import TOLERANCE, examine, format_report
 from bayesian_lora_kernels.demo import sentences
-from bayesian_lora_kernels.demo.methods import NAMES, SETS, Outcome, compare_methods
+from bayesian_lora_kernels.demo.methods import NAMES, Outcome, compare_methods
+from bayesian_lora_kernels.demo.problem import NO_ANSWER, Example, make_batch, shuffled
 from bayesian_lora_kernels.demo.report import conclusions, format_differences, format_table
 from bayesian_lora_kernels.demo.results import Run, Statistic, differences, make_run, measure
 from bayesian_lora_kernels.demo.sentences import Module, read_standard_library, words
 from bayesian_lora_kernels.demo.settings import CLASSES, FOREIGN, DemoSettings, quick_settings
-from bayesian_lora_kernels.demo.task import NO_ANSWER, Example, Task, make_batch, shuffled
+from bayesian_lora_kernels.demo.task import Task
 from bayesian_lora_kernels.demo.tokenizer import build_tokenizer
 from bayesian_lora_kernels.demo.training import add_lora, class_logits, fine_tune, make_base_model, train_base_model
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 
 SETTINGS = quick_settings()
+TITLES = {"test": "test: docstrings", "shift": "shift: comments"}
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +108,9 @@ def test_splits(task, modules):
     assert one == again
     assert one.train != other.train
     sizes = {"train": SETTINGS.train, "held_out": SETTINGS.held_out, "test": SETTINGS.test, "shift": SETTINGS.shift}
+    parts = {"train": one.train, "held_out": one.held_out, **one.measured}
     for name, size in sizes.items():
-        answers = [example.answer for example in getattr(one, name)]
+        answers = [example.answer for example in parts[name]]
         assert answers == sorted([i for i in range(len(CLASSES)) for _ in range(size)])
     assert len(one.foreign) == SETTINGS.foreign
     sets = [{e.tokens for e in getattr(one, name)} for name in ("train", "held_out", "test")]
@@ -115,8 +118,8 @@ def test_splits(task, modules):
     documents = [{e.document for e in getattr(one, name)} for name in ("train", "held_out", "test")]
     assert all(len(first & second) <= len(CLASSES) for first, second in itertools.pairwise(documents))  # cut at the end
     pretrained = {e.tokens for e in task.base_examples}
-    for name in ("train", "held_out", "test", "shift", "foreign"):
-        shared = [e for e in getattr(one, name) if e.tokens in pretrained]
+    for examples in (*parts.values(), one.foreign):
+        shared = [e for e in examples if e.tokens in pretrained]
         assert len(shared) <= 1  # distinct sentences may be cut to the same tokens
 
 
@@ -131,8 +134,11 @@ def test_batches():
     assert batch["input_ids"].tolist() == [[2, 5, 6], [0, 2, 7]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
     assert batch["labels"].tolist() == [1, NO_ANSWER]
+    right = make_batch(examples, pad=9, left=False)
+    assert right["input_ids"].tolist() == [[2, 5, 6], [2, 7, 9]]
+    assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     many = [Example((2, *range(3, 3 + n)), n) for n in range(1, 31)]
-    seen = [int(label) for batch in shuffled(many, 4, random.Random(0)) for label in batch["labels"]]
+    seen = [example.answer for group in shuffled(many, 4, random.Random(0)) for example in group]
     assert sorted(seen) == list(range(1, 31))
     assert seen != sorted(seen)
 
@@ -142,8 +148,10 @@ def test_padding_does_not_change_logits(tuned, task):
     examples = sorted(splits.test[:6], key=lambda e: len(e.tokens))
     with torch.no_grad():
         together = class_logits(model, make_batch(examples), task.class_token_ids)
-        alone = torch.cat([class_logits(model, make_batch([e]), task.class_token_ids) for e in examples])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+        right = class_logits(model, make_batch(examples, left=False), task.class_token_ids)
+        alone = [model(input_ids=torch.tensor([e.tokens])).logits[:, -1, list(task.class_token_ids)] for e in examples]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(right, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
 def test_training_learns_and_freezes_the_base(tuned):
@@ -157,23 +165,44 @@ def test_training_learns_and_freezes_the_base(tuned):
         assert torch.equal(state[where], value), name
 
 
+class Fixed:
+    """A problem whose model is what it is, whatever it is trained on."""
+
+    question = "?"
+
+    def __init__(self, model, task):
+        self.seconds, self.titles = {}, {"test": "test", "shift": "shift"}
+        self.model, self.class_token_ids, self.classes = model, task.class_token_ids, CLASSES
+        self.predict_batch_size = SETTINGS.predict_batch_size
+        self.parts: list[int] = []
+
+    def splits(self, seed):
+        raise AssertionError("they are given")
+
+    def fine_tune(self, examples, seed, progress):
+        self.parts.append(len(examples))
+        return copy.deepcopy(self.model)
+
+    def batch(self, examples):
+        return make_batch(examples)
+
+    def as_json(self):
+        return {}
+
+
 def test_methods(tuned, task):
     model, splits, *_ = tuned
-    order: list[str] = []
-    parts: list[int] = []
-
-    def again(examples):
-        parts.append(len(examples))
-        return copy.deepcopy(model)  # what it is trained on is not what is tested here
-
-    outcomes, folds = compare_methods(again, task, splits, SETTINGS, 0, order.append)
+    problem = Fixed(model, task)
+    outcomes, folds = compare_methods(problem, splits, 0)
     assert list(outcomes) == list(NAMES)
-    assert sorted(order) == sorted(NAMES.values())
+    parts = problem.parts
     assert parts[:-1] == [fold["n_train"] for fold in folds["folds"]]
     assert parts[-1] == len(splits.train) == sum(fold["n_held_out"] for fold in folds["folds"])
     for outcome in outcomes.values():
-        for name in SETS:
-            assert outcome.probs[name].shape == (len(getattr(splits, name)), len(CLASSES))
+        assert {name: probs.shape for name, probs in outcome.probs.items()} == {
+            name: (len(examples), len(CLASSES))
+            for name, examples in {**splits.measured, "foreign": splits.foreign}.items()
+        }
     map_test, scaled = outcomes["map"].probs["test"], outcomes["temperature"]
     with torch.no_grad():
         logits = {
@@ -205,19 +234,19 @@ def test_methods(tuned, task):
             torch.testing.assert_close(outcomes["evidence"].probs["test"], plain, rtol=1e-2, atol=1e-3)
 
 
-def constant_run(seed: int, confidences: dict[str, float]) -> Run:
+def constant_run(seed: int, confidences: dict[str, float], sets: tuple[str, ...] = ("test", "shift", "foreign")) -> Run:
     """Two thirds of the answers are right, whatever the method; each method has its own confidence."""
     labels = torch.tensor([0, 0, 1])
     outcomes = {}
     for method, confidence in confidences.items():
         row = torch.tensor([confidence] + [(1 - confidence) / 3] * 3, dtype=torch.float64)
-        outcomes[method] = Outcome(dict.fromkeys(SETS, row.expand(3, 4)), {}, 0.0)
-    return Run(seed, {"test": labels, "shift": labels}, outcomes, {})
+        outcomes[method] = Outcome(dict.fromkeys(sets, row.expand(3, 4)), {}, 0.0)
+    return Run(seed, 9, 32, {name: labels for name in sets if name != "foreign"}, outcomes, {})
 
 
 def test_conclusions_follow_the_numbers():
     confidences = {**dict.fromkeys(NAMES, 0.9), "map": 0.99, "temperature": 0.8, "labels": 0.7, "evidence": 0.5}
-    text = " ".join(conclusions(measure([constant_run(0, confidences)]), SETTINGS))
+    text = " ".join(conclusions(measure([constant_run(0, confidences)]), 32))
     assert text.count("ECE 0.323 as fine-tuned") == text.count("ECE 0.133 by temperature scaling with 32 labels") == 2
     assert text.count("ECE 0.033 by Laplace with the same labels") == 2
     assert text.count("Laplace with the same labels is better in NLL and better in ECE") == 2
@@ -245,11 +274,11 @@ def test_table_has_means_and_errors():
     mean, error = results["test"]["map"]["ece"].mean, results["test"]["map"]["ece"].standard_error
     assert mean == pytest.approx((0.9 - 2 / 3 + 0.7 - 2 / 3) / 2)
     assert error == pytest.approx(0.1)
-    table = format_table(results, SETTINGS)
+    table = format_table(results, TITLES)
     assert f"{mean:.3f} ±0.100" in table
     assert all(name in table for name in NAMES.values())
     assert Statistic((1.0,)).standard_error is None
-    assert "±" not in format_table(measure([constant_run(0, low)]), SETTINGS)
+    assert "±" not in format_table(measure([constant_run(0, low)]), TITLES)
 
 
 def test_run_keeps_labels(task):

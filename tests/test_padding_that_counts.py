@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from dense import relative
+from models import llama
 from situations import (
     CURVATURES,
     Scene,
@@ -30,6 +31,8 @@ from situations import (
 )
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+import bayesian_lora_kernels as blk
 
 WORDS = ("mask", "padding", "padded", "pads")
 LENGTHS = [6, 4, 5, 6]
@@ -613,3 +616,16 @@ def test_the_scenes_are_what_they_say():
             off = max(off, relative(whole, cut) if not cut.isnan().any() else 1.0)
         assert (off > 1e-6) == (scene.single is padded_row), name
     assert run_plain(plain_module(Pooled), padded_row(SCENES["pooled"]().batches[0], 1)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_classes_of_one_logit_differ_by_rounding_only(dtype: torch.dtype):
+    """As with a head that is all zeros, or tokens that were just added to a vocabulary."""
+    case = llama(classes=(2, 5), dtype=dtype)
+    head = case.model.get_base_model().lm_head
+    with torch.no_grad():
+        head.weight[5] = head.weight[2]
+    laplace = blk.LaplaceLoRA(case.model, class_token_ids=(2, 5)).fit(case.loader(4), progress=False)
+    prediction = laplace.predict(case.batch())
+    assert float(prediction.mean.diff(dim=1).abs().max()) <= 1e-5 * float(prediction.mean.abs().max())
+    assert float(prediction.covariance.abs().max()) > 0

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.calibration import temperature_scale
 from bayesian_lora_kernels.crossfitting.crossfit import crossfit
-from bayesian_lora_kernels.demo.settings import DemoSettings
-from bayesian_lora_kernels.demo.task import Example, Splits, Task, in_order, make_batch
+from bayesian_lora_kernels.demo.problem import Batch, Example, Problem, Splits
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelLikelihood
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
@@ -27,10 +28,7 @@ NAMES = {
     "folds": "Laplace, no held-out labels",
     "evidence": "Laplace, evidence alone",
 }
-SETS = ("test", "shift", "foreign")
 FOLDS = 2
-
-FineTune = Callable[[Sequence[Example]], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -49,88 +47,93 @@ class Outcome:
 
 
 def compare_methods(
-    fine_tune: FineTune,
-    task: Task,
-    splits: Splits,
-    settings: DemoSettings,
-    seed: int,
-    watch: Callable[[str], None] = lambda name: None,
+    problem: Problem, splits: Splits, seed: int, progress: bool = False
 ) -> tuple[dict[str, Outcome], dict[str, Any]]:
     """Every method of `NAMES` on one fine-tuned model, and the report of its folds.
 
     Args:
-        fine_tune: makes a model from a part of the training examples.
-        task: for its tokens.
+        problem: fine-tunes the model, on all training examples and on parts of them.
         splits: `train` is what fine-tuning and curvature see, `held_out` the labels that temperatures and
             `same labels` see; the rest is predicted.
-        settings: sizes.
-        seed: of the folds and the curvature.
-        watch: is told the name of a method when its turn comes.
+        seed: of fine-tuning, the folds and the curvature.
+        progress: whether to show progress bars.
     """
+    asked = {**splits.measured, **({"foreign": splits.foreign} if splits.foreign else {})}
     labels = torch.tensor([example.answer for example in splits.held_out])
-    options: dict[str, Any] = {"class_token_ids": task.class_token_ids, "seed": seed}
+    options: dict[str, Any] = {"class_token_ids": problem.class_token_ids, "seed": seed}
 
-    watch(NAMES["folds"])
+    documents = [example.document for example in splits.train]
     start = perf_counter()
     laplace = crossfit(
-        fine_tune,
+        partial(problem.fine_tune, seed=seed, progress=progress),
         splits.train,
         FOLDS,
-        collate=make_batch,
-        batch_size=settings.predict_batch_size,
+        collate=problem.batch,
+        batch_size=problem.predict_batch_size,
         labels=[example.answer for example in splits.train],
-        groups=[example.document for example in splits.train],
+        groups=None if None in documents else documents,
         curvature="exact",
-        progress=False,
+        progress=progress,
         **options,
     )
     folds = laplace.calibration
     assert folds is not None
     assert folds.report is not None
-    predicted = {name: _predict(laplace, getattr(splits, name), settings) for name in (*SETS, "held_out")}
+    predicted = _predict_all(laplace, problem, {**asked, "held_out": splits.held_out}, progress)
     outcomes = {"folds": _calibrated(predicted, folds, start)}
 
-    watch(NAMES["labels"])
     start = perf_counter()
     outcomes["labels"] = _calibrated(predicted, _by_labels(laplace, predicted["held_out"], labels), start)
 
-    watch(NAMES["evidence"])
     start = perf_counter()
     precision = float(laplace.prior[laplace.layers[0].name])
-    probs = {name: predicted[name].probs(calibrated=False) for name in SETS}
+    probs = {name: predicted[name].probs(calibrated=False) for name in asked}
     outcomes["evidence"] = Outcome(probs, {"prior precision": precision}, perf_counter() - start)
 
-    watch(NAMES["map"])
-    probs = {name: predicted[name].probs("map") for name in SETS}
+    probs = {name: predicted[name].probs("map") for name in asked}
     outcomes["map"] = Outcome(probs, {}, 0.0)
 
-    watch(NAMES["temperature"])
     start = perf_counter()
     temperature = temperature_scale(predicted["held_out"].mean, labels)
-    probs = {name: (predicted[name].mean / temperature).softmax(dim=1) for name in SETS}
+    probs = {name: (predicted[name].mean / temperature).softmax(dim=1) for name in asked}
     outcomes["temperature"] = Outcome(probs, {"temperature": temperature}, perf_counter() - start)
 
-    watch(NAMES["averaged"])
     start = perf_counter()
     # The same grid, prior and average as the posterior gets; without variances only the temperatures are left.
     certain = {name: replace(one, covariance=torch.zeros_like(one.covariance)) for name, one in predicted.items()}
     outcomes["averaged"] = _calibrated(certain, _by_labels(laplace, certain["held_out"], labels), start)
 
-    watch(NAMES["ekfac_labels"])
     start = perf_counter()
     ekfac = LaplaceLoRA(laplace.model, curvature="ekfac", **options)
-    ekfac.fit(in_order(splits.train, settings.predict_batch_size), progress=False).optimize_prior_precision()
-    approximate = {name: _predict(ekfac, getattr(splits, name), settings) for name in (*SETS, "held_out")}
+    ekfac.fit(_batches(problem, splits.train), progress=progress).optimize_prior_precision()
+    approximate = _predict_all(ekfac, problem, {**asked, "held_out": splits.held_out}, progress)
     outcomes["ekfac_labels"] = _calibrated(approximate, _by_labels(ekfac, approximate["held_out"], labels), start)
     return {name: outcomes[name] for name in NAMES}, dict(folds.report)
 
 
-def _predict(laplace: LaplaceLoRA, examples: Sequence[Example], settings: DemoSettings) -> LogitPosterior:
-    batches = in_order(examples, settings.predict_batch_size)
-    parts = [laplace.predict(batch, differences=True) for batch in batches]
-    return replace(
-        parts[0], mean=torch.cat([p.mean for p in parts]), covariance=torch.cat([p.covariance for p in parts])
-    )
+def _batches(problem: Problem, examples: Sequence[Example]) -> list[Batch]:
+    size = problem.predict_batch_size
+    return [problem.batch(examples[i : i + size]) for i in range(0, len(examples), size)]
+
+
+def _predict_all(
+    laplace: LaplaceLoRA, problem: Problem, sets: Mapping[str, Sequence[Example]], progress: bool
+) -> dict[str, LogitPosterior]:
+    """Of each set, in its order. Examples of similar length run together."""
+    found = {}
+    total = sum(map(len, sets.values()))
+    with tqdm(total=total, desc="predictions", unit="example", leave=False, disable=not progress) as bar:
+        for name, examples in sets.items():
+            order = sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens))
+            means, covariances = [], []
+            for batch in _batches(problem, [examples[i] for i in order]):
+                part = laplace.predict(batch, differences=True)
+                means.append(part.mean.cpu())
+                covariances.append(part.covariance.cpu())
+                bar.update(len(part.mean))
+            back = torch.tensor(order).argsort()
+            found[name] = replace(part, mean=torch.cat(means)[back], covariance=torch.cat(covariances)[back])
+    return found
 
 
 def _by_labels(laplace: LaplaceLoRA, held_out: LogitPosterior, labels: Tensor) -> Calibration:
@@ -141,6 +144,7 @@ def _by_labels(laplace: LaplaceLoRA, held_out: LogitPosterior, labels: Tensor) -
 
 
 def _calibrated(predicted: dict[str, LogitPosterior], calibration: Calibration, start: float) -> Outcome:
-    probs = {name: replace(predicted[name], calibration=calibration).probs() for name in SETS}
+    asked = {name: one for name, one in predicted.items() if name != "held_out"}
+    probs = {name: replace(one, calibration=calibration).probs() for name, one in asked.items()}
     points = {"effective number of grid points": calibration.effective_points["pairwise"]}
     return Outcome(probs, points, perf_counter() - start)

@@ -13,6 +13,7 @@ FILES = {
     "tweets": "tweets_GroundTruth.txt",
 }
 LABELS = ("negative", "positive")
+FILE = "vaderSentiment-3.3.2.tar.gz"
 DOWNLOAD = "pip download --no-deps --no-binary :all: --no-build-isolation vaderSentiment==3.3.2"
 INNER = "hutto_ICWSM_2014.tar.gz"
 CLEAR = 0.8  # of mean ratings from -4 to 4: what is closer to 0 is left out

@@ -12,23 +12,21 @@ import torch
 
 from bayesian_lora_kernels.calibration import PairedDifference
 from bayesian_lora_kernels.demo.methods import NAMES
+from bayesian_lora_kernels.demo.problem import Problem
 from bayesian_lora_kernels.demo.results import COMPARED, Results, Run, Statistic, differences
-from bayesian_lora_kernels.demo.settings import CLASSES, DemoSettings
 
 COLUMNS = {"accuracy": "ACC", "nll": "NLL", "ece": "ECE", "brier": "Brier", "error_auroc": "error AUROC"}
 LAST = {"ood_auroc": "OOD AUROC"}
-TITLES = {"test": "test: docstrings", "shift": "shift: comments of the same modules"}
 POOR_AUROC = 0.7  # what does not reach this tells foreign from own badly
 
 
-def format_table(results: Results, settings: DemoSettings) -> str:
+def format_table(results: Results, titles: Mapping[str, str]) -> str:
     """One block for each set, one row for each method; with several runs, mean and standard error."""
     blocks = []
     for name, methods in results.items():
-        columns = COLUMNS if name == "shift" else COLUMNS | LAST
+        columns = {key: title for key, title in (COLUMNS | LAST).items() if key in methods["map"]}
         cells = {method: [_cell(row[metric]) for metric in columns] for method, row in methods.items()}
-        size = len(CLASSES) * getattr(settings, name)
-        blocks.append(_block(f"{TITLES[name]} ({size} examples)", list(columns.values()), cells))
+        blocks.append(_block(titles[name], list(columns.values()), cells))
     return "\n\n".join(blocks)
 
 
@@ -41,9 +39,13 @@ def format_differences(results: Results) -> str:
     return "\n\n".join(blocks)
 
 
-def conclusions(results: Results, settings: DemoSettings) -> list[str]:
-    """What the numbers say, in sentences."""
-    labels = len(CLASSES) * settings.held_out
+def conclusions(results: Results, labels: int) -> list[str]:
+    """What the numbers say, in sentences.
+
+    Args:
+        results: of all runs.
+        labels: how many are held out.
+    """
     sentences = []
     for name, methods in results.items():
         scaled = methods["temperature"]
@@ -68,6 +70,8 @@ def conclusions(results: Results, settings: DemoSettings) -> list[str]:
         for method in ("labels", "ekfac_labels", "folds")
     ]
     sentences.append(f"Calibrated, Laplace changes accuracy by {min(changes):+.1f} to {max(changes):+.1f} points.")
+    if "ood_auroc" not in results["test"]["map"]:
+        return sentences
     aurocs = [row["ood_auroc"].mean for row in results["test"].values()]
     verdict = "no method tells them apart well" if max(aurocs) < POOR_AUROC else "the best tells them apart fairly well"
     sentences.append(
@@ -77,9 +81,7 @@ def conclusions(results: Results, settings: DemoSettings) -> list[str]:
     return sentences
 
 
-def as_json(
-    runs: Sequence[Run], results: Results, settings: DemoSettings, seconds: Mapping[str, float]
-) -> dict[str, Any]:
+def as_json(runs: Sequence[Run], results: Results, problem: Problem, seconds: Mapping[str, float]) -> dict[str, Any]:
     """All of it, in values that JSON can hold."""
     from bayesian_lora_kernels import __version__
 
@@ -90,7 +92,7 @@ def as_json(
             "torch": str(torch.__version__),
         },
         "seeds": [run.seed for run in runs],
-        "classes": list(CLASSES),
+        "classes": list(problem.classes),
         "results": {
             name: {
                 method: {metric: _statistic(statistic) for metric, statistic in row.items()}
@@ -107,8 +109,8 @@ def as_json(
         },
         "chosen": {method: [run.outcomes[method].chosen for run in runs] for method in NAMES},
         "folds": [run.folds for run in runs],
-        "conclusions": conclusions(results, settings),
-        "settings": asdict(settings),
+        "conclusions": conclusions(results, runs[0].held_out),
+        "settings": problem.as_json(),
         "seconds": {**seconds, **{m: sum(run.outcomes[m].seconds for run in runs) for m in NAMES}},
     }
 

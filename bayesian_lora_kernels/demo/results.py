@@ -14,17 +14,27 @@ from torch import Tensor
 
 from bayesian_lora_kernels.calibration import PairedDifference, paired_difference, summary
 from bayesian_lora_kernels.demo.methods import NAMES, Outcome
-from bayesian_lora_kernels.demo.task import Splits
+from bayesian_lora_kernels.demo.problem import Splits
 
-MEASURED = ("test", "shift")
 COMPARED = ("nll", "ece", "accuracy", "error_auroc")  # with temperature scaling
 
 
 @dataclass(frozen=True)
 class Run:
-    """One fine-tuning: its seed, the labels `{set: [N]}`, each method's outcome and the report of the folds."""
+    """One fine-tuning.
+
+    Attributes:
+        seed: of it.
+        train: how many examples it had.
+        held_out: how many more have labels.
+        labels: of each measured set, `{set: [N]}`.
+        outcomes: of each method.
+        folds: their report.
+    """
 
     seed: int
+    train: int
+    held_out: int
     labels: dict[str, Tensor]
     outcomes: dict[str, Outcome]
     folds: dict[str, Any]
@@ -32,8 +42,8 @@ class Run:
 
 def make_run(seed: int, splits: Splits, outcomes: dict[str, Outcome], folds: dict[str, Any]) -> Run:
     """Puts the labels of the measured sets beside the predictions."""
-    labels = {name: torch.tensor([example.answer for example in getattr(splits, name)]) for name in MEASURED}
-    return Run(seed, labels, outcomes, folds)
+    labels = {name: torch.tensor([one.answer for one in examples]) for name, examples in splits.measured.items()}
+    return Run(seed, len(splits.train), len(splits.held_out), labels, outcomes, folds)
 
 
 @dataclass(frozen=True)
@@ -62,15 +72,15 @@ Results = dict[str, dict[str, dict[str, Statistic]]]
 
 
 def measure(runs: Sequence[Run]) -> Results:
-    """Accuracy, NLL, ECE and more on both sets, and on the test set the AUROC against the foreign sentences."""
+    """Accuracy, NLL, ECE and more on each set, and on the test set the AUROC against foreign examples, if there are."""
     results: Results = {}
-    for name in MEASURED:
+    for name in runs[0].labels:
         results[name] = {}
         for method in NAMES:
             rows = []
             for run in runs:
                 probs = run.outcomes[method].probs
-                foreign = probs["foreign"] if name == "test" else None
+                foreign = probs.get("foreign") if name == "test" else None
                 rows.append(summary(probs[name], run.labels[name], foreign))
             results[name][method] = {key: Statistic(tuple(row[key] for row in rows)) for key in rows[0]}
     return results

@@ -1,43 +1,18 @@
-"""The question "which module is this sentence from?": who is asked what, as prompts and batches."""
+"""The question "which module is this sentence from?": who is asked what, as prompts."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from bayesian_lora_kernels.demo.problem import NO_ANSWER, Example, Splits
 from bayesian_lora_kernels.demo.sentences import Document, Module, Sentence
 from bayesian_lora_kernels.demo.settings import CLASSES, FOREIGN, DemoSettings
 from bayesian_lora_kernels.demo.tokenizer import QUESTION, build_tokenizer
 
 MOST_TOKENS = 56  # of a sentence, before the question
-NO_ANSWER = -100
-
-Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt, its answer (an index into the classes, or a token, or `NO_ANSWER`), and the docstring it is from."""
-
-    tokens: tuple[int, ...]
-    answer: int
-    document: tuple[int, int] | None = None  # class and number
-
-
-@dataclass(frozen=True)
-class Splits:
-    """What fine-tuning and measuring see; the sets share no docstring."""
-
-    train: list[Example]
-    held_out: list[Example]
-    test: list[Example]
-    shift: list[Example]
-    foreign: list[Example]
 
 
 class Task:
@@ -99,7 +74,7 @@ class Task:
             test += pool[s.train + s.held_out :][: s.test]
             shift += comments[: s.shift]
         foreign = self._examples(rng.sample(self._foreign, s.foreign), NO_ANSWER)
-        return Splits(train, held_out, test, shift, foreign)
+        return Splits(train, held_out, test, {"shift": shift}, foreign)
 
     def _examples(self, sentences: Sequence[Sentence], answer: int) -> list[Example]:
         if not sentences:
@@ -107,39 +82,6 @@ class Task:
         start: int = self.tokenizer.bos_token_id
         encoded = self.tokenizer([" ".join(s) for s in sentences], add_special_tokens=False)["input_ids"]
         return [Example((start, *ids[:MOST_TOKENS], *self._question), answer) for ids in encoded]
-
-
-def make_batch(examples: Sequence[Example], pad: int = 0) -> Batch:
-    """`input_ids` and `attention_mask` `[N, T]`, padded on the left, and `labels` `[N]`."""
-    longest = max(len(example.tokens) for example in examples)
-    ids = torch.full((len(examples), longest), pad, dtype=torch.long)
-    mask = torch.zeros(len(examples), longest, dtype=torch.long)
-    for row, example in enumerate(examples):
-        ids[row, longest - len(example.tokens) :] = torch.tensor(example.tokens)
-        mask[row, longest - len(example.tokens) :] = 1
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": torch.tensor([example.answer for example in examples]),
-    }
-
-
-def in_order(examples: Sequence[Example], batch_size: int) -> list[Batch]:
-    """Batches in the order of the examples."""
-    return [make_batch(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
-
-
-def shuffled(examples: Sequence[Example], batch_size: int, rng: random.Random) -> Iterator[Batch]:
-    """One epoch in random order; batches hold examples of similar length, so that there is little padding."""
-    order = rng.sample(range(len(examples)), len(examples))
-    groups = []
-    window = 32 * batch_size
-    for start in range(0, len(order), window):
-        similar = sorted(order[start : start + window], key=lambda i: len(examples[i].tokens))
-        groups += [similar[i : i + batch_size] for i in range(0, len(similar), batch_size)]
-    rng.shuffle(groups)
-    for group in groups:
-        yield make_batch([examples[i] for i in group])
 
 
 def _flat(documents: Sequence[Document]) -> list[Any]:

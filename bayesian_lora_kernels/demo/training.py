@@ -6,14 +6,16 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bayesian_lora_kernels.demo.problem import NO_ANSWER, Batch, Example, make_batch, shuffled
 from bayesian_lora_kernels.demo.settings import BaseSettings, TuningSettings
-from bayesian_lora_kernels.demo.task import MOST_TOKENS, NO_ANSWER, Batch, Example, shuffled
+from bayesian_lora_kernels.demo.task import MOST_TOKENS
 
 Watch = Callable[[dict[str, float]], None]  # called after each step with the numbers to show
 
@@ -73,8 +75,8 @@ def train_base_model(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     epochs = (shuffled(examples, settings.batch_size, rng) for _ in itertools.count())
     model.train()
-    for batch in itertools.islice(itertools.chain.from_iterable(epochs), settings.steps):
-        text, answer = _base_losses(model, batch, settings.position_share, generator)
+    for group in itertools.islice(itertools.chain.from_iterable(epochs), settings.steps):
+        text, answer = _base_losses(model, make_batch(group), settings.position_share, generator)
         loss = text + settings.label_weight * answer
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -102,7 +104,10 @@ def add_lora(base: nn.Module, settings: TuningSettings, seed: int) -> nn.Module:
 
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets), task_type="CAUSAL_LM"
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=None if settings.targets is None else list(settings.targets),
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(base, config)
 
@@ -114,6 +119,8 @@ def fine_tune(
     settings: TuningSettings,
     seed: int,
     watch: Watch = lambda numbers: None,
+    tick: Callable[[], object] = lambda: None,
+    batch: Callable[[Sequence[Example]], Batch] = make_batch,
 ) -> None:
     """Cross-entropy between the classes, without weight decay, epoch after epoch: far into overconfidence.
 
@@ -124,6 +131,8 @@ def fine_tune(
         settings: epochs and rates.
         seed: of the order.
         watch: called after each epoch with its mean `loss`.
+        tick: called after each step.
+        batch: makes one of examples.
     """
     rng = random.Random(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -131,20 +140,29 @@ def fine_tune(
     model.train()
     for _ in range(settings.epochs):
         total = 0.0
-        for batch in shuffled(examples, settings.batch_size, rng):
-            logits = class_logits(model, batch, class_token_ids)
-            loss = F.cross_entropy(logits, batch["labels"])
+        for group in shuffled(examples, settings.batch_size, rng):
+            one = batch(group)
+            loss = F.cross_entropy(class_logits(model, one, class_token_ids), one["labels"])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            total += float(loss.detach()) * len(logits)
+            tick()
+            total += float(loss.detach()) * len(group)
         watch({"loss": total / len(examples)})
     model.eval()
 
 
 def class_logits(model: nn.Module, batch: Batch, class_token_ids: Sequence[int]) -> Tensor:
-    """`[N, C]`, the next token's logits, of the classes only; the batch is padded on the left."""
-    output = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=1
-    )
-    return output.logits[:, -1, list(class_token_ids)]
+    """`[N, C]`, the next token's logits, of the classes only; padding may be on either side."""
+    mask = batch["attention_mask"]
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
+    positions, place = last.unique(return_inverse=True)
+    options: dict[str, Any] = {"use_cache": False}
+    whole: Any = model
+    base = whole.get_base_model() if hasattr(model, "get_base_model") else model
+    if "logits_to_keep" in signature(base.forward).parameters:
+        options["logits_to_keep"] = positions
+    else:
+        place = last
+    logits = model(input_ids=batch["input_ids"], attention_mask=mask, **options).logits
+    return logits[torch.arange(len(last), device=last.device), place][:, list(class_token_ids)].float()

@@ -37,8 +37,9 @@ def check_alone(recorded: Capture) -> None:
         return
     mask = inputs.get(MASK)
     mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    off = distance(logits_together(recorded, row), own)
-    if off <= tolerance_of(lowest_dtype(forward), 1e-5, 1e-2, 0.4):
+    dtype = lowest_dtype(forward)
+    off = distance(logits_together(recorded, row), own, dtype)
+    if off <= tolerance_of(dtype, 1e-5, 1e-2, 0.4):
         if mask is not None and not mask.all():
             _compare_inputs(recorded, row, seen)
         return
@@ -106,14 +107,21 @@ class OtherLogits(ValueError):
     """An example has other logits in a batch than by itself: the model may want to be run in another way."""
 
 
-def distance(found: Tensor, own: Tensor) -> float:
-    """Largest difference of logits, relative to their spread."""
+def distance(found: Tensor, own: Tensor, dtype: torch.dtype) -> float:
+    """Largest difference of logits, relative to their spread, or to what rounding leaves of one.
+
+    Args:
+        found: logits.
+        own: what they should be.
+        dtype: in which they were computed: classes may have the same logit, or nearly, beside which rounding is large.
+    """
     if found.shape != own.shape:
         return math.inf
     if not own.numel():
         return 0.0
     spread = (own - own.mean(dim=-1, keepdim=True)).abs().max() if own.shape[-1] > 1 else own.abs().max()
-    return float((found - own).abs().max() / spread.clamp_min(torch.finfo(own.dtype).tiny))
+    rounding = torch.finfo(dtype).eps ** 0.5 * own.abs().max()
+    return float((found - own).abs().max() / spread.maximum(rounding).clamp_min(torch.finfo(own.dtype).tiny))
 
 
 def most_padded(batch: Batch) -> int:

@@ -17,9 +17,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bayesian_lora_kernels.demo.problem import in_order
 from bayesian_lora_kernels.demo.sentences import read_standard_library
 from bayesian_lora_kernels.demo.settings import CLASSES, FOREIGN, DemoSettings, quick_settings
-from bayesian_lora_kernels.demo.task import Task, in_order
+from bayesian_lora_kernels.demo.task import Task
 from bayesian_lora_kernels.demo.training import add_lora, class_logits, fine_tune, make_base_model, train_base_model
 
 Batches = list[dict[str, Tensor]]
