@@ -4,8 +4,8 @@
     python -m benchmarks.smollm2 --json FILE [--sources FOLDER]      # FOLDER has a checkout laplace-lora
 
 LoRA r = 8 on q_proj and v_proj, batches of 8 texts of 64 tokens without padding, two logits, float32. Every job runs in
-a process of its own, one after the other: once to warm up, then `--rounds` times for the seconds, then once for the peak
-of memory above what model, posterior and data take. A package that cannot do a job says why in its row.
+a process of its own, one after the other: once to warm up, then `--rounds` times for the seconds, then once for the
+peak of memory above what model, posterior and data take. A package that cannot do a job says why in its row.
 """
 
 from __future__ import annotations
