@@ -473,8 +473,8 @@ def test_what_peft_caches(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert verified.ok
     assert all(one.error is not None for one in verified.agreements)
     assert relative(covariance, expected.predict(batch).covariance) < 1e-10
-    truth = expected.score(batch, generator=torch.Generator().manual_seed(0))
-    assert relative(scores.log_prob, truth.log_prob) < 1e-10
+    wanted = expected.score(batch, generator=torch.Generator().manual_seed(0))
+    assert relative(scores.log_prob, wanted.log_prob) < 1e-10
     for name, cache in caches.items():
         now = scene.model.get_submodule(name)._dora_cache
         assert type(now) is dict
