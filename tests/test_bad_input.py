@@ -19,8 +19,8 @@ def frozen():
     return model.requires_grad_(False)
 
 
-def dora():
-    return lora(llama().model.get_base_model(), ["o_proj"], use_dora=True)
+def alora():
+    return lora(llama().model.unload(), ["o_proj"], alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM")
 
 
 def embedding():
@@ -43,8 +43,7 @@ def plain():
 
 CONSTRUCTION = {
     "no trainable parameter": (frozen, {}, ValueError, r"no trainable parameter: expected .* requires_grad=True"),
-    "DoRA, chosen by name": (dora, {"modules": r".*lora_[AB].*"}, ValueError, r"o_proj.lora_A.*plain LoRA.*Dora"),
-    "DoRA": (dora, {}, ValueError, r"outside nn.Linear: base_model.*o_proj.lora_magnitude_vector.default.weight.*mod"),
+    "aLoRA": (alora, {}, ValueError, r"o_proj.lora_A.default: expected plain LoRA or DoRA, its adapter is a ALora"),
     "embedding": (embedding, {}, ValueError, r"trainable parameters outside nn.Linear: 0.weight. Freeze them"),
     "many norms": (norms, {}, ValueError, r"norm0.weight, norm0.bias, .* and 3 more"),
     "tied weights": (tied, {}, ValueError, r"shared by several modules.*one.weight, two.weight"),

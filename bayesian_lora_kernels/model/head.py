@@ -186,6 +186,11 @@ def _with_adapters(head: OutputHead) -> OutputHead:
         if base is not None and hasattr(inner, "lora_A"):
             if not (inner.merged or inner.disable_adapters):
                 for adapter in inner.active_adapters:
+                    if adapter in getattr(inner, "lora_magnitude_vector", ()):
+                        raise ValueError(
+                            f"outputs='vocabulary': {name} is adapted by DoRA, which scales the rows of the head; put "
+                            "plain LoRA on it, or choose tokens with class_token_ids and predict"
+                        )
                     if adapter in inner.lora_A:
                         adapters.append(
                             HeadAdapter(
