@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..files import write_tensors
 
-REQUIREMENTS = "benchmarks/calibration_study/requirements.txt"
+REQUIREMENTS = "benchmarks/calibration/requirements.txt"
 
 
 class MissingPackage(ImportError):

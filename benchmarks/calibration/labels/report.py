@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .scores import HIGHER_IS_BETTER, METRICS
+from ..scores import HIGHER_IS_BETTER, METRICS
 
 Record = Mapping[str, Any]
 SPLITS = ("test", "shift")
@@ -143,7 +143,7 @@ def as_markdown(records: Sequence[Record], command: str, versions: Mapping[str, 
         f"Written by `{command}` with {', '.join(f'{name} {version}' for name, version in versions.items())}.",
         "",
         f"{len(records)} models of {len(tasks)} tasks: {', '.join(tasks)}. How the tasks came about, and in which "
-        "order, is in the docstring of `benchmarks/calibration_study`.",
+        "order, is in the docstring of `benchmarks/calibration/labels`.",
         "",
         f"## Against temperature scaling with the same {most} labels",
         "",

@@ -10,14 +10,14 @@ import torch
 
 from bayesian_lora_kernels import LaplaceLoRA
 from bayesian_lora_kernels.calibration import temperature_scale
-from benchmarks.calibration_study import __main__ as study
-from benchmarks.calibration_study import baselines, method, report
-from benchmarks.calibration_study.files import write_json
-from benchmarks.calibration_study.scores import scores
-from benchmarks.calibration_study.tasks import NAMES, Example, Splits, Training, majority, make_task, packages
-from benchmarks.calibration_study.tasks.causal import Llama
-from benchmarks.calibration_study.tasks.cities import folded
-from benchmarks.calibration_study.tasks.task import MissingPackage, Task, drawn, imported, shares
+from benchmarks.calibration.files import write_json
+from benchmarks.calibration.labels import __main__ as study
+from benchmarks.calibration.labels import baselines, method, report
+from benchmarks.calibration.scores import scores
+from benchmarks.calibration.tasks import NAMES, Example, Splits, Training, majority, make_task, packages
+from benchmarks.calibration.tasks.causal import Llama
+from benchmarks.calibration.tasks.cities import folded
+from benchmarks.calibration.tasks.task import MissingPackage, Task, drawn, imported, shares
 
 
 def make_or_skip(name, folder):
