@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.calibration import accuracy, negative_log_likelihood
@@ -19,7 +18,7 @@ from ...workload import environment
 from ..files import write_json, write_tensors, write_text
 from ..scores import labels_of, scores
 from ..tasks import NAMES, Splits, Task, make_task
-from ..tasks.task import MissingPackage
+from ..tasks.task import MissingPackage, logits_of
 from . import baselines, method, report
 
 LABELS = (10, 25, 50, 100)
@@ -147,12 +146,6 @@ def write_report(out: Path, command: str) -> None:
     write_json(out / "report.json", report.summary(records))
     report.draw(records, out / "report.png")
     print(out / "report.md")
-
-
-def logits_of(task: Task, model: nn.Module, examples: list[Any]) -> Tensor:
-    """`[N, C]` float64, of a model in eval mode."""
-    with torch.no_grad():
-        return torch.cat([task.logits(model, batch) for batch in task.batches(examples)]).double()
 
 
 def _plain(values: dict[str, float]) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""The tasks of the study, by name."""
+"""The tasks of both studies, by name."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ from .cities import Cities
 from .diseases import Diseases
 from .majority import Majority
 from .packages import Packages
+from .sentiment import SentimentEncoder, SentimentLM
+from .stdlib import StandardLibrary
 from .task import Example, Splits, Task, Training
 from .tumours import Tumours
 
-NAMES = ("diseases", "packages", "cities", "majority", "majority-noisy", "tumours")
+NAMES = ("diseases", "packages", "cities", "majority", "majority-noisy", "tumours")  # of the study of labels
+COMPARED = ("stdlib", "sentiment-minilm", "diseases", "sentiment-smollm2")  # of the study of methods
 
-__all__ = ["NAMES", "Example", "Splits", "Task", "Training", "make_task"]
+__all__ = ["COMPARED", "NAMES", "Example", "Splits", "Task", "Training", "make_task"]
 
 
-def make_task(name: str, cache: Path) -> Task:
+def make_task(name: str, cache: Path, ratings: Path | None = None) -> Task:
     """The task of that name, which keeps its models in a folder.
+
+    Args:
+        name: of `NAMES` or `COMPARED`.
+        cache: the folder.
+        ratings: the file that rated sentences are in (`demo/ratings.py`), for those tasks.
 
     Raises:
         ValueError: for another name.
@@ -35,4 +43,10 @@ def make_task(name: str, cache: Path) -> Task:
         return Majority(cache, noise=0.25)
     if name == "tumours":
         return Tumours(cache)
-    raise ValueError(f"task: expected one of {', '.join(NAMES)}, got {name!r}")
+    if name == "stdlib":
+        return StandardLibrary(cache)
+    if name == "sentiment-minilm":
+        return SentimentEncoder(cache, ratings)
+    if name == "sentiment-smollm2":
+        return SentimentLM(cache, ratings)
+    raise ValueError(f"task: expected one of {', '.join(dict.fromkeys((*NAMES, *COMPARED)))}, got {name!r}")
