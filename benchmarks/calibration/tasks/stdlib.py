@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bayesian_lora_kernels.demo.problem import Example as DemoExample
 from bayesian_lora_kernels.demo.sentences import read_standard_library
 from bayesian_lora_kernels.demo.settings import CLASSES, FOREIGN, DemoSettings
-from bayesian_lora_kernels.demo.task import Example as DemoExample
 from bayesian_lora_kernels.demo.task import Task as DemoTask
 from bayesian_lora_kernels.demo.training import add_lora, make_base_model, train_base_model
 
@@ -53,7 +53,8 @@ class StandardLibrary(NextToken):
             return rng.sample(converted, len(converted))
 
         splits = self.demo.splits(seed)
-        return Splits(*(own(getattr(splits, part)) for part in ("train", "held_out", "test", "shift", "foreign")))
+        parts = splits.train, splits.held_out, splits.test, splits.shifts["shift"], splits.foreign
+        return Splits(*map(own, parts))
 
     def identity(self) -> Any:
         return {"base": asdict(self.settings), "python": platform.python_version(), "seed": BASE_SEED}
