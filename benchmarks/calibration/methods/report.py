@@ -143,10 +143,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
     tasks = tasks_of(runs)
     names = [name for name in methods_of(runs) if name != REFERENCE]
-    figure = Figure(
-        figsize=(10, 1.2 + 2.1 * math.ceil(len(tasks) / 2) + 0.13 * len(names) * len(tasks)), layout="constrained"
-    )
-    panels = figure.subplots(math.ceil(len(tasks) / 2), min(2, len(tasks)), squeeze=False, sharey=True)
+    rows, columns = math.ceil(len(tasks) / 2), min(2, len(tasks))
+    figure = Figure(figsize=(10, 0.6 + rows * (0.7 + 0.24 * len(names))), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for panel, task in zip(panels.flat, tasks, strict=False):
         own = [run for run in runs if run["task"] == task]
         panel.axvline(0, color="#666666", linewidth=1, linestyle="--")
@@ -172,8 +171,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         panel.set_title(f"{task} ({seeds} model{'s' * (seeds > 1)})", fontsize=11)
     for panel in [*panels.flat][len(tasks) :]:
         panel.set_axis_off()
-    for panel in panels[-1]:
-        panel.set_xlabel("NLL less that of temperature scaling (left is better)", fontsize=10)
+    figure.supxlabel("NLL less that of temperature scaling: left is better; logarithmic beyond ±0.05", fontsize=11)
     panels[0, 0].legend(fontsize=10, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)
