@@ -43,7 +43,7 @@ def test_splits_do_not_leak(name, tmp_path):
     parts = [splits.train, splits.held_out, splits.test, splits.shift]
     assert len(splits.held_out) == 100
     assert all(len(part) >= 150 for part in (splits.train, splits.test, splits.shift))
-    contents = [example.content for part in parts for example in part]
+    contents = [example.content for part in (*parts, splits.foreign) for example in part]
     assert len(set(contents)) == len(contents)
     train, held_out, test, shift = ({example.source for example in part} for part in parts)
     assert not train & held_out
@@ -60,7 +60,8 @@ def test_noise_is_in_every_split(tmp_path):
     clean, noisy = (make_task(name, tmp_path) for name in ("majority", "majority-noisy"))
     grouping = majority._grouping(majority.RULES)
     for task, noise in ((clean, 0), (noisy, 0.25)):
-        for part in vars(task.make(0)).values():
+        splits = task.make(0)
+        for part in (splits.train, splits.held_out, splits.test, splits.shift):
             wrong = 0
             for example in part:
                 groups = [grouping[token - majority.FIRST_SYMBOL] for token in example.content[1:-1]]

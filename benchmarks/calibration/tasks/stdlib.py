@@ -24,7 +24,11 @@ BASE_SEED = 0
 
 
 class StandardLibrary(NextToken):
-    """Sentences, base model and adapter of the demo; a docstring is a document, and so is a comment's sentence."""
+    """Sentences, base model and adapter of the demo; a docstring is a document, and so is a comment's sentence.
+
+    The demo cuts each class's sentences into sets by their number: the docstring that a cut goes through, one of each
+    class, is in both sets. No sentence is.
+    """
 
     name = "stdlib"
     n_classes = len(CLASSES)
