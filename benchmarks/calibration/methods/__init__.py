@@ -13,8 +13,9 @@ The order in which things were done, so that it can be told what could have been
    epochs, in place of 300, 48 and 10; fewer sentences to test on. `diseases` is a task of the study of labels, as it
    was but for the autocast, and `stdlib` is the demo's, which the package was developed on: neither is fresh.
 3. The methods, scores and the report were written, and tested on made numbers and tiny models.
-4. The study ran, in parts, as the machine was free: two seeds of each of the first three tasks, a third of `stdlib`, and
-   of SmolLM2 one seed and those methods that need no further fine-tuning first. Nothing was changed after the first look.
+4. The study ran, in parts, as the machine was free: two seeds of each of the first three tasks, a third of `stdlib`,
+   and of SmolLM2 one seed and first those methods that need no further fine-tuning. Nothing was changed after the first
+   look.
 
 Tasks (`../tasks/`), drawn anew for every seed; 100 held-out labels; foreign sentences are from the documentation of
 modules of Python's standard library that are no class:
