@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from bayesian_lora_kernels.demo.ratings import DOWNLOAD, FILES, LABELS, read_ratings
+from bayesian_lora_kernels.demo.sentiment import prompt
 from bayesian_lora_kernels.demo.smollm2 import load_smollm2
 
-from ...smollm2 import prompt
 from .causal import NextToken
 from .encoder import TextTask, sequence_classifier
 from .foreign import library_sentences
@@ -102,7 +102,12 @@ class SentimentLM(Sentiment, NextToken):
         return self.pretrained[1].pad_token_id or 0
 
     def tokens(self, examples: list[Example]) -> list[Any]:  # type: ignore[override]
-        return [prompt(self.pretrained[1], example.content) for example in examples]
+        tokenizer = self.pretrained[1]
+        texts = [
+            tokenizer.apply_chat_template(prompt(one.content, chat=True), add_generation_prompt=True, tokenize=False)
+            for one in examples
+        ]
+        return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
     def build(self, seed: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
