@@ -27,6 +27,12 @@ def embedding():
     return nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
 
 
+def nothing_linear():
+    model = embedding()
+    model[1].requires_grad_(False)
+    return model
+
+
 def norms():
     return nn.ModuleDict({f"norm{i}": nn.LayerNorm(3) for i in range(4)} | {"fc": nn.Linear(3, 2)})
 
@@ -44,7 +50,8 @@ def plain():
 CONSTRUCTION = {
     "no trainable parameter": (frozen, {}, ValueError, r"no trainable parameter: expected .* requires_grad=True"),
     "aLoRA": (alora, {}, ValueError, r"o_proj.lora_A.default: expected plain LoRA or DoRA, its adapter is a ALora"),
-    "embedding": (embedding, {}, ValueError, r"trainable parameters outside nn.Linear: 0.weight. Freeze them"),
+    "embedding": (embedding, {}, ValueError, r"parameters outside nn.Linear: 0.weight. Freeze .* pass modules='\.\*'"),
+    "embedding alone": (nothing_linear, {}, ValueError, r"outside nn.Linear: 0.weight. .* and none is trainable"),
     "many norms": (norms, {}, ValueError, r"norm0.weight, norm0.bias, .* and 3 more"),
     "tied weights": (tied, {}, ValueError, r"shared by several modules.*one.weight, two.weight"),
     "not a module": (lambda: "gpt2", {}, TypeError, r"model: expected an nn.Module, got str"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from dense import Tokens, dense_factor, evidence, fisher_columns, kfac_factors, 
 from models import VOCABULARY, bert, gpt2, llama
 from peft.tuners.lora import dora as peft_dora
 from situations import (
+    CURVATURES,
     Scene,
     dense_covariance,
     exact_covariance,
@@ -37,7 +39,7 @@ import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.model.dora import constant_norms
 from bayesian_lora_kernels.predictive.jvp import METHODS, JacobianVectorProduct
 
-CURVATURES = ("kfac", "ekfac", "exact")
+ON_TOP = "base_result" in inspect.signature(peft_dora.DoraLinearLayer.forward).parameters
 
 
 # Models
@@ -132,6 +134,15 @@ def two_at_once() -> Scene:
     return scene
 
 
+def with_plain_lora(first: bool) -> Scene:
+    """On top of the other: the second of two adapters sees what the first made of its layer."""
+    scene = another_adapter()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    scene.model.add_adapter("plain", config)
+    randomised(scene.model).base_model.set_adapter(["plain", "other"] if first else ["default", "plain"])
+    return scene
+
+
 SCENES: dict[str, Callable[[], Scene]] = {
     "llama": causal,
     "llama, padded on the left": lambda: causal(side="left"),
@@ -146,6 +157,8 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "under checkpointing": checkpointed,
     "two adapters, one active": another_adapter,
     "two adapters, both active": two_at_once,
+    "plain LoRA, and DoRA on top": lambda: with_plain_lora(first=True),
+    "DoRA, and plain LoRA on top": lambda: with_plain_lora(first=False),
 }
 
 
@@ -155,7 +168,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
 class Rescaled(nn.Module):
     """What a DoRA layer is with its row scales `D = m / ||W + s B A||` held: `D (W x + s B A x) + b`.
 
-    PEFT puts a second adapter on top of what the first makes of W x.
+    PEFT puts a second adapter on top of what the first makes of W x, PEFT 0.13 beside it.
     """
 
     def __init__(self, layer: Any, held: bool):
@@ -165,18 +178,22 @@ class Rescaled(nn.Module):
         self.bias = base.bias
         self.names = [name for name in layer.active_adapters if name in layer.lora_A]
         self.scalings = dict(layer.scaling)
-        self.magnitudes = {name: layer.lora_magnitude_vector[name].weight.detach() for name in self.names}
-        self.norms = {name: self.norm(name).detach() for name in self.names} if held else {}
+        vectors = layer.lora_magnitude_vector
+        self.magnitudes = {name: vectors[name].weight.detach() for name in self.names if name in vectors}
+        self.norms = {name: self.norm(name).detach() for name in self.magnitudes} if held else {}
 
     def norm(self, name: str) -> Tensor:
         product = self.lora_B[name].weight @ self.lora_A[name].weight
         return torch.linalg.norm(self.weight + self.scalings[name] * product, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x @ self.weight.mT
+        y = base = x @ self.weight.mT
         for name in self.names:
-            scale = self.magnitudes[name] / self.norms.get(name, self.norm(name))
-            y = scale * (y + self.scalings[name] * self.lora_B[name](self.lora_A[name](x)))
+            added = self.scalings[name] * self.lora_B[name](self.lora_A[name](x))
+            if name in self.magnitudes:
+                scale = self.magnitudes[name] / self.norms.get(name, self.norm(name))
+                added = scale * added + (scale - 1) * (y if ON_TOP else base)
+            y = y + added
         return y if self.bias is None else y + self.bias
 
 
@@ -523,7 +540,40 @@ def test_biases_that_are_trained_under_dora() -> None:
     blk.LaplaceLoRA(model, modules=r".*(lora_[AB]|classifier).*")
 
 
+class Aside(nn.Module):
+    """A layer that is called, and whose output is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.aside = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside(x)
+        return self.first(x)
+
+
+def test_a_layer_without_effect() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["first", "aside"], use_dora=True)
+    scene = Scene(randomised(peft.get_peft_model(Aside(), config)), tensors((4, 4), (3, 4)))
+    with pytest.raises(ValueError, match=r"aside.lora_A.default, .* never called by forward, or without effect on the"):
+        fit(scene)
+    scene.arguments = {"modules": r".*\.first\..*"}
+    fit(scene)
+
+
 # Files
+
+
+@pytest.mark.parametrize("name", ["Conv1D", "biases and a trained head", "two adapters, both active"])
+def test_round_trip_and_verify(name: str, tmp_path: Any) -> None:
+    scene = SCENES[name]()
+    batch = without_labels(scene.batches[0])
+    laplace = fit(scene, curvature="ekfac")
+    laplace.save_pretrained(tmp_path)
+    again = blk.LaplaceLoRA.from_pretrained(SCENES[name]().model, tmp_path)
+    assert torch.equal(again.predict(batch).covariance, laplace.predict(batch).covariance)
+    found = laplace.verify(scene.batches[0])
+    assert found.ok, str(found)
 
 
 def test_a_posterior_is_that_of_its_magnitudes(tmp_path: Any) -> None:

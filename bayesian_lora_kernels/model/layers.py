@@ -145,8 +145,13 @@ def find_layers(
             logger.info("DoRA: the posterior is over A and B; %d magnitude vectors stay as fine-tuned", len(magnitudes))
         if outside:
             raise ValueError(
-                f"trainable parameters outside nn.Linear: {_some(outside)}. Freeze them, or choose the layers with "
-                "modules=... (the others then stay at their fine-tuned values)"
+                f"trainable parameters outside nn.Linear: {_some(outside)}. "
+                + (
+                    "Freeze them, or pass modules='.*', which takes every trainable nn.Linear (the others then stay at "
+                    "their fine-tuned values)"
+                    if by_module
+                    else "The posterior is over weights of nn.Linear, and none is trainable"
+                )
             )
     elif given is not None:
         selected = list(by_module)
@@ -216,8 +221,7 @@ def _check_lora(name: str, named_modules: Mapping[str, nn.Module]) -> None:
             "outside its module's call"
         )
     outer, _, part = name.rpartition(".")
-    variants = getattr(named_modules.get(outer), "lora_variant", {}) if part == "base_layer" else {}
-    if any(type(one).__name__ == DORA for one in variants.values()):
+    if part == "base_layer" and getattr(named_modules.get(outer), "lora_magnitude_vector", None):
         raise ValueError(
             f"{name}: it is trained under DoRA, which subtracts its bias again outside its call; leave it out with "
             "modules=... (it then stays at its fine-tuned value), or fine-tune with bias='none'"
