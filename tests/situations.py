@@ -111,8 +111,7 @@ class Scene:
 
 
 def layer_parameters(model: nn.Module, name: str) -> list[Tensor]:
-    module = model.get_submodule(name)
-    return [p for p in (module.weight, module.bias) if p is not None and p.requires_grad]
+    return [p for p in model.get_submodule(name).parameters(recurse=False) if p.requires_grad]
 
 
 def trainable_layers(model: nn.Module) -> list[str]:
@@ -171,19 +170,24 @@ def record(model: nn.Module, names: Sequence[str], modules: Mapping[str, nn.Modu
     inputs, gradients = {}, {}
     for name in names:
         bias, weight = modules[name].bias, modules[name].weight
-        a = [x.reshape(-1, x.shape[-1]).double() for x, _ in calls[name]] or [torch.zeros(0, weight.shape[1]).double()]
+        outputs = [y for _, y in calls[name] if y.requires_grad]
+        found: dict[int, list[Tensor | None]] = {id(y): [] for y in outputs}
+        for one in flat if outputs else ():
+            grads = torch.autograd.grad(one, outputs, retain_graph=True, allow_unused=True)
+            for y, g in zip(outputs, grads, strict=True):
+                found[id(y)].append(g)
+        # Of several calls those count that a logit depends on: DoRA's of an identity matrix do not.
+        used = [(x, y) for x, y in calls[name] if any(g is not None for g in found.get(id(y), []))] or calls[name]
+        a = [x.reshape(-1, x.shape[-1]).double() for x, _ in used] or [torch.zeros(0, weight.shape[1]).double()]
         tokens = torch.cat(a)
         columns = [tokens] if weight.requires_grad else []
         columns += [torch.ones_like(tokens[:, :1])] if bias is not None and bias.requires_grad else []
         inputs[name] = torch.cat(columns, dim=1)
         rows = []
-        for one in flat:
-            outputs = [y for _, y in calls[name] if y.requires_grad]
-            grads = torch.autograd.grad(one, outputs, retain_graph=True, allow_unused=True) if outputs else ()
-            found = {id(y): g for y, g in zip(outputs, grads, strict=True)}
+        for i in range(len(flat)):
             parts = []
-            for _, y in calls[name]:
-                g = found.get(id(y))
+            for _, y in used:
+                g = found[id(y)][i] if id(y) in found else None
                 parts.append((torch.zeros_like(y) if g is None else g).reshape(-1, y.shape[-1]).double())
             rows.append(torch.cat(parts) if parts else torch.zeros(0, weight.shape[0]).double())
         gradients[name] = torch.stack(rows)
@@ -232,9 +236,10 @@ def exact_covariance(
     """The same under the full Gauss-Newton matrix of the training examples."""
     stacked = [torch.cat([j.flatten(1) for j in x.jacobian.values()], dim=1) for x in train]
     fisher = [output_fisher(x.logits.double(), likelihood) for x in train]
-    precision = sum(j.T @ h @ j for j, h in zip(stacked, fisher, strict=True))
-    precision = precision + prior * torch.eye(stacked[0].shape[1], dtype=torch.float64)
     wanted = torch.stack([torch.cat([j.flatten(1) for j in x.jacobian.values()], dim=1) for x in test])
+    precision = prior * torch.eye(wanted.shape[-1], dtype=torch.float64)
+    for j, h in zip(stacked, fisher, strict=True):
+        precision = precision + j.T @ h @ j
     return wanted @ torch.linalg.solve(precision, wanted.mT)
 
 
@@ -292,11 +297,14 @@ def ours(scene: Scene, curvature: str) -> Ours:
         return Ours(laplace, [laplace.predict(without_labels(batch)) for batch in scene.batches])
 
 
-def deviations(scene: Scene, found: Ours, curvature: str) -> dict[str, float]:
-    """What is off, and by how much: means, covariances, and the fit itself."""
+def deviations(
+    scene: Scene, found: Ours, curvature: str, examples: Sequence[Sequence[Example]] | None = None
+) -> dict[str, float]:
+    """What is off, and by how much: means, covariances, and the fit itself. `examples`: the truth, if it is there."""
     laplace = found.laplace
-    names = list(laplace.posterior) if curvature != "exact" else scene.arguments.get("modules")
-    examples = truth(scene, names)
+    if examples is None:
+        names = list(laplace.posterior) if curvature != "exact" else scene.arguments.get("modules")
+        examples = truth(scene, names)
     train = [x for batch in examples for x in batch]
     rows = scene.arguments.get("class_token_ids")
     off = {}
