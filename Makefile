@@ -12,7 +12,6 @@
 # make test-floors: part of the tests with the lowest versions that pyproject.toml allows, Python 3.10 and PyTorch 2.6 among
 #   them: 3 GB to download and 5 GB of disk, since they bring NVIDIA's packages; less where PIP_FLAGS names an index of CPU
 #   builds
-# make models: models and adapters against autograd, written to docs/models.md; make models-check: the same, writing nothing
 # make release-check: builds sdist and wheel, installs and tries them
 #
 # Every target sets up .venv by itself. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to every pip install.
@@ -37,7 +36,8 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # ninja is in the environment; the compiler finds it there
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo demo-llm test test-all test-interpret test-floors models models-check release-check lint format bench aot aot-check clean help
+.PHONY: demo demo-llm test test-all test-interpret test-floors models models-check release-check lint format bench study aot \
+  aot-check clean help
 .DEFAULT_GOAL := help
 
 help:
