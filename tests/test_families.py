@@ -176,3 +176,9 @@ def test_the_document_is_what_the_tool_writes():
             assert all(re.fullmatch(r"< 1e-(10|5)|< 5 %|-|refused \(\d+\)", cell) for cell in shown), row
     versions = dict(re.findall(r"(transformers|PEFT|PyTorch) (\S+?)[,;]", text))
     assert text == document([], [], versions).split("## Families")[0] + text[text.index("## Families") :]
+
+
+def test_columns_of_one_truth_have_one_class():
+    cells = {name: Result("right", 1e-15) for name in TITLES} | {"score": Result("right", 1e-7)}
+    shown = table("family", [Row("x", cells, [])], Notes()).splitlines()[2]
+    assert shown == "| x" + 5 * " | < 1e-5" + " | < 1e-10 | < 5 % |"
