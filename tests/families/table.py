@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from .cells import COLUMNS, HALF_TOLERANCE, SAMPLES, TOLERANCE, Result, Row
 
-CLASSES = (1e-10, TOLERANCE)  # of errors: float64 throughout, and with norms in float32
+CLASSES = (1e-12, TOLERANCE)  # of errors: float64 throughout, and with norms in float32
 MARKS = {"wrong": "**WRONG**", "failed": "**FAILED**", "none": "-"}
 TITLES = {
     "kfac": "K-FAC",
