@@ -21,6 +21,7 @@ from bayesian_lora_kernels.demo.methods import NAMES
 from bayesian_lora_kernels.demo.problem import Example, Splits
 from bayesian_lora_kernels.demo.ratings import FILES, INNER
 from bayesian_lora_kernels.demo.settings import TuningSettings
+from bayesian_lora_kernels.demo.training import class_logits
 
 made = test_commands.made
 
@@ -225,5 +226,21 @@ def test_autocast_only_where_it_is_faster(tmp_path: Path, monkeypatch: Any) -> N
     for text, faster in ((None, False), ("flags: avx2 avx512f", False), ("flags: avx512_bf16", True)):
         if text is not None:
             flags.write_text(text)
-        with language.fastest_training(torch.device("cpu")):
+        with language.fastest_forward(torch.device("cpu")):
             assert torch.is_autocast_enabled("cpu") is faster
+
+
+def test_training_learns_under_autocast(base: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Autocast around all steps would train on the weights of the first one."""
+    (tmp_path / "cpuinfo").write_text("flags: avx512_bf16")
+    monkeypatch.setattr(language, "PROCESSOR", tmp_path / "cpuinfo")
+    one = problem(base, tmp_path / "cache")
+    one._tuning = TuningSettings(rank=4, alpha=8, targets=None, epochs=40, batch_size=8, learning_rate=1e-2)
+    examples = [
+        Example((1, 8 + i % 3, *random.Random(i).choices(range(8, 14), k=i % 4), 6, 7), i % 3) for i in range(48)
+    ]
+    model = one.fine_tune(examples, 0, False)
+    batch = one.batch(examples)
+    with torch.no_grad():
+        found = class_logits(model, batch, test_commands.IDS).argmax(1)
+    assert float((found == batch["labels"]).double().mean()) > 0.9

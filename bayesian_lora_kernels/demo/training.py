@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -121,6 +122,7 @@ def fine_tune(
     watch: Watch = lambda numbers: None,
     tick: Callable[[], object] = lambda: None,
     batch: Callable[[Sequence[Example]], Batch] = make_batch,
+    forward: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Cross-entropy between the classes, without weight decay, epoch after epoch: far into overconfidence.
 
@@ -133,6 +135,8 @@ def fine_tune(
         watch: called after each epoch with its mean `loss`.
         tick: called after each step.
         batch: makes one of examples.
+        forward: each forward pass runs inside one of these. Autocast must not reach over several steps: it keeps what
+            it has made of the weights.
     """
     rng = random.Random(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -142,7 +146,9 @@ def fine_tune(
         total = 0.0
         for group in shuffled(examples, settings.batch_size, rng):
             one = batch(group)
-            loss = F.cross_entropy(class_logits(model, one, class_token_ids), one["labels"])
+            with forward():
+                logits = class_logits(model, one, class_token_ids)
+            loss = F.cross_entropy(logits, one["labels"])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
