@@ -5,6 +5,8 @@
 # make aot       compiles the GPU kernels without a GPU and writes benchmarks/results/aot.md
 # make test-interpret: the kernels in Triton's interpreter; make aot-check: as make aot, writing nothing; both with each
 #   Triton of TRITON_VERSIONS, in environments of their own
+# make models: families of models and kinds of adapters, each against autograd, and writes docs/models.md; models-check
+#   only compares with it
 # make test-floors: part of the tests with the lowest versions that pyproject.toml allows, Python 3.10 and PyTorch 2.6 among
 #   them: 3 GB to download and 5 GB of disk, since they bring NVIDIA's packages; less where PIP_FLAGS names an index of CPU
 #   builds
@@ -31,7 +33,8 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # ninja is in the environment; the compiler finds it there
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo demo-llm test test-all test-interpret test-floors release-check lint format bench aot aot-check clean help
+.PHONY: demo demo-llm models models-check test test-all test-interpret test-floors release-check lint format bench aot \
+  aot-check clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -50,6 +53,12 @@ test: $(PEERS)
 
 test-all: $(PEERS)
 	@$(SPREAD) -q
+
+models: $(READY)
+	@cd tests && $(abspath $(BIN))/python -m families
+
+models-check: $(READY)
+	@cd tests && $(abspath $(BIN))/python -m families --check
 
 TRITONS := $(TRITON_VERSIONS:%=$(VENV)-triton-%/.ready)
 .SECONDARY: $(TRITONS)

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from bayesian_lora_kernels.model.alone import distance, logits_alone, logits_tog
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.containers import map_tensors
+from bayesian_lora_kernels.model.dora import constant_norms, dora_layers
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.jacobians import unit_cotangents
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
@@ -44,7 +46,7 @@ class Agreement:
         where: the parameter or layer that agrees least, or ``.
         error: relative to the largest number; None if it could not be compared.
         limit: up to which it counts as agreement.
-        note: why it could not be compared.
+        note: why it could not be compared, or what was held for it.
     """
 
     what: str
@@ -170,7 +172,8 @@ def _in_float64(layers: Sequence[LinearLayer], forward: Forward, given: nn.Modul
     if needed > free_bytes(model_device(given)) // 2:
         return [Agreement(what, "", None, limit, f"a copy takes {needed / 2**30:.1f} GiB, too much of what is free")]
     try:
-        double = copy.deepcopy(given).double()
+        with measuring(given):  # without what PEFT caches, which may have a graph
+            double = copy.deepcopy(given).double()
         covers = {layer.name: tuple(leaf.rpartition(".")[2] for leaf in layer.parameters()) for layer in layers}
         wide = Forward(double, forward.function, forward.class_token_ids, forward.masked, forward.checks.mode)
         wide.findings = copy.deepcopy(forward.findings)
@@ -203,10 +206,13 @@ def _differences(
             gradients = recorded.backward(first, weight_gradients=names, retain_graph=False)
             slope += sum(float((g.sum(dim=0) * direction[name]).sum()) for name, g in gradients.items())
         step = torch.finfo(dtype).eps ** (1 / 3)
-        ends = [_moved(layers, direction, sign * step, lambda: _first_logits(forward, batch)) for sign in (1, -1)]
+        run = partial(_first_logits, forward, batch)
+        with constant_norms(given, run):
+            ends = [_moved(layers, direction, sign * step, run) for sign in (1, -1)]
     measured = (ends[0] - ends[1]) / (2 * step)
     scale = max(abs(measured), abs(slope), float(torch.finfo(torch.float32).tiny))
-    return [Agreement(what, "", abs(measured - slope) / scale, DIFFERENCES)]
+    note = "DoRA's norms held, as in training" if dora_layers(given) else ""
+    return [Agreement(what, "", abs(measured - slope) / scale, DIFFERENCES, note)]
 
 
 def _first_logits(forward: Forward, batch: Batch) -> float:

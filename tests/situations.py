@@ -111,8 +111,7 @@ class Scene:
 
 
 def layer_parameters(model: nn.Module, name: str) -> list[Tensor]:
-    module = model.get_submodule(name)
-    return [p for p in (module.weight, module.bias) if p is not None and p.requires_grad]
+    return [p for p in model.get_submodule(name).parameters(recurse=False) if p.requires_grad]
 
 
 def trainable_layers(model: nn.Module) -> list[str]:
@@ -232,9 +231,10 @@ def exact_covariance(
     """The same under the full Gauss-Newton matrix of the training examples."""
     stacked = [torch.cat([j.flatten(1) for j in x.jacobian.values()], dim=1) for x in train]
     fisher = [output_fisher(x.logits.double(), likelihood) for x in train]
-    precision = sum(j.T @ h @ j for j, h in zip(stacked, fisher, strict=True))
-    precision = precision + prior * torch.eye(stacked[0].shape[1], dtype=torch.float64)
     wanted = torch.stack([torch.cat([j.flatten(1) for j in x.jacobian.values()], dim=1) for x in test])
+    precision = prior * torch.eye(wanted.shape[-1], dtype=torch.float64)
+    for j, h in zip(stacked, fisher, strict=True):
+        precision = precision + j.T @ h @ j
     return wanted @ torch.linalg.solve(precision, wanted.mT)
 
 
@@ -292,11 +292,14 @@ def ours(scene: Scene, curvature: str) -> Ours:
         return Ours(laplace, [laplace.predict(without_labels(batch)) for batch in scene.batches])
 
 
-def deviations(scene: Scene, found: Ours, curvature: str) -> dict[str, float]:
-    """What is off, and by how much: means, covariances, and the fit itself."""
+def deviations(
+    scene: Scene, found: Ours, curvature: str, examples: Sequence[Sequence[Example]] | None = None
+) -> dict[str, float]:
+    """What is off, and by how much: means, covariances, and the fit itself. `examples`: the truth, if it is there."""
     laplace = found.laplace
-    names = list(laplace.posterior) if curvature != "exact" else scene.arguments.get("modules")
-    examples = truth(scene, names)
+    if examples is None:
+        names = list(laplace.posterior) if curvature != "exact" else scene.arguments.get("modules")
+        examples = truth(scene, names)
     train = [x for batch in examples for x in batch]
     rows = scene.arguments.get("class_token_ids")
     off = {}

@@ -19,12 +19,18 @@ def frozen():
     return model.requires_grad_(False)
 
 
-def dora():
-    return lora(llama().model.get_base_model(), ["o_proj"], use_dora=True)
+def alora():
+    return lora(llama().model.unload(), ["o_proj"], alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM")
 
 
 def embedding():
     return nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
+
+
+def nothing_linear():
+    model = embedding()
+    model[1].requires_grad_(False)
+    return model
 
 
 def norms():
@@ -43,9 +49,9 @@ def plain():
 
 CONSTRUCTION = {
     "no trainable parameter": (frozen, {}, ValueError, r"no trainable parameter: expected .* requires_grad=True"),
-    "DoRA, chosen by name": (dora, {"modules": r".*lora_[AB].*"}, ValueError, r"o_proj.lora_A.*plain LoRA.*Dora"),
-    "DoRA": (dora, {}, ValueError, r"outside nn.Linear: base_model.*o_proj.lora_magnitude_vector.default.weight.*mod"),
-    "embedding": (embedding, {}, ValueError, r"trainable parameters outside nn.Linear: 0.weight. Freeze them"),
+    "aLoRA": (alora, {}, ValueError, r"o_proj.lora_A.default: expected plain LoRA or DoRA, its adapter is a ALora"),
+    "embedding": (embedding, {}, ValueError, r"parameters outside nn.Linear: 0.weight. Freeze .* pass modules='\.\*'"),
+    "embedding alone": (nothing_linear, {}, ValueError, r"outside nn.Linear: 0.weight. .* and none is trainable"),
     "many norms": (norms, {}, ValueError, r"norm0.weight, norm0.bias, .* and 3 more"),
     "tied weights": (tied, {}, ValueError, r"shared by several modules.*one.weight, two.weight"),
     "not a module": (lambda: "gpt2", {}, TypeError, r"model: expected an nn.Module, got str"),

@@ -285,6 +285,31 @@ def test_options_of_fit(made: Path, place: Path, options: Any, arguments: Any, p
     check_prediction("p.jsonl", laplace.predict(padded(PROMPTS, "right"), differences=True))
 
 
+@pytest.mark.parametrize("curvature", ["kfac", "exact"])
+def test_an_adapter_with_dora(made: Path, place: Path, capsys: Any, curvature: str) -> None:
+    """Its magnitudes come from the adapter's file and stay as they are there."""
+    shutil.rmtree("adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(made / "base")
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", use_dora=True)
+    model = peft.get_peft_model(base, config)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5, generator=noise)
+            elif "lora_magnitude_vector" in name:
+                parameter.mul_(torch.rand(parameter.shape, generator=noise) + 0.5)
+    model.save_pretrained("adapter")
+    assert blk("fit", "--curvature", curvature) == 0
+    assert blk("predict", "--json", "p.jsonl") == 0
+    laplace = LaplaceLoRA(model, class_token_ids=IDS, curvature=curvature)
+    loader = [{**padded(PROMPTS, "left"), "labels": torch.tensor(LABELS)}]
+    laplace.fit(loader, progress=False).optimize_prior_precision()
+    check_prediction("p.jsonl", laplace.predict(padded(PROMPTS, "right"), differences=True))
+    assert main(["doctor", "--adapter", "adapter", "--data", "data.jsonl", "--choices", *CHOICES]) == 0
+    assert "DoRA's norms held" in capsys.readouterr().out
+
+
 def test_every_setting_is_an_option_but_three(place: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
@@ -427,8 +452,6 @@ def test_a_base_that_does_not_serve(made: Path, place: Path, capsys: Any) -> Non
     assert "base model broken: cannot be loaded" in error_of(capsys, "fit", "--base", "broken")
     edit_config(place, base_model_name_or_path=None)
     assert "it does not name the base model; pass --base FOLDER" in error_of(capsys, "fit")
-    edit_config(place, use_dora=True)
-    assert "this one uses DoRA" in error_of(capsys, "fit")
     edit_config(place, task_type="TOKEN_CLS")
     assert "this one is for TOKEN_CLS" in error_of(capsys, "fit")
 

@@ -819,3 +819,45 @@ def test_trainable_tokens_with_a_tied_head(trained: bool):
         tolerance=1e-5,
     )
     judge_scene(scene, "ekfac")
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "LoRA on the embedding": {"targets": ["q_proj", "embed_tokens"]},
+    "DoRA on the embedding": {"targets": ["q_proj", "embed_tokens"], "use_dora": True},
+    "a trained embedding": {"targets": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "a trained embedding and head": {"targets": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "trained tokens": {"targets": ["q_proj"], "trainable_token_indices": [38, 39]},
+    "a trained norm": {"targets": ["q_proj"], "modules_to_save": ["norm"]},
+}
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_is_trained_beside_linear_layers(kind: str, tied: bool, curvature: str):
+    """The error says what to pass; what was passed then is right."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        pad_token_id=0,
+        tie_word_embeddings=tied,
+    )
+    model = adapted(transformers.LlamaForCausalLM(config), **{"task_type": "CAUSAL_LM", **BESIDE[kind]})
+    arguments = {"class_token_ids": IDS}
+    with pytest.raises(ValueError, match=r"outside nn.Linear: .*default.* pass modules='\.\*', which takes every"):
+        blk.LaplaceLoRA(model, **arguments)
+    scene = Scene(
+        model,
+        [labelled(padded([6, 4, 5, 6], 38))],
+        run=run_last(IDS),
+        arguments={**arguments, "modules": ".*"},
+        factors=False,
+        tolerance=1e-5,
+    )
+    assert judge_scene(scene, curvature) == "right"

@@ -402,6 +402,16 @@ def last_valid_logits(model: Any, batch: Any, **more: Any) -> Tensor:
         return model(**batch, **more).logits[torch.arange(len(last)), last][:, IDS]
 
 
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_two_adapters_at_once(curvature: str):
+    model = llama_with_two_adapters()
+    model.base_model.set_adapter(["default", "other"])
+    scene = Scene(
+        model, [labelled(padded(LENGTHS, 40))], run_last(IDS), arguments={"class_token_ids": IDS}, factors=False
+    )
+    assert judge_scene(scene, curvature) == "right"
+
+
 @pytest.mark.parametrize("when", ["predict", "fit"])
 def test_adapter_names(when: str):
     model, batch = llama_with_two_adapters(), padded(LENGTHS, 40)

@@ -31,10 +31,17 @@ def expected_scores(laplace: blk.LaplaceLoRA, ids: Tensor, n: int) -> dict[str, 
     return dict(zip(("log_prob_map", "log_prob", "entropy", "mutual_information"), columns, strict=True))
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "lm_head")])
+ADAPTERS = {
+    "LoRA": {},
+    "adapted head": {"targets": ("q_proj", "lm_head")},
+    "DoRA": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_scores_are_the_predictions_after_each_beginning(side, targets):
-    case = llama(classes=None, lengths=(5, 3, 6), targets=targets)
+def test_scores_are_the_predictions_after_each_beginning(side, adapter):
+    case = llama(classes=None, lengths=(5, 3, 6), **ADAPTERS[adapter])
     laplace = fitted(case, fisher="mc")
     batch = case.batch(side=side, extra=2)
     scores = laplace.score(batch, 7, torch.Generator().manual_seed(4))

@@ -199,8 +199,6 @@ def open_adapter(folder: Path, base: str | None, tasks: Sequence[str] = (CAUSAL_
     if task not in tasks:
         expected = " or ".join(TASKS[one] for one in tasks)
         raise InputError(f"{folder}: expected an adapter of {expected}, this one is for {task}")
-    if config.get("use_dora"):  # PEFT sends an identity matrix through A and B, which nobody can tell from inputs
-        raise InputError(f"{folder}: expected a plain LoRA adapter, this one uses DoRA, which is not supported")
     named = base or config.get("base_model_name_or_path")
     if not named:
         raise InputError(f"{path}: it does not name the base model; pass --base FOLDER")

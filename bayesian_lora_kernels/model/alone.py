@@ -64,7 +64,8 @@ def _compare_inputs(recorded: Capture, row: int, alone: Mapping[str, list[Tensor
             continue
         layer = recorded.layers[name]
         here = a[row] if mask is None else a[row][mask[row].to(a.device)]
-        rows = [layer.extend_input(x.reshape(-1, x.shape[-1])) for x in alone.get(name, [])]
+        seen = recorded.of_reached(name, alone.get(name, []))
+        rows = [layer.extend_input(x.reshape(-1, x.shape[-1])) for x in seen]
         there = torch.cat(rows) if rows else here[:0]
         if any(relation.name == "before padding" for relation in forward.findings.relations.get(name, [])):
             there = there[: len(here)]  # the model fills up windows when it runs alone, too

@@ -11,7 +11,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from bayesian_lora_kernels.ops.checks import accumulate_dtype
 
 NOTHING = 8  # times the machine's precision
 Receive = Callable[[str, int, Tensor], None]
+T = TypeVar("T")
 
 
 class NotByExample(Exception):
@@ -84,6 +85,20 @@ class _Tap(torch.autograd.Function):
         return grads[0], None, None, None, None
 
 
+def _taps_behind(logits: Tensor) -> dict[tuple[str, int], Any]:
+    """`{(layer, number of its call): tap}` of all taps that a backward pass from the logits runs through."""
+    taps, seen, ahead = {}, set(), [logits.grad_fn]
+    while ahead:
+        node: Any = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "_forward_cls", None) is _Tap:
+            taps[node.name, node.call] = node
+        ahead += [before for before, _ in node.next_functions]
+    return taps
+
+
 class Capture:
     """One forward pass with its graph: layer inputs now, output gradients for any cotangent on request."""
 
@@ -92,6 +107,7 @@ class Capture:
         self.forward = forward
         self.calls: dict[str, list[Call]] = {layer.name: [] for layer in layers}
         self._spans: dict[str, list[tuple[Layout, int, int]]] = {}  # which of a layer's tokens each call has
+        self._reached: dict[str, list[bool]] = {}  # which calls the logits depend on, if it is not all of a layer's
         self._mailbox = _Mailbox()
         self._sink: Tensor | None = None
         self.all_labels = False
@@ -163,7 +179,30 @@ class Capture:
                 "disabled or not active?), or forward runs under torch.no_grad()"
             )
         self.batch = replace(batch, size=len(self.logits))  # of objects that nobody can count, the logits tell it
+        self._drop_unreached()
         self._check_unchanged()
+
+    def of_reached(self, name: str, calls: Sequence[T]) -> Sequence[T]:
+        """Of all calls of a layer, in another forward pass too, those that the logits depend on."""
+        reached = self._reached.get(name)
+        return calls if reached is None or len(reached) != len(calls) else list(itertools.compress(calls, reached))
+
+    def _drop_unreached(self) -> None:
+        """Forget calls that the logits do not depend on, of layers with several.
+
+        DoRA sends an identity matrix through A and B, for a norm that counts as a constant.
+        """
+        if all(len(calls) < 2 for calls in self.calls.values()):
+            return
+        taps = _taps_behind(self.logits)
+        for name, calls in self.calls.items():
+            reached = [(name, i) in taps for i in range(len(calls))]
+            if len(calls) < 2 or all(reached):
+                continue
+            self._reached[name] = reached
+            self.calls[name] = list(self.of_reached(name, calls))
+            for new, old in enumerate(itertools.compress(range(len(calls)), reached)):
+                taps[name, old].call = new
 
     def _require_gradients(self) -> None:
         frozen = [p for layer in self.layers.values() for p in layer.parameters().values() if not p.requires_grad]

@@ -158,12 +158,13 @@ def read_head(forward: Forward, trained: Collection[str], batch: Batch) -> Outpu
         )
     hidden, raw, final = _probe(forward, head, batch.rows(0, 1))
     wide = torch.float64 if raw.dtype == torch.float64 else torch.float32
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(raw.dtype, 3e-2)
+    tolerance = _tolerance(raw.dtype)
     if not _close(head.logits(hidden.to(wide)), raw.to(wide), tolerance):
         raise ValueError(
             f"outputs='vocabulary': {head.name} ({type(head.module).__name__}) is not a linear map "
             "with plain LoRA, which is all that is known of output heads"
         )
+    tolerance = max(tolerance, _tolerance(final.dtype))  # some return float32 logits, whatever the head's dtype
     scales, caps = _candidates(getattr(forward.base, "config", None))
     for cap in (None, *caps.values()):
         for scale in (1.0, *(f for value in scales.values() for f in (value, 1 / value))):
@@ -177,6 +178,10 @@ def read_head(forward: Forward, trained: Collection[str], batch: Batch) -> Outpu
     )
 
 
+def _tolerance(dtype: torch.dtype) -> float:
+    return {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 3e-2)
+
+
 def _with_adapters(head: OutputHead) -> OutputHead:
     """With the linear map and the adapters that are active now."""
     adapters: list[HeadAdapter] = []
@@ -186,6 +191,11 @@ def _with_adapters(head: OutputHead) -> OutputHead:
         if base is not None and hasattr(inner, "lora_A"):
             if not (inner.merged or inner.disable_adapters):
                 for adapter in inner.active_adapters:
+                    if adapter in getattr(inner, "lora_magnitude_vector", ()):
+                        raise ValueError(
+                            f"outputs='vocabulary': {name} is adapted by DoRA, which scales the rows of the head; put "
+                            "plain LoRA on it, or choose tokens with class_token_ids and predict"
+                        )
                     if adapter in inner.lora_A:
                         adapters.append(
                             HeadAdapter(

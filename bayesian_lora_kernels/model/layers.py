@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.config import Modules
+
+DORA = "DoraLinearVariant"  # what PEFT calls DoRA of a linear map
+_MAGNITUDE = re.compile(r"(.*)\.lora_magnitude_vector\.([^.]+)\.weight")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +104,9 @@ def find_layers(
         model: a `peft.PeftModel`, or any module whose trainable parameters are weights and biases of `nn.Linear`.
         modules: a regular expression that must match the whole module name, or a list of names (one that no module has
             matches at the end of longer ones, after a dot). None takes every trainable `nn.Linear`; then there must be
-            no trainable parameter elsewhere. `{whole module name: ("weight", "bias") or one of them}` takes exactly
-            these, whether they require gradients or not.
+            no trainable parameter elsewhere, but for DoRA's magnitudes, which stay as they are.
+            `{whole module name: ("weight", "bias") or one of them}` takes exactly these, whether they require gradients
+            or not.
         rows: `{module name: rows that are used}`, for an output head restricted to some classes.
 
     Raises:
@@ -132,10 +139,19 @@ def find_layers(
         )
     if modules is None:
         selected = list(by_module)
+        magnitudes = [name for name in outside if _is_magnitude(name, by_module)]
+        outside = [name for name in outside if name not in magnitudes]
+        if magnitudes and not outside:
+            logger.info("DoRA: the posterior is over A and B; %d magnitude vectors stay as fine-tuned", len(magnitudes))
         if outside:
             raise ValueError(
-                f"trainable parameters outside nn.Linear: {_some(outside)}. Freeze them, or choose the layers with "
-                "modules=... (the others then stay at their fine-tuned values)"
+                f"trainable parameters outside nn.Linear: {_some(outside)}. "
+                + (
+                    "Freeze them, or pass modules='.*', which takes every trainable nn.Linear (the others then stay at "
+                    "their fine-tuned values)"
+                    if by_module
+                    else "The posterior is over weights of nn.Linear, and none is trainable"
+                )
             )
     elif given is not None:
         selected = list(by_module)
@@ -148,7 +164,7 @@ def find_layers(
                 f"one parameter is shared by several modules, which is not supported: {_some(list(layers_of.values()))}"
             )
     for name in selected:
-        _check_plain_lora(name, named_modules)
+        _check_lora(name, named_modules)
         _check_present(name, named_modules[name])
     return [linear_layer(name, named_modules, by_module[name], (rows or {}).get(name)) for name in selected]
 
@@ -182,8 +198,14 @@ def linear_layer(
     )
 
 
-def _check_plain_lora(name: str, named_modules: Mapping[str, nn.Module]) -> None:
-    """Variants of LoRA (DoRA and others), and LoRA on bare parameters, use the matrices beside their modules' calls."""
+def _is_magnitude(name: str, layers: Collection[str]) -> bool:
+    """Whether a parameter is DoRA's vector of magnitudes beside an A and a B that are layers."""
+    match = _MAGNITUDE.fullmatch(name)
+    return match is not None and all(f"{match[1]}.{part}.{match[2]}" in layers for part in ("lora_A", "lora_B"))
+
+
+def _check_lora(name: str, named_modules: Mapping[str, nn.Module]) -> None:
+    """Variants of LoRA other than DoRA, and LoRA on bare parameters, use the matrices beside their modules' calls."""
     layer, _, adapter = name.replace(".lora_B.", ".lora_A.").rpartition(".lora_A.")
     adapted = named_modules.get(layer)
     if type(adapted).__name__ == "ParamWrapper":
@@ -193,10 +215,16 @@ def _check_plain_lora(name: str, named_modules: Mapping[str, nn.Module]) -> None
             "modules=..., they then stay at their fine-tuned values"
         )
     variant = getattr(adapted, "lora_variant", {}).get(adapter)
-    if variant is not None:
+    if variant is not None and type(variant).__name__ != DORA:
         raise ValueError(
-            f"{name}: expected plain LoRA, its adapter is a {type(variant).__name__}, which uses the matrix outside "
-            "its module's call"
+            f"{name}: expected plain LoRA or DoRA, its adapter is a {type(variant).__name__}, which uses the matrix "
+            "outside its module's call"
+        )
+    outer, _, part = name.rpartition(".")
+    if part == "base_layer" and getattr(named_modules.get(outer), "lora_magnitude_vector", None):
+        raise ValueError(
+            f"{name}: it is trained under DoRA, which subtracts its bias again outside its call; leave it out with "
+            "modules=... (it then stays at its fine-tuned value), or fine-tune with bias='none'"
         )
 
 

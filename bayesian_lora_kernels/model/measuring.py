@@ -60,6 +60,10 @@ def measuring(model: nn.Module) -> Iterator[None]:
                 for module, _ in modes:
                     if _checkpoints_safely(module):
                         module.training = True
+                caches = [(m, m._dora_cache) for m, _ in modes if isinstance(getattr(m, "_dora_cache", None), dict)]
+                steps.append(lambda: _set_caches(caches))
+                for module, _ in caches:
+                    module._dora_cache = _NoCache()  # type: ignore[assignment]
                 with torch.inference_mode(False), torch.enable_grad():
                     yield
             finally:
@@ -200,6 +204,18 @@ def _forget(hook: Any, hooks: dict[int, Any], *flags: dict[int, Any]) -> None:
         for flag in flags:
             flag.pop(key, None)
         hooks.pop(key, None)
+
+
+class _NoCache(dict[str, Any]):
+    """Keeps nothing: what PEFT caches of DoRA in eval mode has a graph, and is of the weights of an earlier call."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        pass
+
+
+def _set_caches(caches: Iterable[tuple[nn.Module, Any]]) -> None:
+    for module, cache in caches:
+        module._dora_cache = cache
 
 
 def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:

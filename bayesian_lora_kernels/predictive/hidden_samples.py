@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.batches import Batch
+from bayesian_lora_kernels.model.dora import constant_norms
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.head import OutputHead, read_head
 from bayesian_lora_kernels.model.hidden import HiddenStates, differentiable_attention
@@ -138,11 +139,17 @@ class HiddenSampler:
         parts: list[Deviations] = []
         with measuring(self.model), differentiable_attention(self.model), torch.no_grad():
             self.model.eval()  # checkpointing, which `measuring` leaves on, has nothing to do with these derivatives
-            while (missing := n - sum(map(len, parts))) > 0:
-                drawn = [self.posterior.sample(BLOCK, generator) for _ in range(min(blocks, -(-missing // BLOCK)))]
-                weights = {name: torch.cat([part[name] for part in drawn])[:missing] for name in drawn[0]}
-                parts.append(self._push(batch, weights, examples, samples, every))
+            with constant_norms(self.model, lambda: self._run(batch, examples)):
+                while (missing := n - sum(map(len, parts))) > 0:
+                    drawn = [self.posterior.sample(BLOCK, generator) for _ in range(min(blocks, -(-missing // BLOCK)))]
+                    weights = {name: torch.cat([part[name] for part in drawn])[:missing] for name in drawn[0]}
+                    parts.append(self._push(batch, weights, examples, samples, every))
         return Deviations.join(parts)
+
+    def _run(self, batch: Batch, examples: int) -> None:
+        """The model as it is, some examples at a time."""
+        for _, piece in batch.pieces(examples):
+            self.states(piece)
 
     def _push(
         self, batch: Batch, weights: Mapping[str, Tensor], examples: int, samples: int, every: bool
