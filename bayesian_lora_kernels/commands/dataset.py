@@ -44,8 +44,8 @@ def read_examples(
     """The examples of a JSON-lines file, `{"prompt": ..., "label": ...}` on each line; empty lines are skipped.
 
     A chat stands under `messages`, in place of `prompt`. A pair is `{"prompt": ..., "chosen": ..., "rejected": ...}`,
-    texts or lists of messages, to either of which the prompt is put in front, if there is one. A whole text stands under
-    `text`.
+    texts or lists of messages, to either of which the prompt is put in front, if there is one. A whole text stands
+    under `text`.
 
     Args:
         path: of the file, UTF-8.

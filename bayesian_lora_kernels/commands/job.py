@@ -232,15 +232,14 @@ def load_inputs(
     tokenise = tokenise_prompts if task.kind == "choices" else tokenise_texts
     ids, truncated = tokenise(tokenizer, examples, limit)
     check_vocabulary(model, [one for example in ids for one in example])
-    if task.texts and (short := next((e for e, (one,) in zip(examples, ids, strict=True) if len(one) < 2), None)):
-        raise InputError(
-            f"line {short.line}: the text has a single token, which nothing comes before to predict it from"
-        )
+    short = next((e.line for e, (one, *_) in zip(examples, ids, strict=True) if task.texts and len(one) < 2), None)
+    if short is not None:
+        raise InputError(f"line {short}: the text is a single token, before which there is nothing to predict it from")
     if truncated:
         begins = task.kind == "choices" or tokenizer.truncation_side == "left"
         output.warn(
-            f"{truncated} of {len(ids)} {task.examples if task.pairs or task.texts else 'prompts'} are longer than {limit} "
-            f"tokens and lost their {'beginning' if begins else 'end'} (--max-length)"
+            f"{truncated} of {len(ids)} {task.inputs} are longer than {limit} tokens and lost their "
+            f"{'beginning' if begins else 'end'} (--max-length)"
         )
     return Inputs(
         model=model,

@@ -47,6 +47,11 @@ class Task:
         return self.kind if self.pairs or self.texts else "examples"
 
     @property
+    def inputs(self) -> str:
+        """What is put into the model."""
+        return self.kind if self.pairs or self.texts else "prompts"
+
+    @property
     def forward(self) -> ForwardFunction | None:
         """From a batch to logits; None for the default."""
         return pair_scores if self.pairs else None

@@ -228,9 +228,10 @@ def full_list(content: Mapping[str, Any]) -> str:
     pairs = sentences.read()
     parts = [
         "# The sentences of [next-token.md](next-token.md)\n",
-        "Written by `python -m benchmarks.prose.report`. In each sentence, the first word in bold is the one that makes it",
-        "true, or usual, the second the one that replaces it. Numbers, in nats, are of the first / the second: means over",
-        f"the word's own tokens, over the {AFTER} tokens after it, and over the whole sentence; MI is the mutual information.",
+        "Written by `python -m benchmarks.prose.report`. In each sentence, the first word in bold makes it true,",
+        "or usual, and the second replaces it. Numbers, in nats, are of the first / the second:",
+        f"means over the word's own tokens, over the {AFTER} tokens after it, and over the whole sentence; MI is the",
+        "mutual information.",
     ]
     for kind, title in sentences.KINDS.items():
         rows = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from bayesian_lora_kernels.calibration import ood_auroc
 
 RESAMPLES = 2000
-RIDGE = 0.01  # half the weight of the squared coefficients of standardised columns, so that separable data have a fit
+RIDGE = 0.01  # twice the weight of the squared coefficients of scaled columns, so that separable data have a fit
 STEPS = 50
 
 
