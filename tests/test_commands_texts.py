@@ -109,7 +109,12 @@ def test_a_text_that_is_too_long_is_cut(place: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "red", "label": "A"}', 'no "text" and no "messages"; its keys are "prompt", "label"; prompts and'),
+        (
+            '{"prompt": "red", "label": "A"}',
+            'expected "text" or "messages" alone, as prompts and labels need --choices',
+        ),
+        ('{"messages": [], "label": "A"}', "prompts and labels need --choices"),
+        ('{"txt": "red"}', 'no "text" and no "messages"; its keys are "txt"'),
         ('{"text": 3}', '"text": expected text, got 3'),
         ('{"text": ["red"]}', 'the messages of a chat go under "messages"'),
         ('{"text": "red", "messages": []}', 'expected "text" or "messages", got both'),

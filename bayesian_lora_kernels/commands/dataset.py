@@ -76,6 +76,8 @@ def read_examples(
         if pairs:
             examples.append(Example(number, _pair(content, where), 0))
         elif texts:
+            if "prompt" in content or "label" in content:
+                raise InputError(f'{where}expected "text" or "messages" alone, as prompts and labels need --choices')
             examples.append(Example(number, (_text(content, where, "text"),), None))
         else:
             examples.append(
@@ -103,8 +105,7 @@ def _text(content: Mapping[str, Any], where: str, key: str) -> Content:
     if "messages" in content:
         return _messages(content["messages"], "messages", where)
     if key not in content:
-        choices = "; prompts and labels need --choices" if key == "text" and "prompt" in content else ""
-        raise InputError(f'{where}no "{key}" and no "messages"; its keys are {_keys(content)}{choices}')
+        raise InputError(f'{where}no "{key}" and no "messages"; its keys are {_keys(content)}')
     text = content[key]
     if not isinstance(text, str):
         chat = '; the messages of a chat go under "messages"' if isinstance(text, list) else ""
