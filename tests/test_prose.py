@@ -225,6 +225,11 @@ def test_the_pages_agree_with_the_numbers(content: dict[str, Any]):
     page = report.PAGE.read_text(encoding="utf-8")
     assert report.fill(page, report.tables(content)) == page
     assert report.LIST.read_text(encoding="utf-8") == report.full_list(content)
+    words, *_ = page.split("## What was done")
+    figures = re.findall(r"\d\.\d{2,}", words)
+    assert len(figures) > 20
+    assert not [figure for figure in figures if figure not in "".join(report.tables(content).values())]
+    assert f"But {content['summary']['word_tokens']['name']['more']} of\n" in words
     with pytest.raises(ValueError, match="expected places of the tables"):
         report.fill(page.replace("<!-- table cost -->", ""), report.tables(content))
 
@@ -246,6 +251,15 @@ def test_the_summary_is_of_the_scores(content: dict[str, Any]):
             found = content["summary"]["pairs"][kind]["sentence"]
             assert found["auroc"][name][0] == pytest.approx(wins, abs=1e-3)
             assert found["higher"][name][0] == pytest.approx(paired, abs=1e-4)
+        lengths = [[len(record[version]["word"]) for record in own] for version in sentences.VERSIONS]
+        longer = torch.tensor(lengths[1]) - torch.tensor(lengths[0])
+        told = content["summary"]["word_tokens"][kind]
+        assert told["more"] == int((longer > 0).sum())
+        assert told["auroc"][0] == pytest.approx(
+            fmean((b > a) + 0.5 * (b == a) for a in lengths[0] for b in lengths[1]), abs=1e-3
+        )
+        if kind == "fact":
+            assert (longer == 0).all()  # which docs/next-token.md and its tables go by
     for kind, own in content["summary"]["held_out"]["mean"].items():
         texts = [text for text in content["held_out"] if text["kind"] == kind]
         assert len(texts) == content["settings"]["held_out"]

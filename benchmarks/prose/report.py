@@ -75,14 +75,19 @@ def summary(content: Mapping[str, Any]) -> dict[str, Any]:
     for kind in sentences.KINDS:
         own = [record for pair, record in zip(pairs, content["pairs"], strict=True) if pair.kind == kind]
         table = [{version: at_places(record[version]) for version in sentences.VERSIONS} for record in own]
-        found["pairs"][kind] = {place: _of_pairs(table, place) for place in PLACES}
-        lengths = (torch.tensor([float(len(r[version]["word"])) for r in own]) for version in sentences.VERSIONS)
-        found["word_tokens"][kind] = auroc_of_pairs(*lengths)
+        true, altered = (torch.tensor([float(len(r[v]["word"])) for r in own]) for v in sentences.VERSIONS)
+        found["pairs"][kind] = {place: _of_pairs(table, place, altered - true) for place in PLACES}
+        found["word_tokens"][kind] = {
+            "auroc": auroc_of_pairs(true, altered),
+            "log_loss": float(log_loss(held_out_margins((altered - true)[:, None])).mean()),
+            "more": int((altered > true).sum()),
+        }
     found["held_out"] = _of_held_out(content["held_out"])
     return found
 
 
-def _of_pairs(table: Sequence[Mapping[str, Any]], place: str) -> dict[str, Any]:
+def _of_pairs(table: Sequence[Mapping[str, Any]], place: str, longer: Tensor) -> dict[str, Any]:
+    """`longer`, by how many tokens the altered word is, stands beside the measures in `beside_length`."""
     columns = {
         name: [torch.tensor([row[version][place][name] for row in table]) for version in sentences.VERSIONS]
         for name in MEASURES
@@ -92,6 +97,7 @@ def _of_pairs(table: Sequence[Mapping[str, Any]], place: str) -> dict[str, Any]:
         "auroc": {name: auroc_of_pairs(*both) for name, both in columns.items()},
         "higher": {name: share_higher(*both) for name, both in columns.items()},
         "told_apart": _models(lambda names: torch.stack([differences[name] for name in names], dim=1)),
+        "beside_length": _models(lambda names: torch.stack([longer, *(differences[name] for name in names)], dim=1)),
     }
 
 
@@ -167,25 +173,29 @@ def tables(content: Mapping[str, Any]) -> dict[str, str]:
                 own = found["pairs"][kind][place]
                 cells.append(f"{_interval(own['auroc'][name])}, {_percent(own['higher'][name][0])}")
             rows.append([measure, *cells])
-        rows.append(["number of tokens", f"{_interval(found['word_tokens'][kind])}", "", ""])
+        rows.append(["number of tokens", _interval(found["word_tokens"][kind]["auroc"]), "", ""])
         made[kind] = _table(head, rows)
-        rows = []
-        for place, where in PLACES.items():
-            own = found["pairs"][kind][place]["told_apart"]
-            losses = [f"{own['log_loss'][model]:.3f}" for model in MODELS]
-            rows.append([f"{title}, {where}", *losses, _interval(own["lowered_by_mutual_information"], 3)])
-        made[f"adds-{kind}"] = _table(["held-out log-loss by", *MODELS, "lowered by the last (95 %)"], rows)
+        head = ["held-out log-loss by", *MODELS, "lowered by the last (95 %)"]
+        own = found["pairs"][kind]
+        rows = [[f"{title}, {PLACES[place]}", *_losses(own[place]["told_apart"])] for place in PLACES]
+        made[f"adds-{kind}"] = _table(head, rows)
+    title, own = sentences.KINDS["name"], found["pairs"]["name"]  # a false word has as many tokens as the true one
+    alone = found["word_tokens"]["name"]["log_loss"]
+    head = [
+        "held-out log-loss by the number of tokens",
+        "alone",
+        *(f"and {model}" for model in MODELS),
+        "lowered by the last",
+    ]
+    rows = [[f"{title}, {PLACES[p]}", f"{alone:.3f}", *_losses(own[p]["beside_length"])] for p in PLACES]
+    made["adds-beside-length"] = _table(head, rows)
     held_out = found["held_out"]
     rows = [[k, *(f"{own[name]:.4f}" for name in MEASURES)] for k, own in held_out["mean"].items()]
     made["means"] = _table(["mean of a token, nats", *MEASURES.values()], rows)
     rows = [[k, *(_interval(own[name]) for name in MEASURES)] for k, own in held_out["auroc"].items()]
-    own = held_out["told_apart"]
     made["held-out"] = _table([f"AUROC, {IN} against", *MEASURES.values()], rows)
-    losses = [f"{own['log_loss'][model]:.3f}" for model in MODELS]
-    made["adds-held-out"] = _table(
-        ["held-out log-loss by", *MODELS, "lowered by the last (95 %)"],
-        [[f"{IN} against all four", *losses, _interval(own["lowered_by_mutual_information"], 3)]],
-    )
+    head = ["held-out log-loss by", *MODELS, "lowered by the last (95 %)"]
+    made["adds-held-out"] = _table(head, [[f"{IN} against all four", *_losses(held_out["told_apart"])]])
     ranks = held_out["rank_correlation_with_mutual_information"]
     made["ranks"] = _table(
         ["", *list(MEASURES.values())[1:]],
@@ -254,6 +264,11 @@ def full_list(content: Mapping[str, Any]) -> str:
 def _interval(values: Sequence[float], digits: int = 2) -> str:
     value, low, high = (f"{number:.{digits}f}" for number in values)
     return f"{value} ({low} to {high})"
+
+
+def _losses(found: Mapping[str, Any]) -> list[str]:
+    losses = [f"{found['log_loss'][model]:.3f}" for model in MODELS]
+    return [*losses, _interval(found["lowered_by_mutual_information"], 3)]
 
 
 def _percent(share: float) -> str:
