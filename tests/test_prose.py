@@ -139,7 +139,7 @@ def test_ranks_of_ties_are_their_mean():
     assert report._ranks(values).tolist() == truth == [4.0, 1.0, 4.0, 2.0, 4.0]
 
 
-def test_no_editorial_is_in_both_sets(tmp_path: Path):
+def test_no_editorial_is_in_both_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def sentence(name: str) -> str:
         return " ".join(f"{name}{i}" for i in range(SHORTEST + 3))
 
@@ -150,6 +150,7 @@ def test_no_editorial_is_in_both_sets(tmp_path: Path):
         FILES["movies"]: f"1\t1\t{sentence('m')}\n2\t1\ttoo short",
         FILES["tweets"]: f"1\t1\t{sentence('t')}\n2\t1\t{sentence('t')}",
     }
+    monkeypatch.setattr("benchmarks.prose.texts.docstrings", lambda: [(tmp_path, sentence(f"s{i}")) for i in range(9)])
     path = tmp_path / "source.tar.gz"
     path.write_bytes(archive({INNER: archive({name: text.encode() for name, text in files.items()})}))
     texts = read_texts(path, train=7, held_out=3, seed=0)
