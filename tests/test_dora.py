@@ -168,7 +168,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
 class Rescaled(nn.Module):
     """What a DoRA layer is with its row scales `D = m / ||W + s B A||` held: `D (W x + s B A x) + b`.
 
-    PEFT puts a second adapter on top of what the first makes of W x; up to 0.13, beside it.
+    PEFT puts a second adapter on top of what the first makes of W x, PEFT 0.13 beside it.
     """
 
     def __init__(self, layer: Any, held: bool):
@@ -538,6 +538,27 @@ def test_biases_that_are_trained_under_dora() -> None:
     with pytest.raises(ValueError, match=r"query.base_layer: it is trained under DoRA, which subtracts its bias again"):
         blk.LaplaceLoRA(model)
     blk.LaplaceLoRA(model, modules=r".*(lora_[AB]|classifier).*")
+
+
+class Aside(nn.Module):
+    """A layer that is called, and whose output is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.aside = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside(x)
+        return self.first(x)
+
+
+def test_a_layer_without_effect() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["first", "aside"], use_dora=True)
+    scene = Scene(randomised(peft.get_peft_model(Aside(), config)), tensors((4, 4), (3, 4)))
+    with pytest.raises(ValueError, match=r"aside.lora_A.default, .* never called by forward, or without effect on the"):
+        fit(scene)
+    scene.arguments = {"modules": r".*\.first\..*"}
+    fit(scene)
 
 
 # Files

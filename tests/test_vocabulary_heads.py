@@ -156,6 +156,21 @@ def test_adapted_heads(kind):
     check(made(kind, targets=("q_proj", "lm_head"), use_rslora=True), *HEADS[kind])
 
 
+class Float32Logits(transformers.LlamaForCausalLM):
+    """As Mamba, whatever its dtype."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits.float()
+        return output
+
+
+def test_logits_in_less_precision_than_the_head():
+    torch.manual_seed(0)
+    model = lora(Float32Logits(transformers.LlamaConfig(**SIZES)), ("q_proj", "v_proj"), task_type="CAUSAL_LM")
+    check(causal_case(model.double(), (5, 3, 6), None, VOCABULARY), *HEADS["plain"])
+
+
 def test_nothing_but_the_head_is_adapted():
     check(made("plain", targets=("lm_head",)), 1.0, None)
 

@@ -106,7 +106,7 @@ class AdapterFolder:
         if config is not None:  # the head is the adapter's, whatever the base has
             kind = transformers.AutoModelForSequenceClassification
             options |= {"config": config, "ignore_mismatched_sizes": True}
-        with loading(f"base model {self.base}"), _loading_bar(sys.stderr.isatty()), _quiet(config is not None):
+        with loading(f"base model {self.base}"), loading_bar(sys.stderr.isatty()), _quiet(config is not None):
             try:
                 base, info = kind.from_pretrained(self.base, output_loading_info=True, **options)
             except OSError as error:
@@ -244,7 +244,7 @@ def _is_path(name: str) -> bool:
 
 
 @contextmanager
-def _loading_bar(shown: bool) -> Iterator[None]:
+def loading_bar(shown: bool) -> Iterator[None]:
     """Transformers shows its progress even in a log file."""
     from transformers.utils import logging
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bayesian_lora_kernels.commands.adapter import choose_device, context_length, pad_token
+from bayesian_lora_kernels.commands.adapter import choose_device, context_length, loading_bar, pad_token
 from bayesian_lora_kernels.commands.dataset import Content, Example, read_examples
 from bayesian_lora_kernels.commands.errors import InputError, loading
 from bayesian_lora_kernels.commands.tokens import choice_tokens, tokenise_prompts
@@ -132,13 +133,14 @@ def _labelled(path: Path, choices: Sequence[str]) -> list[tuple[Content, int]]:
 
 def _load(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
     """Model, in eval mode, and tokenizer."""
-    if name == SMOLLM2:
-        model, tokenizer = load_smollm2()
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    with loading_bar(sys.stderr.isatty()):
+        if name == SMOLLM2:
+            model, tokenizer = load_smollm2()
+        else:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        with loading(f"--model {name}"):
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name)
+            with loading(f"--model {name}"):
+                tokenizer = AutoTokenizer.from_pretrained(name)
+                model = AutoModelForCausalLM.from_pretrained(name)
     wanted = (torch.bfloat16 if device.type == "cuda" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     return model.to(device, wanted).eval(), tokenizer

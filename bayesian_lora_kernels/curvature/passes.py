@@ -188,9 +188,9 @@ class Passes:
         missing = [layer.name for layer in self.layers if layer.name not in called]
         if missing:
             raise ValueError(
-                f"{', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}: never called by forward, so the "
-                "data say nothing about it (an adapter that is merged, disabled or not active?); leave it out with "
-                "modules=..."
+                f"{', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}: never called by forward, or "
+                "without effect on the logits, so the data say nothing about it (an adapter that is merged, disabled "
+                "or not active?); leave it out with modules=..."
             )
 
     def _count(self, recorded: Capture, totals: _Totals) -> None:

@@ -1,6 +1,6 @@
 """The label-free rule on the study's tasks, which it had not seen: `python -m benchmarks.label_free.fresh`.
 
-Takes the folder of a finished `python -m benchmarks.calibration_study` (exact curvature) and its cache of models. The
+Takes the folder of a finished `python -m benchmarks.calibration.labels` (exact curvature) and its cache of models. The
 rule is LOO (T, b) of docs/label-free.md, and LOO T, as they were; nothing is chosen here.
 """
 
@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from bayesian_lora_kernels import LaplaceLoRA
 from bayesian_lora_kernels.calibration import paired_difference
 
-from ..calibration_study.scores import scores
-from ..calibration_study.tasks import make_task
+from ..calibration.scores import scores
+from ..calibration.tasks import make_task
 from . import rules
 from .__main__ import described, path
 from .linearised import Evidence, Features, evidence_arguments, jacobians, map_weights

@@ -39,14 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     text = document(families, [rows[i] for i in range(len(FAMILIES), len(RECIPES))], versions)
     if chosen.check:
         before = DOCUMENT.read_text() if DOCUMENT.exists() else ""
-        changes = list(
-            difflib.unified_diff(before.splitlines(), text.splitlines(), "docs/models.md", "now", lineterm="")
-        )
+        names = ("docs/models.md", "measured")
+        changes = "\n".join(difflib.unified_diff(before.splitlines(), text.splitlines(), *names, lineterm=""))
         if changes:
-            print(
-                "\n".join(changes),
-                "\ndocs/models.md is not what was measured: run make models, and look at what changed",
-            )
+            print(f"{changes}\ndocs/models.md is not what was measured: run make models, and look at what changed")
         return int(bool(bad or changes))
     partial = DOCUMENT.with_suffix(".partial")
     partial.write_text(text)

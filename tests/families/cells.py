@@ -110,7 +110,7 @@ def scene(recipe: Recipe, model: Any, dtype: torch.dtype) -> Scene:
         def run(model: Any, batch: Any, whole: Callable[[Any, Any], Tensor] = run) -> Tensor:
             return whole(model, {**batch, "logits_to_keep": 1})
 
-    return Scene(model, batches, run=run, arguments=dict(recipe.arguments), factors=recipe.factors)
+    return Scene(model, batches, run=run, arguments=dict(recipe.arguments))
 
 
 def in_dtype(batch: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -311,5 +311,8 @@ def cell(compare: Callable[[], Errors | None], tolerance: float = TOLERANCE) -> 
 
 
 def raised_here(error: BaseException) -> bool:
-    """Whether an exception is the package's own, not one that went through it."""
+    """Whether an exception is the package's own, not one that went through it, even under a word of where."""
+    cause = error.__cause__
+    if cause is not None and str(error).endswith(str(cause)):
+        return raised_here(cause)
     return PACKAGE in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents

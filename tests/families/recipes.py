@@ -95,7 +95,6 @@ class Recipe:
         cap: of a causal model's soft cap, behind which logits are no longer Gaussian.
         last_position: whether the truth too calls the head on the last position only: what K-FAC's A of an adapted head
             is a mean over.
-        factors: whether K-FAC's factors are defined by the layers' own calls.
         prepare: what is done to the adapted model last.
     """
 
@@ -108,7 +107,6 @@ class Recipe:
     text: Callable[[], dict[str, Tensor]] | None = None
     cap: float | None = None
     last_position: bool = False
-    factors: bool = True
     prepare: Callable[[Any], Any] = lambda model: None
 
     def model(self, dtype: torch.dtype = torch.float64) -> Any:
@@ -370,7 +368,7 @@ TARGETS = {"target_modules": list(QV)}
 VARIANTS = [
     on_llama("LoRA"),
     on_llama("rsLoRA", use_rslora=True),
-    variant("DoRA", lora(QV, task_type="CAUSAL_LM", use_dora=True), factors=False),
+    on_llama("DoRA", use_dora=True),
     on_llama("PiSSA", init_lora_weights="pissa"),
     on_llama("OLoRA", init_lora_weights="olora"),
     on_llama("lora_bias", lora_bias=True),

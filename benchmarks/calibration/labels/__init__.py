@@ -19,10 +19,10 @@ The order in which things were done, so that it can be told what could have been
    `laplace.verify`, which says whether derivatives agree and nothing about predictions, was run on four models.
 4. All models (5 seeds of each task) were fine-tuned, with accuracy and loss looked at as before; nothing was changed.
 
-`python -m benchmarks.calibration_study --out FOLDER` runs the study: a model that is finished is not done again.
-`requirements.txt` says what it needs beside the project's own dependencies.
+`python -m benchmarks.calibration.labels --out FOLDER` runs the study: a model that is finished is not done again.
+`../requirements.txt` says what it needs beside the project's own dependencies.
 
-Tasks (`tasks/`), drawn anew for every seed, no text in two splits, no document in two of training, held-out (100
+Tasks (`../tasks/`), drawn anew for every seed, no text in two splits, no document in two of training, held-out (100
 labels) and test set; the shift set is from the test set's documents, or drawn apart:
 
 | task | question, classes | model | train | test | shift |

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .task import Example
+from .task import Example, Task
 
 PAD = 0
 
@@ -83,10 +83,29 @@ class Llama:
         return peft.get_peft_model(model, config)
 
 
-def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+class NextToken(Task):
+    """Choices by the next token, of texts that are padded on the left: only its logits are computed."""
+
+    pad = PAD
+
+    def tokens(self, examples: Sequence[Example]) -> list[Sequence[int]]:
+        """Of each example."""
+        return [example.content for example in examples]
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        ids, mask = (side.flip(1) for side in padded([text[::-1] for text in self.tokens(examples)], self.pad))
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([one.label for one in examples])}
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        assert self.class_token_ids is not None
+        output = model(batch["input_ids"], batch["attention_mask"], use_cache=False, logits_to_keep=1)
+        return output.logits[:, -1, list(self.class_token_ids)]
+
+
+def padded(texts: Sequence[Sequence[int]], pad: int = PAD) -> tuple[Tensor, Tensor]:
     """`[N, T]` twice: token ids padded on the right, and the mask."""
     width = max(len(text) for text in texts)
-    ids = torch.tensor([[*text, *[PAD] * (width - len(text))] for text in texts])
+    ids = torch.tensor([[*text, *[pad] * (width - len(text))] for text in texts])
     mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
     return ids, mask
 

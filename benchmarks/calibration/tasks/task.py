@@ -9,7 +9,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..files import write_tensors
 
-REQUIREMENTS = "benchmarks/calibration_study/requirements.txt"
+REQUIREMENTS = "benchmarks/calibration/requirements.txt"
 
 
 class MissingPackage(ImportError):
@@ -44,12 +44,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Splits:
-    """In random order; the first n of `held_out` are the n labels that a calibration gets."""
+    """In random order; the first n of `held_out` are the n labels that a calibration gets.
+
+    Those of `foreign` belong to no class, and their label says nothing; some tasks have none.
+    """
 
     train: list[Example]
     held_out: list[Example]
     test: list[Example]
     shift: list[Example]
+    foreign: list[Example] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,9 @@ class Task(ABC):
         class_token_ids: of a causal LM, as for `LaplaceLoRA`; None: the model's outputs are the classes.
         forward: as for `LaplaceLoRA`.
         training: of the fine-tuning.
+        autocast: whether that runs in bfloat16 where PyTorch's autocast says so. Nothing else does.
+        batch_size: of fits and predictions.
+        last_layer: which modules a posterior over the last layer covers, as `LaplaceLoRA` takes them.
     """
 
     name: str
@@ -78,6 +85,9 @@ class Task(ABC):
     training: Training
     class_token_ids: Sequence[int] | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None
+    autocast: bool = False
+    batch_size: int = 32
+    last_layer: str
 
     def __init__(self, cache: Path):
         self.cache = cache
@@ -107,26 +117,56 @@ class Task(ABC):
         last = batch["attention_mask"].sum(dim=-1) - 1  # padded on the right
         return logits[torch.arange(len(last)), last][:, list(self.class_token_ids)]
 
-    def fine_tune(self, examples: Sequence[Example], seed: int) -> nn.Module:
-        """A model in eval mode, trained on the examples only; one that was trained before is read from the cache."""
+    def fine_tune(self, examples: Sequence[Example], seed: int, dropout: float = 0.0) -> nn.Module:
+        """A model in eval mode, trained on the examples only; one that was trained before is read from the cache.
+
+        Args:
+            examples: of the training set.
+            seed: of the adapter, the order and dropout.
+            dropout: of the adapter's inputs.
+        """
         model = self.build(seed)
+        set_lora_dropout(model, dropout)
         trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        described = [self.identity(), asdict(self.training), seed, [(e.content, e.label) for e in examples]]
-        path = self.cache / self.name / f"tuned-{digest(described)}.safetensors"
 
         def make() -> dict[str, Tensor]:
             train(self, model, examples, seed)
             return dict(trainable)
 
-        tensors = kept(path, make)
+        tensors = kept(self.tuned(examples, seed, dropout), make)
         with torch.no_grad():
             for name, value in trainable.items():
                 value.copy_(tensors[name])
         return model.eval()
 
-    def batches(self, examples: Sequence[Example], size: int = 32) -> list[dict[str, Tensor]]:
+    def tuned(self, examples: Sequence[Example], seed: int, dropout: float = 0.0) -> Path:
+        """Where a fine-tuned model is kept."""
+        described = [self.identity(), asdict(self.training), seed, [(e.content, e.label) for e in examples]]
+        described += [{"dropout": dropout}] * (dropout > 0) + [{"autocast": True}] * self.autocast
+        return self.cache / self.name / f"tuned-{digest(described)}.safetensors"
+
+    def batches(self, examples: Sequence[Example], size: int | None = None) -> list[dict[str, Tensor]]:
         """A loader: in the order of the examples."""
+        size = size or self.batch_size
         return [self.collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+
+def set_lora_dropout(model: nn.Module, rate: float) -> None:
+    """Of the inputs of every LoRA layer, from now on."""
+    if rate == 0:
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.lora_dropout:
+                module.lora_dropout[name] = nn.Dropout(rate)
+
+
+def logits_of(task: Task, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+    """`[N, C]` float64, in the mode that the model is in."""
+    with torch.no_grad():
+        return torch.cat([task.logits(model, batch) for batch in task.batches(examples)]).double()
 
 
 def train(task: Task, model: nn.Module, examples: Sequence[Example], seed: int) -> None:
@@ -141,7 +181,9 @@ def train(task: Task, model: nn.Module, examples: Sequence[Example], seed: int) 
     model.train()
     for _ in range(settings.epochs):
         for batch in task.batches(rng.sample(list(examples), len(examples)), settings.batch_size):
-            loss = F.cross_entropy(task.logits(model, batch), batch["labels"])
+            with torch.autocast("cpu", torch.bfloat16, enabled=task.autocast):
+                logits = task.logits(model, batch)
+            loss = F.cross_entropy(logits.float(), batch["labels"])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -155,10 +197,26 @@ def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
     from safetensors.torch import load_file
 
     if not path.exists():
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         tensors = make()
-        write_tensors(path, tensors, {"seconds": f"{time.perf_counter() - start:.1f}"})
+        seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+        write_tensors(path, tensors, {name: f"{value:.1f}" for name, value in seconds.items()})
     return load_file(path)
+
+
+def cpu_seconds(path: Path) -> float:
+    """What making such a file took, of all cores together.
+
+    Raises:
+        ValueError: for a file that does not say so.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if "cpu_seconds" not in metadata:
+        raise ValueError(f"{path}: expected its cpu_seconds, an older version wrote it; use another folder for --cache")
+    return float(metadata["cpu_seconds"])
 
 
 def digest(value: Any) -> str:

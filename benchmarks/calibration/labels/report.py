@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .scores import HIGHER_IS_BETTER, METRICS
+from ..scores import HIGHER_IS_BETTER, METRICS
+from ..tables import Difference, difference, number, or_none, paired, table
 
 Record = Mapping[str, Any]
 SPLITS = ("test", "shift")
@@ -26,23 +26,6 @@ TITLES = {
     "error_auroc": "error AUROC",
     "accuracy": "accuracy",
 }
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of a method and the reference, over models.
-
-    Attributes:
-        mean: of the differences.
-        error: standard error of the mean; NaN for one model.
-        better: share of the models for which the method is better; ties count half.
-        count: of models.
-    """
-
-    mean: float
-    error: float
-    better: float
-    count: int
 
 
 def value(record: Record, split: str, method: str, labels: int, metric: str) -> float:
@@ -59,19 +42,6 @@ def methods(records: Sequence[Record]) -> list[str]:
 
 def label_counts(records: Sequence[Record]) -> list[int]:
     return sorted({int(n) for record in records for n in record["scores"][SPLITS[0]].get(REFERENCE, {})})
-
-
-def paired(values: Sequence[float], reference: Sequence[float], higher_is_better: bool) -> Difference:
-    """Differences `value - reference` of the models that have both."""
-    pairs = [(a, b) for a, b in zip(values, reference, strict=True) if not (math.isnan(a) or math.isnan(b))]
-    if not pairs:
-        return Difference(math.nan, math.nan, math.nan, 0)
-    differences = [a - b for a, b in pairs]
-    n, sign = len(pairs), 1 if higher_is_better else -1
-    mean = sum(differences) / n
-    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1)) if n > 1 else math.nan
-    better = sum(1.0 if sign * d > 0 else 0.5 if d == 0 else 0.0 for d in differences) / n
-    return Difference(mean, spread / math.sqrt(n), better, n)
 
 
 def compare(
@@ -106,12 +76,12 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
     tasks = sorted({record["task"] for record in records})
 
     def one(some: Sequence[Record], split: str, method: str, n: int, metric: str) -> dict[str, Any]:
-        difference = vars(compare(some, split, method, n, metric))
+        own = vars(compare(some, split, method, n, metric))
         over_tasks = vars(compare_tasks(some, split, method, n, metric))
         return {
-            "mean": _or_none(mean(some, split, method, n, metric)),
-            "difference": {name: _or_none(number) for name, number in difference.items()},
-            "tasks_difference": {name: _or_none(number) for name, number in over_tasks.items()},
+            "mean": or_none(mean(some, split, method, n, metric)),
+            "difference": {name: or_none(value) for name, value in own.items()},
+            "tasks_difference": {name: or_none(value) for name, value in over_tasks.items()},
         }
 
     def numbers(some: Sequence[Record]) -> dict[str, Any]:
@@ -143,7 +113,7 @@ def as_markdown(records: Sequence[Record], command: str, versions: Mapping[str, 
         f"Written by `{command}` with {', '.join(f'{name} {version}' for name, version in versions.items())}.",
         "",
         f"{len(records)} models of {len(tasks)} tasks: {', '.join(tasks)}. How the tasks came about, and in which "
-        "order, is in the docstring of `benchmarks/calibration_study`.",
+        "order, is in the docstring of `benchmarks/calibration/labels`.",
         "",
         f"## Against temperature scaling with the same {most} labels",
         "",
@@ -228,8 +198,8 @@ def _differences(records: Sequence[Record], split: str, labels: int, of: Callabl
     for method in methods(records):
         if method != REFERENCE:
             found = [of(records, split, method, labels, metric) for metric in METRICS]
-            rows.append([method, *(_difference(one) for one in found)])
-    return _table(["method", *(TITLES[metric] for metric in METRICS)], rows)
+            rows.append([method, *(difference(one) for one in found)])
+    return table(["method", *(TITLES[metric] for metric in METRICS)], rows)
 
 
 def _robust_differences(records: Sequence[Record], split: str, labels: int) -> list[str]:
@@ -242,8 +212,8 @@ def _robust_differences(records: Sequence[Record], split: str, labels: int) -> l
             value(record, split, method, labels, "nll") - value(record, split, REFERENCE, labels, "nll")
             for record in records
         ]
-        rows.append([method, *(_difference(one) for one in found), f"{statistics.median(pairs):+.4f}"])
-    return _table(["method", *(TITLES[metric] for metric in METRICS), "median, plain"], rows)
+        rows.append([method, *(difference(one) for one in found), f"{statistics.median(pairs):+.4f}"])
+    return table(["method", *(TITLES[metric] for metric in METRICS), "median, plain"], rows)
 
 
 def _by_labels(records: Sequence[Record], split: str) -> list[str]:
@@ -253,37 +223,17 @@ def _by_labels(records: Sequence[Record], split: str) -> list[str]:
         cells = [method]
         for n in counts:
             nll, ece = (mean(records, split, method, n, metric) for metric in ("nll", "ece"))
-            cells.append(f"{_number(nll)} / {_number(ece)}")
+            cells.append(f"{number(nll)} / {number(ece)}")
             if method != REFERENCE:
-                cells[-1] += f"; {_difference(compare(records, split, method, n, 'nll'))}"
+                cells[-1] += f"; {difference(compare(records, split, method, n, 'nll'))}"
         rows.append(cells)
-    return _table(["method", *(f"{n} labels" for n in counts)], rows)
+    return table(["method", *(f"{n} labels" for n in counts)], rows)
 
 
 def _means(records: Sequence[Record], split: str, labels: int) -> list[str]:
     rows = []
     for method in methods(records):
-        cells = [_number(mean(records, split, method, labels, metric)) for metric in METRICS]
-        against = "" if method == REFERENCE else _difference(compare(records, split, method, labels, "nll"))
+        cells = [number(mean(records, split, method, labels, metric)) for metric in METRICS]
+        against = "" if method == REFERENCE else difference(compare(records, split, method, labels, "nll"))
         rows.append([method, *cells, against])
-    return _table(["method", *(TITLES[metric] for metric in METRICS), "NLL against temperature"], rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _number(number: float) -> str:
-    return "–" if math.isnan(number) else f"{number:.4f}"
-
-
-def _difference(one: Difference) -> str:
-    if one.count == 0:
-        return "–"
-    error = "" if math.isnan(one.error) else f" ± {one.error:.4f}"
-    return f"{one.mean:+.4f}{error} ({one.better:.0%})"
-
-
-def _or_none(number: float) -> float | None:
-    return None if math.isnan(number) else number
+    return table(["method", *(TITLES[metric] for metric in METRICS), "NLL against temperature"], rows)

@@ -1,4 +1,4 @@
-"""Runs the study: `python -m benchmarks.calibration_study --out FOLDER`; what it is, `__init__.py` says."""
+"""Runs the study: `python -m benchmarks.calibration.labels --out FOLDER`; what it is, `__init__.py` says."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.calibration import accuracy, negative_log_likelihood
 
-from ..workload import environment
+from ...workload import environment
+from ..files import write_json, write_tensors, write_text
+from ..scores import labels_of, scores
+from ..tasks import NAMES, Splits, Task, make_task
+from ..tasks.task import MissingPackage, logits_of
 from . import baselines, method, report
-from .files import write_json, write_tensors, write_text
-from .scores import labels_of, scores
-from .tasks import NAMES, Splits, Task, make_task
-from .tasks.task import MissingPackage
 
 LABELS = (10, 25, 50, 100)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration_study", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration.labels", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for results, and to go on from")
     parser.add_argument("--cache", type=Path, help="folder for base and fine-tuned models (default: OUT/cache)")
     parser.add_argument("--task", choices=NAMES, action="append", help="only this one; may be repeated")
@@ -49,9 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
                     else:
                         run(task, seed, options.curvature, options.out)
         if not options.fine_tune_only:
-            write_report(options.out, " ".join(["python -m benchmarks.calibration_study", *_shown(options)]))
+            write_report(options.out, " ".join(["python -m benchmarks.calibration.labels", *_shown(options)]))
     except (MissingPackage, StudyError) as error:
-        print(f"calibration_study: {error}", file=sys.stderr)
+        print(f"labels: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -147,12 +146,6 @@ def write_report(out: Path, command: str) -> None:
     write_json(out / "report.json", report.summary(records))
     report.draw(records, out / "report.png")
     print(out / "report.md")
-
-
-def logits_of(task: Task, model: nn.Module, examples: list[Any]) -> Tensor:
-    """`[N, C]` float64, of a model in eval mode."""
-    with torch.no_grad():
-        return torch.cat([task.logits(model, batch) for batch in task.batches(examples)]).double()
 
 
 def _plain(values: dict[str, float]) -> dict[str, float | None]:

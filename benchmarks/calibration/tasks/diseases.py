@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .encoder import TextTask, mean_pooled
+from .foreign import library_sentences
 from .task import Example, Splits, Training, drawn, imported, shares
 
 CHAPTERS = {
@@ -21,7 +22,7 @@ CHAPTERS = {
     "17": "congenital",
     "18": "symptoms",
 }
-TRAIN, HELD_OUT, TEST, SHIFT = 300, 100, 315, 300
+TRAIN, HELD_OUT, TEST, SHIFT, FOREIGN = 300, 100, 315, 300, 200
 
 
 class Diseases(TextTask):
@@ -30,6 +31,7 @@ class Diseases(TextTask):
     name = "diseases"
     n_classes = len(CHAPTERS)
     training = Training(epochs=10, learning_rate=5e-3)
+    last_layer = r".*\.head\..*"  # the whole of it is trained
 
     @cached_property
     def texts(self) -> tuple[list[Example], list[Example]]:
@@ -62,7 +64,7 @@ class Diseases(TextTask):
             for part, count in zip(categories, (TRAIN, HELD_OUT, TEST), strict=True)
         )
         shift = drawn([term for term in terms if term.source in categories[2]], SHIFT, rng, per_source=3)
-        return Splits(train, held_out, test, shift)
+        return Splits(train, held_out, test, shift, library_sentences(FOREIGN, seed))
 
     def build(self, seed: int) -> nn.Module:
         return mean_pooled(self.folder, self.n_classes, seed)

@@ -10,14 +10,14 @@ import torch
 
 from bayesian_lora_kernels import LaplaceLoRA
 from bayesian_lora_kernels.calibration import temperature_scale
-from benchmarks.calibration_study import __main__ as study
-from benchmarks.calibration_study import baselines, method, report
-from benchmarks.calibration_study.files import write_json
-from benchmarks.calibration_study.scores import scores
-from benchmarks.calibration_study.tasks import NAMES, Example, Splits, Training, majority, make_task, packages
-from benchmarks.calibration_study.tasks.causal import Llama
-from benchmarks.calibration_study.tasks.cities import folded
-from benchmarks.calibration_study.tasks.task import MissingPackage, Task, drawn, imported, shares
+from benchmarks.calibration.files import write_json
+from benchmarks.calibration.labels import __main__ as study
+from benchmarks.calibration.labels import baselines, method, report
+from benchmarks.calibration.scores import scores
+from benchmarks.calibration.tasks import NAMES, Example, Splits, Training, majority, make_task, packages
+from benchmarks.calibration.tasks.causal import Llama
+from benchmarks.calibration.tasks.cities import folded
+from benchmarks.calibration.tasks.task import MissingPackage, Task, drawn, imported, shares
 
 
 def make_or_skip(name, folder):
@@ -43,7 +43,7 @@ def test_splits_do_not_leak(name, tmp_path):
     parts = [splits.train, splits.held_out, splits.test, splits.shift]
     assert len(splits.held_out) == 100
     assert all(len(part) >= 150 for part in (splits.train, splits.test, splits.shift))
-    contents = [example.content for part in parts for example in part]
+    contents = [example.content for part in (*parts, splits.foreign) for example in part]
     assert len(set(contents)) == len(contents)
     train, held_out, test, shift = ({example.source for example in part} for part in parts)
     assert not train & held_out
@@ -60,7 +60,8 @@ def test_noise_is_in_every_split(tmp_path):
     clean, noisy = (make_task(name, tmp_path) for name in ("majority", "majority-noisy"))
     grouping = majority._grouping(majority.RULES)
     for task, noise in ((clean, 0), (noisy, 0.25)):
-        for part in vars(task.make(0)).values():
+        splits = task.make(0)
+        for part in (splits.train, splits.held_out, splits.test, splits.shift):
             wrong = 0
             for example in part:
                 groups = [grouping[token - majority.FIRST_SYMBOL] for token in example.content[1:-1]]

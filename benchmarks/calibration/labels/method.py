@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bayesian_lora_kernels import LaplaceLoRA, LogitPosterior, crossfit
 from bayesian_lora_kernels.predictive.calibrate import Calibration
 
-from .tasks import Splits, Task
+from ..tasks import Splits, Task
 
 FOLDS = 2
 METHODS = ("pairwise", "scalar")
