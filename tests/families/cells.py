@@ -44,7 +44,7 @@ from .recipes import CLASSES, Recipe
 PACKAGE = Path(blk.__file__).parent
 # The norms of transformers compute in float32 whatever the model's dtype.
 TOLERANCE = 1e-5
-HALF_TOLERANCE = 0.05
+HALF_TOLERANCE = 0.1  # more than what was seen, 0.043: processors round differently
 SAMPLES = 4
 BLOCK = 8  # samples of the weights that the package draws at once
 Errors = dict[str, float]

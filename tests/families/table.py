@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from .cells import COLUMNS, HALF_TOLERANCE, SAMPLES, TOLERANCE, Result, Row
 
-CLASSES = (1e-10, TOLERANCE)  # of errors: float64 throughout, and with norms in float32
+CLASSES = (1e-12, TOLERANCE)  # of errors: float64 throughout, and with norms in float32
 MARKS = {"wrong": "**WRONG**", "failed": "**FAILED**", "none": "-"}
 TITLES = {
     "kfac": "K-FAC",
@@ -31,7 +31,7 @@ cell is right because nothing was compared. *refused* is an error of this packag
 
 | column | what is compared |
 |---|---|
-| K-FAC | fit and predict: means, covariances under the inverse of the precision, factors A and S of every layer |
+| K-FAC | fit and predict: means, covariances under the inverse of its own precision; factors A and S |
 | EKFAC | the same; of the fit the trace of every layer's Gauss-Newton block, which EKFAC keeps |
 | exact | means, covariances under the dense Gauss-Newton matrix of all layers together |
 | vocabulary | `predict_vocabulary`: means of all logits, covariances of three, samples (Jacobian times weights) |
