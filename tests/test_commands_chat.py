@@ -140,9 +140,12 @@ def indices() -> str:
 
 
 def test_a_language_model_needs_choices(place: Path, capsys: Any) -> None:
-    for command in ("fit", "predict", "evaluate", "calibrate"):
+    for command in ("predict", "evaluate", "calibrate"):
         assert main([command, "adapter", "data.jsonl"]) == 2
         assert "--choices: expected what the model chooses between" in capsys.readouterr().err
+    assert main(["fit", "adapter", "data.jsonl"]) == 2
+    assert "line 1: expected" in (error := capsys.readouterr().err)
+    assert "prompts and labels need --choices" in error
 
 
 @pytest.mark.parametrize("command", ["fit", "calibrate", "evaluate", "predict"])

@@ -1,4 +1,4 @@
-"""JSON lines of prompts and labels, or of pairs, and the padded batches made of them."""
+"""JSON lines of prompts and labels, of texts or of pairs, and the padded batches made of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from torch import Tensor
 from bayesian_lora_kernels.commands.errors import InputError
 
 SIDES = ("chosen", "rejected")  # of a pair
+_KEYS = {
+    "text": '"text": ...',
+    "pair": '"chosen": ..., "rejected": ...',
+    "prompt": '"prompt": ..., "label": ...',
+}
 
 Content = str | list[dict[str, Any]]  # a text as it is, or the messages of a chat
 
@@ -33,17 +38,21 @@ class Example:
     label: int | None
 
 
-def read_examples(path: Path, choices: Sequence[str] | None, labelled: bool, pairs: bool = False) -> list[Example]:
+def read_examples(
+    path: Path, choices: Sequence[str] | None, labelled: bool, pairs: bool = False, texts: bool = False
+) -> list[Example]:
     """The examples of a JSON-lines file, `{"prompt": ..., "label": ...}` on each line; empty lines are skipped.
 
     A chat stands under `messages`, in place of `prompt`. A pair is `{"prompt": ..., "chosen": ..., "rejected": ...}`,
-    texts or lists of messages, to either of which the prompt is put in front, if there is one.
+    texts or lists of messages, to either of which the prompt is put in front, if there is one. A whole text stands
+    under `text`.
 
     Args:
         path: of the file, UTF-8.
         choices: what a label may be: one of them, or an index into them; None: labels are not read.
         labelled: whether every line must have a label.
         pairs: whether the lines are pairs.
+        texts: whether they are whole texts, which have no labels.
 
     Raises:
         InputError: if the file cannot be read or holds no example; if a line is not such an object. It names the line.
@@ -63,39 +72,45 @@ def read_examples(path: Path, choices: Sequence[str] | None, labelled: bool, pai
         if not line.strip():
             continue
         where = f"{path}, line {number}: "
-        content = _object(line, where, pairs)
+        content = _object(line, where, "text" if texts else "pair" if pairs else "prompt")
         if pairs:
             examples.append(Example(number, _pair(content, where), 0))
+        elif texts:
+            if "prompt" in content or "label" in content:
+                raise InputError(f'{where}expected "text" or "messages" alone, as prompts and labels need --choices')
+            examples.append(Example(number, (_text(content, where, "text"),), None))
         else:
-            examples.append(Example(number, (_prompt(content, where),), _label(content, where, choices, labelled)))
+            examples.append(
+                Example(number, (_text(content, where, "prompt"),), _label(content, where, choices, labelled))
+            )
     if not examples:
         raise InputError(f"{path}: no examples; expected a JSON object on every line")
     return examples
 
 
-def _object(line: str, where: str, pairs: bool) -> dict[str, Any]:
+def _object(line: str, where: str, kind: str) -> dict[str, Any]:
     try:
         content = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(content, dict):
-        keys = '"chosen": ..., "rejected": ...' if pairs else '"prompt": ..., "label": ...'
-        raise InputError(f"{where}expected an object {{{keys}}}, got {_json(content)}")
+        raise InputError(f"{where}expected an object {{{_KEYS[kind]}}}, got {_json(content)}")
     return content
 
 
-def _prompt(content: Mapping[str, Any], where: str) -> Content:
-    if "prompt" in content and "messages" in content:
-        raise InputError(f'{where}expected "prompt" or "messages", got both')
+def _text(content: Mapping[str, Any], where: str, key: str) -> Content:
+    """What stands under this key, or the chat under `messages`."""
+    if key in content and "messages" in content:
+        raise InputError(f'{where}expected "{key}" or "messages", got both')
     if "messages" in content:
         return _messages(content["messages"], "messages", where)
-    if "prompt" not in content:
-        raise InputError(f'{where}no "prompt" and no "messages"; its keys are {_keys(content)}')
-    prompt = content["prompt"]
-    if not isinstance(prompt, str):
-        chat = '; the messages of a chat go under "messages"' if isinstance(prompt, list) else ""
-        raise InputError(f'{where}"prompt": expected text, got {_json(prompt)}{chat}')
-    return prompt
+    if key not in content:
+        raise InputError(f'{where}no "{key}" and no "messages"; its keys are {_keys(content)}')
+    text = content[key]
+    if not isinstance(text, str):
+        chat = '; the messages of a chat go under "messages"' if isinstance(text, list) else ""
+        raise InputError(f'{where}"{key}": expected text, got {_json(text)}{chat}')
+    return text
 
 
 def _pair(content: Mapping[str, Any], where: str) -> tuple[Content, ...]:

@@ -110,7 +110,7 @@ def verify_adapter(args: Namespace) -> Verification:
     if args.data is None:
         raise InputError("--data: expected a file of JSON lines with prompts, to verify the adapter on")
     folder = open_adapter(args.adapter, args.model, tuple(TASKS))
-    task = task_of(folder, args.choices, vocabulary=True)
+    task = task_of(folder, args.choices, without="choices")
     examples = read_examples(args.data, None, labelled=False, pairs=task.pairs)[:EXAMPLES]
     inputs = load_inputs(folder, task, examples, args.device, args.dtype)
     with as_input_errors():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayesian_lora_kernels.commands import options, output
 from bayesian_lora_kernels.commands.errors import as_input_errors
-from bayesian_lora_kernels.commands.job import FEW_LABELS, add_job_options, how_to_calibrate, load_job
+from bayesian_lora_kernels.commands.job import FEW_LABELS, add_job_options, how_to_calibrate, how_to_score, load_job
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 
 
@@ -25,7 +25,7 @@ def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
         description="Fit a Laplace posterior to a PEFT adapter, choose its prior precision by the evidence, and write "
         "it into the adapter's folder.",
     )
-    add_job_options(parser, labelled=True)
+    add_job_options(parser, labelled=True, texts=True)
     parser.add_argument("--per-module", action="store_true", help="one prior precision for each module")
     options.add_settings(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: the adapter's folder")
@@ -42,7 +42,7 @@ def run(args: Namespace) -> int:
     folder = args.out or args.adapter
     output.check_folder(folder, "" if args.out is None else "--out ")
     config = options.config_of(args)
-    job = load_job(args, labelled=True)
+    job = load_job(args, labelled=True, texts=True)
     with as_input_errors():
         laplace = job.laplace(config)
         started = time.perf_counter()
@@ -65,6 +65,7 @@ def run(args: Namespace) -> int:
         **laplace.config.as_json(),
         "n_examples": laplace.n_examples,
         "n_truncated": job.inputs.truncated,
+        "n_tokens": sum(len(ids) - 1 for (ids,) in job.inputs.ids) if job.task.texts else None,
         "n_modules": len(laplace.layers),
         "n_parameters": sum(p.numel() for p in parameters),
         "log_likelihood": laplace.log_likelihood,
@@ -74,6 +75,9 @@ def run(args: Namespace) -> int:
     }
     output.write_json(args.json, result)
     print(_report(result))
+    if job.task.texts:
+        print(f"\nhow sure the model is of each token of a text: {how_to_score(args, folder)}")
+        return 0
     print(
         "\nprobabilities are not calibrated by the evidence; held-out labels (from "
         f"{FEW_LABELS} on) do that: {how_to_calibrate(args, folder)}"
@@ -82,18 +86,22 @@ def run(args: Namespace) -> int:
 
 
 def _report(result: Mapping[str, Any]) -> str:
-    n = result["n_examples"]
+    unit, n = ("example", result["n_examples"]) if result["n_tokens"] is None else ("token", result["n_tokens"])
     names = list(map(repr, result["choices"]))
     if result["class_tokens"] is not None:
         names = [f"{name} by token {token!r}" for name, token in zip(names, result["class_tokens"], strict=True)]
     return output.pairs(
         [
-            (result["task"], ", ".join(names)),
-            ("examples", f"{n}"),
+            *(
+                [(result["task"], ", ".join(names))]
+                if names
+                else [("tokens", f"{n:,} predicted, each from those before it")]
+            ),
+            ("examples", f"{result['n_examples']}"),
             ("modules", f"{result['n_modules']}"),
             ("parameters", f"{result['n_parameters']:,}"),
             ("curvature", result["curvature"]),
-            ("log-likelihood", f"{result['log_likelihood']:.2f}  ({result['log_likelihood'] / n:.4f} per example)"),
+            ("log-likelihood", f"{result['log_likelihood']:.2f}  ({result['log_likelihood'] / n:.4f} per {unit})"),
             ("log evidence", f"{result['log_marginal_likelihood']:.2f}"),
             ("prior precision", _precision(result["prior_precision"])),
             ("time", f"{result['seconds']:.1f} s"),

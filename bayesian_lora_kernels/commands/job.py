@@ -32,6 +32,7 @@ from bayesian_lora_kernels.commands.task import Task, task_of
 from bayesian_lora_kernels.commands.tokens import choice_tokens, token_text, tokenise_prompts, tokenise_texts
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.laplace import LaplaceLoRA
+from bayesian_lora_kernels.model.forward import IGNORED_LABEL
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 
@@ -39,7 +40,7 @@ DATA, HELD_OUT = "DATA.jsonl", "HELDOUT.jsonl"
 FEW_LABELS = 10  # with fewer, the labels say little
 
 
-def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA) -> None:
+def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA, texts: bool = False) -> None:
     """What `load_job` reads; `data` is what the file of examples is called."""
     content = (
         'JSON lines {"prompt": ..., "label": ...}; a label is one of the choices (of a classifier, its name), or its '
@@ -51,6 +52,10 @@ def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA)
         f'{content}; "messages", a chat, may stand in place of "prompt"; for a reward model, pairs {{"prompt": ..., '
         '"chosen": ..., "rejected": ...}, texts or lists of messages, of which the prompt may be absent'
     )
+    if texts:
+        lines += (
+            '; of a causal language model without --choices, {"text": ...} or "messages", of which every token counts'
+        )
     add_adapter(parser)
     parser.add_argument("data", type=Path, metavar=data, help=lines)
     parser.add_argument(
@@ -116,8 +121,13 @@ class Job:
         return [example.label for example in self.examples if example.label is not None]
 
     def batches(self) -> list[dict[str, Tensor]]:
-        """Labelled batches, in the order of the file."""
-        return batches(self.inputs.ids, self.batch_size, self.inputs.pad_id, self.labels)
+        """Labelled batches, in the order of the file; the labels of a text are its own tokens."""
+        if not self.task.texts:
+            return batches(self.inputs.ids, self.batch_size, self.inputs.pad_id, self.labels)
+        made = batches(self.inputs.ids, self.batch_size, self.inputs.pad_id)
+        for batch in made:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+        return made
 
     def laplace(self, config: LaplaceConfig) -> LaplaceLoRA:
         """Before the fit."""
@@ -162,7 +172,9 @@ class Job:
         return replace(logits, mean=mean, covariance=covariance), labels
 
 
-def load_job(args: Namespace, *, labelled: bool, posterior: Path | None = None, classes: int = 1) -> Job:
+def load_job(
+    args: Namespace, *, labelled: bool, posterior: Path | None = None, classes: int = 1, texts: bool = False
+) -> Job:
     """Check the arguments that all commands have, read the data, load the model.
 
     Args:
@@ -170,16 +182,17 @@ def load_job(args: Namespace, *, labelled: bool, posterior: Path | None = None, 
         labelled: whether every example needs a label.
         posterior: folder of a fitted posterior, whose choices must be these.
         classes: of how many choices there must be labels.
+        texts: whether a causal language model without choices is asked for every token of texts.
 
     Raises:
         InputError: for whatever the user has to put right.
     """
     folder = open_adapter(args.adapter, args.base, tuple(TASKS))
-    task = task_of(folder, args.choices)
+    task = task_of(folder, args.choices, without="texts" if texts else None)
     if posterior is not None and not (posterior / JSON_NAME).is_file():
         raise InputError(f"{posterior}: no posterior ({JSON_NAME}) in it; run blk fit first")
-    examples = read_examples(args.data, task.names, labelled, task.pairs)
-    if labelled:
+    examples = read_examples(args.data, task.names, labelled, task.pairs, task.texts)
+    if labelled and not task.texts:
         _check_classes(args.data, task, examples, classes)
     inputs = load_inputs(folder, task, examples, args.device, args.dtype, args.max_length, posterior)
     return Job(folder.base, task, examples, inputs, args.batch_size)
@@ -219,11 +232,14 @@ def load_inputs(
     tokenise = tokenise_prompts if task.kind == "choices" else tokenise_texts
     ids, truncated = tokenise(tokenizer, examples, limit)
     check_vocabulary(model, [one for example in ids for one in example])
+    short = next((e.line for e, (one, *_) in zip(examples, ids, strict=True) if task.texts and len(one) < 2), None)
+    if short is not None:
+        raise InputError(f"line {short}: the text is a single token, before which there is nothing to predict it from")
     if truncated:
         begins = task.kind == "choices" or tokenizer.truncation_side == "left"
         output.warn(
-            f"{truncated} of {len(ids)} {'pairs' if task.pairs else 'prompts'} are longer than {limit} tokens and lost "
-            f"their {'beginning' if begins else 'end'} (--max-length)"
+            f"{truncated} of {len(ids)} {task.inputs} are longer than {limit} tokens and lost their "
+            f"{'beginning' if begins else 'end'} (--max-length)"
         )
     return Inputs(
         model=model,
@@ -231,7 +247,7 @@ def load_inputs(
         truncated=truncated,
         token_ids=token_ids,
         tokens=None if token_ids is None else [token_text(tokenizer, token) for token in token_ids],
-        pad_id=pad_token(tokenizer, config) if task.kind == "choices" else set_pad_token(model, tokenizer, ids),
+        pad_id=set_pad_token(model, tokenizer, ids) if task.config is not None else pad_token(tokenizer, config),
     )
 
 
@@ -247,7 +263,16 @@ def load_posterior(job: Job, folder: Path) -> LaplaceLoRA:
 
 def how_to_calibrate(args: Namespace, folder: Path) -> str:
     """The command that sets the level of the probabilities of the posterior in this folder, as a shell takes it."""
-    words = ["blk", "calibrate", str(args.adapter), HELD_OUT]
+    return _next_command("calibrate", HELD_OUT, args, folder)
+
+
+def how_to_score(args: Namespace, folder: Path) -> str:
+    """The command that rates the tokens of a text with the posterior in this folder, as a shell takes it."""
+    return _next_command("score", "TEXT-FILE", args, folder)
+
+
+def _next_command(name: str, file: str, args: Namespace, folder: Path) -> str:
+    words = ["blk", name, str(args.adapter), file]
     if args.choices is not None:
         words += ["--choices", *args.choices]
     if folder != args.adapter:
@@ -282,7 +307,7 @@ def _check_same_task(folder: Path, task: Task, tokenizer: Any, token_ids: Sequen
             raise InputError(f"{folder}: its posterior was not fitted to {task.kind} by blk fit; run it again")
         return
     if fitted is None:
-        raise InputError(f"{folder}: its posterior was not fitted with choices; run blk fit")
+        raise InputError(f"{folder}: its posterior was not fitted with choices; run blk fit with --choices")
     if fitted != list(token_ids):
         raise InputError(
             f"--choices: they begin with the tokens {_tokens(tokenizer, token_ids)}, but the posterior in {folder} was "

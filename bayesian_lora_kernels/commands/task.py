@@ -1,4 +1,4 @@
-"""What a model decides: between choices that follow a prompt, the label of a text, or which of a pair is better."""
+"""What a model decides: the next token of a text, a choice that follows a prompt, a label, or the better of a pair."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class Task:
     """What is asked of an adapter.
 
     Attributes:
-        kind: `choices` of a causal language model, `labels` of a classifier, `pairs` for a model of one score.
-        names: of the classes.
+        kind: `choices` or every token of `texts` by a causal language model, `labels` of a classifier, `pairs` for a
+            model of one score.
+        names: of the classes; none for texts.
         config: of the base model of a classifier; None for a causal language model.
     """
 
-    kind: Literal["choices", "labels", "pairs"]
+    kind: Literal["choices", "texts", "labels", "pairs"]
     names: list[str]
     config: Any = None
 
@@ -36,9 +37,19 @@ class Task:
         return self.kind == "pairs"
 
     @property
+    def texts(self) -> bool:
+        """Whether every token of a text is predicted."""
+        return self.kind == "texts"
+
+    @property
     def examples(self) -> str:
         """What they are called."""
-        return "pairs" if self.pairs else "examples"
+        return self.kind if self.pairs or self.texts else "examples"
+
+    @property
+    def inputs(self) -> str:
+        """What is put into the model."""
+        return self.kind if self.pairs or self.texts else "prompts"
 
     @property
     def forward(self) -> ForwardFunction | None:
@@ -46,21 +57,23 @@ class Task:
         return pair_scores if self.pairs else None
 
 
-def task_of(folder: AdapterFolder, choices: Sequence[str] | None, *, vocabulary: bool = False) -> Task:
+def task_of(
+    folder: AdapterFolder, choices: Sequence[str] | None, *, without: Literal["choices", "texts"] | None = None
+) -> Task:
     """What an adapter is for.
 
     Args:
         folder: of the adapter.
         choices: what `--choices` says; None: nothing.
-        vocabulary: whether a causal language model may do without.
+        without: what a causal language model does if there are none; None: it needs them.
 
     Raises:
         InputError: if the choices are not what the adapter needs.
     """
     if folder.task == CAUSAL_LM:
         if choices is None:
-            if vocabulary:
-                return Task("choices", [])
+            if without is not None:
+                return Task(without, [])
             raise InputError("--choices: expected what the model chooses between, as a causal language model needs it")
         if len(choices) < 2:
             raise InputError(f"--choices: expected at least two, got {len(choices)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 FILES = {
     "movies": "movieReviewSnippets_GroundTruth.txt",
@@ -20,6 +21,35 @@ CLEAR = 0.8  # of mean ratings from -4 to 4: what is closer to 0 is left out
 SHORTEST, LONGEST = 4, 60  # words
 
 
+class Row(NamedTuple):
+    """A line of a file: its number, of documents with the sentence's (`3_12`); mean rating from -4 to 4; text."""
+
+    number: str
+    rating: float
+    text: str
+
+
+def read_rows(path: Path) -> dict[str, list[Row]]:
+    """All that the files hold.
+
+    Args:
+        path: of `vaderSentiment-3.3.2.tar.gz`.
+
+    Returns:
+        `{kind: rows}`, in the order of the files.
+
+    Raises:
+        RuntimeError: if it is not there, or not that file.
+    """
+    try:
+        with tarfile.open(path) as outer, tarfile.open(fileobj=io.BytesIO(_member(outer, INNER))) as inner:
+            return {kind: _rows(_member(inner, name)) for kind, name in FILES.items()}
+    except FileNotFoundError:
+        raise RuntimeError(f"{path}: no such file; get it with {DOWNLOAD}") from None
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise RuntimeError(f"{path}: expected the source distribution of vaderSentiment 3.3.2: {error}") from None
+
+
 def read_ratings(path: Path) -> dict[str, list[tuple[str, int]]]:
     """Sentences that are clearly negative (0) or positive (1), each once.
 
@@ -32,13 +62,7 @@ def read_ratings(path: Path) -> dict[str, list[tuple[str, int]]]:
     Raises:
         RuntimeError: if it is not there, or not that file.
     """
-    try:
-        with tarfile.open(path) as outer, tarfile.open(fileobj=io.BytesIO(_member(outer, INNER))) as inner:
-            return {kind: _sentences(_member(inner, name)) for kind, name in FILES.items()}
-    except FileNotFoundError:
-        raise RuntimeError(f"{path}: no such file; get it with {DOWNLOAD}") from None
-    except (OSError, ValueError, tarfile.TarError) as error:
-        raise RuntimeError(f"{path}: expected the source distribution of vaderSentiment 3.3.2: {error}") from None
+    return {kind: _sentences(rows) for kind, rows in read_rows(path).items()}
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -50,10 +74,14 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     raise ValueError(f"it holds no {name}")
 
 
-def _sentences(content: bytes) -> list[tuple[str, int]]:
+def _rows(content: bytes) -> list[Row]:
+    split = (line.split("\t", 2) for line in content.decode("utf-8", "replace").splitlines())
+    return [Row(number, float(rating), text.strip()) for number, rating, text in split]
+
+
+def _sentences(rows: list[Row]) -> list[tuple[str, int]]:
     found: dict[str, int] = {}
-    for line in content.decode("utf-8", "replace").splitlines():
-        _, rating, text = line.split("\t", 2)
-        if abs(float(rating)) >= CLEAR and SHORTEST <= len(text.split()) <= LONGEST:
-            found[text.strip()] = int(float(rating) > 0)
+    for row in rows:
+        if abs(row.rating) >= CLEAR and SHORTEST <= len(row.text.split()) <= LONGEST:
+            found[row.text] = int(row.rating > 0)
     return list(found.items())
