@@ -22,7 +22,7 @@ from bayesian_lora_kernels.demo.settings import TuningSettings
 from bayesian_lora_kernels.demo.training import add_lora, fine_tune
 
 # Until the training examples are known by heart.
-TUNING = TuningSettings(rank=8, alpha=16, targets=None, epochs=6, batch_size=8, learning_rate=1e-3)
+TUNING = TuningSettings(rank=8, alpha=16, targets=None, epochs=4, batch_size=8, learning_rate=1e-3)
 PROCESSOR = Path("/proc/cpuinfo")
 
 

@@ -28,8 +28,8 @@ class Sizes:
 
     train: int = 160
     held_out: int = 80
-    test: int = 120
-    shift: int = 80
+    test: int = 100
+    shift: int = 50
 
 
 QUICK = Sizes(train=16, held_out=12, test=12, shift=8)
