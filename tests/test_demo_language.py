@@ -41,6 +41,9 @@ def base(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(made / "base")
 
 
+OWN = ["--data", "data.jsonl", "--choices", *CHOICES]
+
+
 def demo(base: str, *options: str) -> int:
     given = ["--data", "data.jsonl", "--choices", *CHOICES, "--shift", "odd.jsonl"]
     return main(["demo", "--model", base, "--device", "cpu", "--out", "out", "--quick", *(options or given)])
@@ -71,6 +74,14 @@ def test_json_lines(base: str, capsys: Any, monkeypatch: Any) -> None:
     assert again["results"] == first["results"]
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         main(["demo", "--model", base, "--data", "data.jsonl", "--choices", *CHOICES, "--quick", "--seed", "1"])
+
+
+def test_prompts_that_are_cut_are_counted(base: str, capsys: Any) -> None:
+    lines = Path("data.jsonl").read_text().splitlines()
+    long = json.dumps({"prompt": "red " * 30 + "Answer :", "label": "A"})
+    Path("long.jsonl").write_text("\n".join([*lines, long, long]))
+    assert demo(base, *OWN, "--shift", "long.jsonl") == 0
+    assert "warning: 2 of 72 prompts are longer than 20 tokens and lost their beginning" in capsys.readouterr().err
 
 
 def probabilities(base: str, adapter: Path) -> torch.Tensor:
@@ -132,8 +143,10 @@ def test_sets_are_balanced_and_share_nothing() -> None:
         assert sum(label for _, label in labelled) * 2 == len(labelled), name
 
 
-def problem(base: str, cache: Path, rank: int = 2) -> language.LanguageProblem:
+def problem(base: str, cache: Path, rank: int = 2, scale: float = 1.0) -> language.LanguageProblem:
     model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(scale)
     question = language.Question("?", CHOICES, test_commands.IDS, {"test": "test"})
     tuning = TuningSettings(rank=rank, alpha=4, targets=None, epochs=1, batch_size=4)
     nothing = Splits([], [], [], {})
@@ -156,6 +169,8 @@ def test_each_adapter_starts_anew_on_the_same_base(base: str, tmp_path: Path) ->
     assert torch.equal(logits(alone.fine_tune(examples[:6], 0, False)), second)  # nothing is left of the first
     assert torch.equal(logits(one.fine_tune(examples, 0, False)), first)  # from the cache
     assert not torch.equal(logits(one.fine_tune(examples, 1, False)), first)
+    problem(base, tmp_path / "one", scale=2.0).fine_tune(examples, 0, False)
+    assert len(list((tmp_path / "one").iterdir())) == 4  # a base of the same name and other weights is another
     assert not any(module.training for module in one.fine_tune(examples, 0, False).modules())
 
 
@@ -199,9 +214,20 @@ def test_an_interrupted_training_leaves_no_adapter(base: str, tmp_path: Path, mo
         (["--data", "data.tar.gz"], "data.tar.gz: expected the source distribution of vaderSentiment"),
         (["--data", "ratings.tar.gz", "--choices", "A", "B"], "--choices and --shift: expected with --data FILE.jsonl"),
         (["--data", "data.jsonl", "--choices", "A", "B", "B2"], "label"),
+        ([*OWN, "--shift", "test.jsonl"], "--shift test.jsonl: the name 'test' is taken"),
+        (
+            [*OWN, "--shift", "odd.jsonl", "--shift", "more/odd.jsonl"],
+            "--shift more/odd.jsonl: the name 'odd' is taken",
+        ),
+        (["--data", "blank.jsonl", "--choices", *CHOICES], "label"),
+        (["--data", "one.jsonl", "--choices", *CHOICES], "labels"),
     ],
 )
 def test_what_cannot_be_asked(base: str, capsys: Any, options: list[str], words: str) -> None:
+    lines = Path("data.jsonl").read_text().splitlines()
+    Path("one.jsonl").write_text("\n".join(line.replace('"B"', '"A"').replace('"C"', '"A"') for line in lines))
+    Path("blank.jsonl").write_text("\n".join([*lines, '{"prompt": "red"}']))
+    Path("test.jsonl").write_text("\n".join(lines))
     Path("few.jsonl").write_text('{"prompt": "red", "label": "A"}\n')
     Path("data.tar.gz").write_bytes(b"no archive")
     write_ratings("ratings.tar.gz")
@@ -211,7 +237,9 @@ def test_what_cannot_be_asked(base: str, capsys: Any, options: list[str], words:
 
 def test_models_that_are_not_there(base: str, capsys: Any, monkeypatch: Any) -> None:
     assert main(["demo", "--data", "data.jsonl", "--choices", "A", "B"]) == 2
-    assert "the tiny model has data of its own" in capsys.readouterr().err
+    assert "--data: not for the tiny model, which has data of its own" in capsys.readouterr().err
+    assert main(["demo", "--device", "cpu"]) == 2
+    assert "--device: not for the tiny model" in capsys.readouterr().err
     given = ["--data", "data.jsonl", "--choices", *CHOICES]
     assert main(["demo", "--model", "no/model/here", *given]) == 2
     assert "--model no/model/here: cannot be loaded" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from bayesian_lora_kernels.commands.errors import InputError, as_failures
 from bayesian_lora_kernels.commands.options import Subparsers, add_device, add_json, positive
 
 TINY = "tiny"
+OF_OTHERS = ("data", "choices", "shift", "cache", "device", "dtype")  # options that the tiny model has no use for
 
 
 def add_parser(subparsers: Subparsers) -> ArgumentParser:
@@ -20,7 +21,7 @@ def add_parser(subparsers: Subparsers) -> ArgumentParser:
         "demo",
         help="the whole story: a model that is too sure, and what makes it calibrated",
         description="Fine-tune a language model with LoRA until it is overconfident, and compare what makes it "
-        "calibrated. What was fine-tuned is kept: a second run starts at the fit.",
+        "calibrated. Adapters of a model that is not tiny are kept: a second run starts at the fit.",
     )
     parser.add_argument(
         "--model",
@@ -60,8 +61,9 @@ def run(args: Namespace) -> int:
 
     progress = sys.stderr.isatty()
     tiny = args.model == TINY
-    if tiny and (args.data is not None or args.choices is not None or args.shift):
-        raise InputError("--model: the tiny model has data of its own; name another for --data, --choices and --shift")
+    given = [name for name in OF_OTHERS if getattr(args, name) not in (None, [], "auto")]
+    if tiny and given:
+        raise InputError(f"--{given[0]}: not for the tiny model, which has data of its own; name another by --model")
 
     def problem() -> Problem:
         if not tiny:
@@ -75,7 +77,7 @@ def run(args: Namespace) -> int:
 
     from bayesian_lora_kernels.demo.tiny import few_threads
 
-    with as_failures(ImportError, RuntimeError), few_threads() if tiny else nullcontext():
+    with as_failures(ImportError, RuntimeError, ValueError), few_threads() if tiny else nullcontext():
         content = run_demo(problem, args.seeds, args.seed, args.out, progress)
     output.write_json(args.json, content)
     return 0

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.adapter import choose_device, context_length, loading_bar, pad_token
 from bayesian_lora_kernels.commands.dataset import Content, Example, read_examples
 from bayesian_lora_kernels.commands.errors import InputError, loading
+from bayesian_lora_kernels.commands.job import check_vocabulary
 from bayesian_lora_kernels.commands.tokens import choice_tokens, tokenise_prompts
 from bayesian_lora_kernels.demo import problem, sentiment
 from bayesian_lora_kernels.demo.language import TUNING, LanguageProblem, Question
@@ -28,8 +30,7 @@ JSON_LINES = ".jsonl"
 FEWEST = 60  # lines of a file
 HELD_OUT, TEST = 0.2, 0.3  # of them
 MOST_HELD_OUT, MOST_TEST = 100, 1000
-
-Labelled = Sequence[tuple[Content, int]]
+SETS = ("train", "held_out", "test")  # beside those of --shift
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ class _Data:
     Attributes:
         text: the question in words.
         titles: of the measured sets.
-        draw: `{set: [(content, label)]}` of a seed.
+        draw: `{set: examples}` of a seed.
         choices: the answers, for a model with a chat template or without.
         prompt: what the model reads of a content, likewise.
     """
 
     text: str
     titles: Mapping[str, str]
-    draw: Callable[[int], Mapping[str, Labelled]]
+    draw: Callable[[int], Mapping[str, Sequence[Example]]]
     choices: Callable[[bool], Sequence[str]]
     prompt: Callable[[Any, bool], Content]
 
@@ -67,13 +68,20 @@ def language_problem(args: Namespace) -> LanguageProblem:
     token_ids = choice_tokens(tokenizer, choices)
     limit = context_length(tokenizer, model.config)
 
-    def encode(labelled: Labelled) -> list[problem.Example]:
-        examples = [Example(i + 1, (data.prompt(content, chat),), label) for i, (content, label) in enumerate(labelled)]
-        ids = tokenise_prompts(tokenizer, examples, limit).ids
-        return [problem.Example(tuple(one[0]), label) for one, (_, label) in zip(ids, labelled, strict=True)]
+    def encode(examples: Sequence[Example]) -> list[problem.Example]:
+        asked = [replace(one, inputs=(data.prompt(one.inputs[0], chat),)) for one in examples]
+        ids, truncated = tokenise_prompts(tokenizer, asked, limit)
+        check_vocabulary(model, [prompt for (prompt,) in ids])
+        if truncated:
+            output.warn(f"{truncated} of {len(ids)} prompts are longer than {limit} tokens and lost their beginning")
+        return [
+            problem.Example(tuple(prompt), one.label)
+            for (prompt,), one in zip(ids, examples, strict=True)
+            if one.label is not None
+        ]
 
     def splits(seed: int) -> problem.Splits:
-        sets = {name: encode(labelled) for name, labelled in data.draw(seed).items()}
+        sets = {name: encode(examples) for name, examples in data.draw(seed).items()}
         sets["train"].sort(key=lambda example: -len(example.tokens))  # less padding in the batches of a fit
         return problem.Splits(sets.pop("train"), sets.pop("held_out"), sets.pop("test"), sets)
 
@@ -96,10 +104,18 @@ def _ratings(args: Namespace) -> _Data:
         )
     ratings = read_ratings(args.data or Path(RATINGS))
     sizes = sentiment.QUICK if args.quick else sentiment.Sizes()
+
+    def draw(seed: int) -> dict[str, list[Example]]:
+        sets = sentiment.draw(ratings, sizes, seed)
+        return {
+            name: [Example(i, (text,), label) for i, (text, label) in enumerate(labelled, start=1)]
+            for name, labelled in sets.items()
+        }
+
     return _Data(
         sentiment.TEXT,
         sentiment.TITLES,
-        lambda seed: sentiment.draw(ratings, sizes, seed),
+        draw,
         sentiment.choices,
         sentiment.prompt,
     )
@@ -108,14 +124,18 @@ def _ratings(args: Namespace) -> _Data:
 def _json_lines(args: Namespace) -> _Data:
     if args.choices is None or len(args.choices) < 2:
         raise InputError(f"--choices: expected the answers that labels of {args.data} stand for, at least two")
-    lines = _labelled(args.data, args.choices)
+    lines = read_examples(args.data, args.choices, labelled=True)
     if len(lines) < FEWEST:
         raise InputError(
             f"{args.data}: expected at least {FEWEST} lines to learn from and to measure on, got {len(lines)}"
         )
-    shifts = {path.stem: _labelled(path, args.choices) for path in args.shift}
+    shifts: dict[str, list[Example]] = {}
+    for path in args.shift:
+        if path.stem in (*SETS, *shifts):
+            raise InputError(f"--shift {path}: the name {path.stem!r} is taken; expected a file of another name")
+        shifts[path.stem] = read_examples(path, args.choices, labelled=True)
 
-    def draw(seed: int) -> dict[str, Labelled]:
+    def draw(seed: int) -> dict[str, list[Example]]:
         shuffled = random.Random(seed).sample(lines, len(lines))
         held_out = min(int(HELD_OUT * len(lines)), MOST_HELD_OUT)
         test = held_out + min(int(TEST * len(lines)), MOST_TEST)
@@ -124,11 +144,6 @@ def _json_lines(args: Namespace) -> _Data:
     titles = {"test": f"test: {args.data.name}", **{path.stem: f"shift: {path.name}" for path in args.shift}}
     text = f"{args.data.name}: which of {', '.join(args.choices)}?"
     return _Data(text, titles, draw, lambda chat: args.choices, lambda content, chat: content)
-
-
-def _labelled(path: Path, choices: Sequence[str]) -> list[tuple[Content, int]]:
-    examples = read_examples(path, choices, labelled=True)
-    return [(one.inputs[0], one.label) for one in examples if one.label is not None]
 
 
 def _load(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:

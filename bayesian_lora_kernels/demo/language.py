@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from bayesian_lora_kernels.demo.problem import Batch, Example, Splits, make_batch
 from bayesian_lora_kernels.demo.settings import TuningSettings
 from bayesian_lora_kernels.demo.training import add_lora, fine_tune
+from bayesian_lora_kernels.model.fingerprint import take
 
 # Until the training examples are known by heart.
 TUNING = TuningSettings(rank=8, alpha=16, targets=None, epochs=4, batch_size=8, learning_rate=1e-3)
@@ -77,6 +78,7 @@ class LanguageProblem:
         self.predict_batch_size = batch_size
         self.seconds = seconds or {}
         self._base, self._pad, self._cache, self._tuning = base, pad, cache, tuning
+        self._fingerprint = hashlib.sha256(take(base, ())[0].numpy().tobytes()).hexdigest()
         self._model: Any = None
 
     def fine_tune(self, examples: Sequence[Example], seed: int, progress: bool) -> nn.Module:
@@ -115,9 +117,10 @@ class LanguageProblem:
         return {"model": self.name, "tuning": asdict(self._tuning), "predict_batch_size": self.predict_batch_size}
 
     def _digest(self, examples: Sequence[Example], seed: int) -> str:
-        """What an adapter depends on."""
+        """What an adapter depends on. Of the base a few values of every tensor stand for all."""
         content = {
             "model": self.name,
+            "base": self._fingerprint,
             "tuning": asdict(self._tuning),
             "answers": list(self.class_token_ids),
             "seed": seed,

@@ -26,7 +26,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Splits:
-    """What fine-tuning and measuring see; the sets share no document.
+    """What fine-tuning and measuring see; the sets share no example.
 
     Attributes:
         train: what fine-tuning and the curvature see.

@@ -58,7 +58,7 @@ class Task:
         ]
 
     def splits(self, seed: int) -> Splits:
-        """Draw the sets, docstring by docstring, so that no two sets share one."""
+        """Draw the sets, docstring by docstring: no sentence is in two, and of docstrings only those at the cuts."""
         rng = random.Random(seed)
         s = self.settings
         train, held_out, test, shift = [], [], [], []
