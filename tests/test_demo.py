@@ -174,13 +174,13 @@ class Fixed:
         self.seconds, self.titles = {}, {"test": "test", "shift": "shift"}
         self.model, self.class_token_ids, self.classes = model, task.class_token_ids, CLASSES
         self.predict_batch_size = SETTINGS.predict_batch_size
-        self.parts: list[int] = []
+        self.parts: list[list[Example]] = []
 
     def splits(self, seed):
         raise AssertionError("they are given")
 
     def fine_tune(self, examples, seed, progress):
-        self.parts.append(len(examples))
+        self.parts.append(list(examples))
         return copy.deepcopy(self.model)
 
     def batch(self, examples):
@@ -195,7 +195,9 @@ def test_methods(tuned, task):
     problem = Fixed(model, task)
     outcomes, folds = compare_methods(problem, splits, 0)
     assert list(outcomes) == list(NAMES)
-    parts = problem.parts
+    parts = [len(part) for part in problem.parts]
+    one, other = ({example.document for example in part} for part in problem.parts[:2])
+    assert not one & other  # no docstring is in both folds
     assert parts[:-1] == [fold["n_train"] for fold in folds["folds"]]
     assert parts[-1] == len(splits.train) == sum(fold["n_held_out"] for fold in folds["folds"])
     for outcome in outcomes.values():

@@ -10,7 +10,7 @@ import pytest
 from bayesian_lora_kernels.demo.ratings import FILES, INNER, read_ratings
 
 LINES = {
-    "movies": "1\t-2.5\tA dull film without one idea.\n2\t3\tMoving, and beautifully played.\n3\t0.5\tTwo hours long.",
+    "movies": "1\t-2.5\tA dull film without one idea.\n2\t3\tMoving, and beautifully played.\n3\t0.7\tIt is long, too.",
     "amazon": "1\t2\tToo short\n2\t0.9\tIt works well so far.\n3\t0.9\tIt works well so far.",
     "editorials": "1_1\t-0.8\tThe plan is bad for all.",
     "tweets": "1\t-3\t" + "no " * 61,

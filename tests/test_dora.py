@@ -17,6 +17,7 @@ from peft.tuners.lora import dora as peft_dora
 from situations import (
     CURVATURES,
     Scene,
+    adapted,
     dense_covariance,
     exact_covariance,
     fit,
@@ -33,6 +34,7 @@ from situations import (
     without_labels,
 )
 from snapshot import untouched
+from test_padding_that_counts import WithClassToken
 from torch import Tensor, nn
 
 import bayesian_lora_kernels as blk
@@ -602,3 +604,15 @@ def without_dora(model: nn.Module) -> nn.Module:
         for name, p in plain.named_parameters():
             p.copy_(mine[name])
     return plain
+
+
+def test_padding_behind_a_token_in_front() -> None:
+    """Which of a layer's tokens are padding is found by its calls on them, not by that on the identity matrix."""
+    model = adapted(WithClassToken(), ["mix"], use_dora=True)
+    batch = labelled(padded([6, 4, 5, 6], 40))
+    rows = [unpadded_row(batch, i) | {"labels": batch["labels"][i : i + 1]} for i in range(4)]
+    settings = {"fisher": "exact", "rank": None}
+    together = blk.LaplaceLoRA(model, **settings).fit([batch], progress=False).factors
+    alone = blk.LaplaceLoRA(model, **settings).fit(rows, progress=False).factors
+    for name, factor in alone.items():
+        torch.testing.assert_close(together[name].a, factor.a, rtol=1e-9, atol=1e-12, msg=name)
