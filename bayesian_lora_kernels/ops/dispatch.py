@@ -20,6 +20,7 @@ import torch
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 
 from . import native
+from .device import interpreting
 
 logger = logging.getLogger("bayesian_lora_kernels")
 
@@ -101,11 +102,6 @@ def default_impl() -> str:
     if _default is not None:
         return _default
     return check_impl(f"environment variable {ENVIRONMENT_VARIABLE}", os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
-
-
-def interpreting() -> bool:
-    """Whether Triton's interpreter is on (``TRITON_INTERPRET=1``), which takes CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def machine_refuses(name: str) -> str | None:

@@ -14,6 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .device import gpu_refuses
+
 MAX_N = 128  # largest matrix that the operators take; kMaxN in csrc/small_eigh.h
 
 # What the operators return in place of a number of sweeps; kNotFinite in csrc/small_eigh.h. Lower: not converged.
@@ -75,8 +77,10 @@ def refuses(matrices: Tensor) -> str | None:
 
 def refuses_device(tensor: Tensor) -> str | None:
     """Why the operators cannot take tensors where ``tensor`` lies, or None."""
-    if tensor.device.type == "cuda" and build_info()["cuda"] is None:
-        return "the native extension was built without CUDA, and the matrices lie on a CUDA device"
+    if tensor.device.type == "cuda":
+        if build_info()["cuda"] is None:
+            return "the native extension was built without CUDA, and the matrices lie on a CUDA device"
+        return gpu_refuses(tensor.device)
     if tensor.device.type not in ("cpu", "cuda"):
         return f"it takes tensors on the CPU or a CUDA device, the matrices lie on {tensor.device}"
     return None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checks import accumulate_dtype, check_device, check_mask, check_same_length, check_tensor, describe
 from ..dispatch import check_impl, choose
+from ..registration import custom_op
 from .implementations import register_all
 from .sparse_signs import choose_rows, draw_numbers
 
@@ -164,7 +165,7 @@ def _validate_and_allocate_all(
     ]
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::incremental_svd",
     mutates_args=(),
     schema="(Tensor basis, Tensor x, Tensor? mask, Tensor rows, Tensor signs, SymInt fresh, str impl) -> Tensor",
@@ -183,7 +184,7 @@ def _(basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor, signs: Tensor
     return _validate_and_allocate("incremental_svd", basis, x, mask, rows)
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::grouped_incremental_svd",
     mutates_args=(),
     schema=(

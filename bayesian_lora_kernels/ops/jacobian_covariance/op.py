@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import accumulate_dtype, check_device, check_mask, check_same_length, check_tensor, describe
 from ..dispatch import Implementation, check_impl, choose, register
+from ..registration import custom_op
 from .routes import kernel_refuses, kernel_suits
 
 _REFERENCE = "bayesian_lora_kernels.ops.jacobian_covariance.reference"
@@ -207,7 +208,7 @@ def _validate_all_and_allocate(
     return _allocate(a[0], g[0]).to(accumulate_dtype(*a, *g))
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::jacobian_gram",
     mutates_args=(),
     schema="(Tensor a, Tensor g, Tensor? mask, str impl) -> Tensor",
@@ -223,7 +224,7 @@ def _(a: Tensor, g: Tensor, mask: Tensor | None, impl: str) -> Tensor:
     return _validate_and_allocate(a, g, mask)
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::jacobian_covariance",
     mutates_args=(),
     schema=(
@@ -267,7 +268,7 @@ def _(
     return _validate_posterior_and_allocate(a, g, mask, *posterior)
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::grouped_jacobian_covariance",
     mutates_args=(),
     schema=(

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ..dispatch import interpreting
+from ..device import triton_refuses
 
 # What the kernels keep in registers and shared memory at once.
 _NARROWEST_SIDE = 64
@@ -60,10 +59,8 @@ def kernel_refuses(
     """Why the Triton kernels cannot take these arguments of ``jacobian_gram``, ``jacobian_covariance`` or its grouped
     form, or None.
     """
-    if out.device.type != "cuda" and not (interpreting() and out.device.type == "cpu"):
-        return f"the tensors are on {out.device}, not on a CUDA device"
-    if out.dtype != torch.float32:
-        return "float64 is for the reference"
+    if reason := triton_refuses(out):
+        return reason
     if out.shape[1] > _OUTPUTS:
         return f"{out.shape[1]} outputs, more than {_OUTPUTS}"
     bases = rest[:2] if len(rest) > 1 else ()

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import accumulate_dtype, check_device, check_mask, check_same_length, check_tensor, describe
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
+from ..registration import custom_op
 
 _FOLDER = "bayesian_lora_kernels.ops.outer_product"
 
@@ -213,7 +214,7 @@ def _validate_and_allocate_all(xs: Sequence[Tensor], masks: Sequence[Tensor | No
     return [x.new_empty((x.shape[1], x.shape[1]), dtype=accumulate_dtype(x)) for x in xs]
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::outer_product",
     mutates_args=(),
     schema="(Tensor x, Tensor? mask, float scale, str impl) -> Tensor",
@@ -229,7 +230,7 @@ def _(x: Tensor, mask: Tensor | None, scale: float, impl: str) -> Tensor:
     return _validate_and_allocate(x, mask)
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::outer_product_accumulate",
     mutates_args=("out",),
     schema="(Tensor(a!) out, Tensor x, Tensor? mask, float scale, str impl, bool lower=False) -> ()",
@@ -247,9 +248,7 @@ def _(out: Tensor, x: Tensor, mask: Tensor | None, scale: float, impl: str, lowe
     _validate("outer_product", x, mask, out)
 
 
-@torch.library.custom_op(
-    "bayesian_lora_kernels::mirror_lower", mutates_args=("out",), schema="(Tensor(a!) out, str impl) -> ()"
-)
+@custom_op("bayesian_lora_kernels::mirror_lower", mutates_args=("out",), schema="(Tensor(a!) out, str impl) -> ()")
 def _mirror_lower(out: Tensor, impl: str) -> None:
     _validate_out("mirror_lower: out", out)
     choose("mirror_lower", impl, out)(out)
@@ -260,7 +259,7 @@ def _(out: Tensor, impl: str) -> None:
     _validate_out("mirror_lower: out", out)
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::grouped_outer_product",
     mutates_args=(),
     schema="(Tensor[] xs, Tensor?[] masks, float[] scales, str impl) -> Tensor[]",
@@ -278,7 +277,7 @@ def _(xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: s
     return _validate_and_allocate_all(xs, masks)
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::grouped_outer_product_accumulate",
     mutates_args=("outs",),
     schema="(Tensor(a!)[] outs, Tensor[] xs, Tensor?[] masks, float[] scales, str impl, bool lower=False) -> ()",

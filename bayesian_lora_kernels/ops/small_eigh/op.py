@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import native
 from ..checks import check_tensor, describe
 from ..dispatch import Implementation, check_impl, choose, register
+from ..registration import custom_op
 
 # Up to this size calling LAPACK costs more than its work.
 _ALWAYS_FASTER = 12
@@ -76,7 +77,7 @@ def _validate_and_allocate(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return matrices.new_empty(matrices.shape[:2]), matrices.new_empty(matrices.shape)
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::small_eigh",
     mutates_args=(),
     schema="(Tensor matrices, str impl) -> (Tensor, Tensor)",

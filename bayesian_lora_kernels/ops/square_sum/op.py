@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import check_device, check_mask, check_same_length, check_tensor, describe
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
+from ..registration import custom_op
 
 _FOLDER = "bayesian_lora_kernels.ops.square_sum"
 
@@ -73,7 +74,7 @@ def _validate_and_allocate(xs: Sequence[Tensor], masks: Sequence[Tensor | None])
     return xs[0].new_empty(len(xs), dtype=torch.float64)
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::grouped_square_sum",
     mutates_args=(),
     schema="(Tensor[] xs, Tensor?[] masks, str impl) -> Tensor",

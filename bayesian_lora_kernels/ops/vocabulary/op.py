@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import accumulate_dtype, check_device, check_tensor, describe
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
+from ..registration import custom_op
 
 _FOLDER = "bayesian_lora_kernels.ops.vocabulary"
 
@@ -244,7 +245,7 @@ def _allocate_statistics(weight: Tensor, hidden: Tensor, targets: Tensor | None)
     return entropy, information, log_prob
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::vocabulary_logsumexp",
     mutates_args=(),
     schema="(Tensor weight, Tensor hidden, Tensor? bias, float? softcap, str impl) -> Tensor",
@@ -265,7 +266,7 @@ def _(weight: Tensor, hidden: Tensor, bias: Tensor | None, softcap: float | None
     return _allocate_logsumexp(weight, hidden)
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::vocabulary_probs",
     mutates_args=(),
     schema=(
@@ -303,7 +304,7 @@ def _(
     return _allocate_probs(weight, hidden)
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::vocabulary_statistics",
     mutates_args=(),
     schema=(

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..checks import accumulate_dtype, check_device, check_tensor
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
+from ..registration import custom_op
 
 _FOLDER = "bayesian_lora_kernels.ops.vocabulary"
 
@@ -62,7 +63,7 @@ def _validate_and_allocate(weight: Tensor, factor: Tensor) -> Tensor:
     return factor.new_empty((factor.shape[0], weight.shape[0]), dtype=accumulate_dtype(weight, factor))
 
 
-@torch.library.custom_op(
+@custom_op(
     "bayesian_lora_kernels::vocabulary_variance",
     mutates_args=(),
     schema="(Tensor weight, Tensor factor, str impl) -> Tensor",
