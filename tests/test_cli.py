@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +99,62 @@ def test_doctor_fails_where_the_reference_does(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 1
     assert "FAIL" in (output := capsys.readouterr().out)
     assert "RuntimeError: out of order" in output
+
+
+@pytest.fixture
+def planted_kernels(monkeypatch, tmp_path):
+    """`blk doctor --verify` finds these, and judges them on the CPU."""
+    from bayesian_lora_kernels.commands import kernels
+    from bayesian_lora_kernels.ops.verify import verifier, worker
+
+    evidence = verifier.Evidence("planted:SUITE", "planted:variants")
+    found = [
+        verifier.Claim("gram", name, f"planted:{name}", "planted:reference", evidence)
+        for name in ("right", "two_calls_differ")
+    ]
+    monkeypatch.setattr(kernels, "claims", lambda: found)
+    monkeypatch.setattr(kernels, "machine_refuses", lambda name: None)
+    monkeypatch.setattr(verifier, "ask", worker.answer)
+    monkeypatch.setattr(verifier, "_verifiers", {})
+    monkeypatch.setenv("BLK_CACHE", str(tmp_path))
+
+
+@pytest.mark.usefixtures("planted_kernels")
+def test_doctor_verifies_kernels(tmp_path, capsys):
+    path = tmp_path / "doctor.json"
+    assert cli.main(["doctor", "--verify", "--json", str(path)]) == 1
+    report, printed = json.loads(path.read_text()), capsys.readouterr().out
+    kernels = report["kernels"]
+    states = {row["unit"]: row["state"] for row in kernels["units"]}
+    assert states == {
+        "gram right narrow": "passed",
+        "gram right wide": "passed",
+        "gram two_calls_differ narrow": "failed",
+        "gram two_calls_differ wide": "failed",
+    }
+    assert not report["ok"]
+    assert re.search(r"gram right wide +passed +\d\.\de-\d\d +2e-05 +6 +\d+\.\d", printed)
+    assert "gram two_calls_differ wide: 33 x 40: two calls with the same inputs differ" in printed
+    (device,) = kernels["devices"]
+    kept = json.loads(Path(device["file"]).read_text())
+    assert kept["machine"] == device["facts"]
+    assert {unit: verdict["state"] for unit, verdict in kept["verdicts"].items()} == states
+    assert cli.main(["doctor", "--verify", "right"]) == 0
+
+
+@pytest.mark.usefixtures("planted_kernels")
+@pytest.mark.parametrize(("pattern", "said"), [("nothing of the kind", "that finds a unit"), ("(", "a regular")])
+def test_doctor_verifies_only_what_there_is(pattern, said, capsys):
+    assert cli.main(["doctor", "--verify", pattern]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_doctor_needs_a_device_to_verify_on(capsys, monkeypatch):
+    from bayesian_lora_kernels.commands import kernels
+
+    monkeypatch.setattr(kernels, "machine_refuses", lambda name: "no CUDA device is present")
+    assert cli.main(["doctor", "--verify"]) == 2
+    assert "--verify: nothing to verify: no CUDA device is present" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

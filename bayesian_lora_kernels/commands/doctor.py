@@ -17,6 +17,7 @@ from bayesian_lora_kernels.commands.adapter import TASKS, open_adapter
 from bayesian_lora_kernels.commands.dataset import batches, read_examples
 from bayesian_lora_kernels.commands.errors import FAILED, InputError, as_input_errors
 from bayesian_lora_kernels.commands.job import load_inputs
+from bayesian_lora_kernels.commands.kernels import format_kernels, verify_kernels
 from bayesian_lora_kernels.commands.options import Subparsers, add_device, add_json
 from bayesian_lora_kernels.commands.task import task_of
 from bayesian_lora_kernels.laplace import LaplaceLoRA
@@ -44,6 +45,14 @@ def add_parser(subparsers: Subparsers) -> ArgumentParser:
         "--data", type=Path, metavar="FILE", help="JSON lines to verify it on, as for blk fit; no labels are needed"
     )
     parser.add_argument("--choices", nargs="+", metavar="CHOICE", help="what the model chooses between, as for blk fit")
+    parser.add_argument(
+        "--verify",
+        nargs="?",
+        const="",
+        metavar="PATTERN",
+        help="also compare every GPU kernel (or those whose names the regular expression finds) with float64 on this "
+        "machine, and remember the outcome",
+    )
     add_device(parser)
     add_json(parser, "also write the report to this file")
     return parser
@@ -53,6 +62,10 @@ def run(args: Namespace) -> int:
     """Examine the machine, verify the adapter if there is one, print, write."""
     report = examine()
     print(format_report(report))
+    if args.verify is not None:
+        kernels = verify_kernels(args.verify)
+        print(f"\n{format_kernels(kernels)}")
+        report |= {"kernels": kernels, "ok": report["ok"] and kernels["ok"]}
     if args.adapter is not None:
         found = verify_adapter(args)
         print(f"\n{args.adapter}\n{found}")
@@ -89,8 +102,6 @@ def format_report(report: dict[str, Any]) -> str:
     lines.append("\nimplementations")
     for name, entry in report["implementations"].items():
         state = "can run" if entry["available"] else f"cannot run: {entry['reason']}"
-        if entry["available"] and not entry["auto"]:
-            state += f", if asked to: impl={name!r} or BLK_IMPL={name} (no GPU has proven it yet)"
         lines.append(f"  {name:<12}{state}")
     if "build" in report["native"]:
         build = ", ".join(f"{key} {value or 'none'}" for key, value in report["native"]["build"].items())

@@ -21,14 +21,14 @@ from bayesian_lora_kernels.surroundings import in_own_surroundings
 
 from . import native
 from .device import interpreting
+from .verify.problem import tensors_in
+from .verify.verifier import Claim, Evidence, attribute_once, is_of_the_launch, verifier
 
 logger = logging.getLogger("bayesian_lora_kernels")
 
 # The order in which "auto" tries them.
 IMPLEMENTATIONS = ("native", "triton", "reference")
 CHOICES = ("auto", *IMPLEMENTATIONS)
-# Tested in the interpreter only: no GPU has run these yet, so "auto" leaves them to an explicit choice.
-UNPROVEN = ("triton",)
 ENVIRONMENT_VARIABLE = "BLK_IMPL"
 
 
@@ -46,13 +46,19 @@ class Implementation:
 
     ``refuses`` takes the function's arguments and returns why it cannot take them (a device, a dtype, a
     size), or None. ``suits_auto`` takes them too; False keeps it to an explicit choice (it is right, but not
-    faster here).
+    faster here). With ``evidence``, ``auto`` takes it on a CUDA device once it is verified there.
     """
 
     module: str
     function: str
     refuses: Callable[..., str | None] = _accepts_everything
     suits_auto: Callable[..., bool] = _suits_everything
+    evidence: Evidence | None = None
+
+    @property
+    def path(self) -> str:
+        """Where the function is, as ``module:name``."""
+        return f"{self.module}:{self.function}"
 
     def load(self) -> Callable[..., None]:
         """Import the module and return the function."""
@@ -151,24 +157,74 @@ def choose(operation: str, impl: str, *arguments: Any) -> Callable[..., None]:
         candidate = offered.get(name)
         if candidate is None or not candidate.suits_auto(*arguments):
             continue
-        if name in UNPROVEN:
-            _log_once(operation, name, f"not yet proven on a GPU, impl={name!r} asks for it")
-            continue
         reason = machine_refuses(name) or candidate.refuses(*arguments)
         if reason is None:
-            return in_own_surroundings(candidate.load())
+            function, reason = _verified(operation, name, candidate, arguments)
+            if reason is None:
+                return in_own_surroundings(function)
         _log_once(operation, name, reason)
     raise RuntimeError(f"{operation}: no implementation takes these arguments")
+
+
+def _verified(
+    operation: str, name: str, implementation: Implementation, arguments: tuple[Any, ...]
+) -> tuple[Callable[..., None], str | None]:
+    """The function of an implementation, and why it is not taken: this machine has not seen that it is right."""
+    function = implementation.load()
+    if implementation.evidence is None or not (device := _device_to_verify(arguments)):
+        return function, None
+    claim = claim_of(operation, name)
+    judge = verifier(device)
+    if reason := in_own_surroundings(judge.refuses)(claim, arguments):
+        return function, reason
+
+    def guarded(*arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except Exception as error:
+            if not is_of_the_launch(error):
+                raise
+            why = judge.failed(claim, arguments, error)
+            _log_once(operation, name, why)
+            if attribute_once(claim.evidence.suite).accumulates(arguments):
+                # Some of the outputs may have been added to.
+                message = f"{operation}: {why}; it is left out from now on: repeat what you did"
+                raise RuntimeError(message) from error
+            _registry[operation]["reference"].load()(*arguments)
+
+    return guarded, None
+
+
+def _device_to_verify(arguments: tuple[Any, ...]) -> torch.device | None:
+    """Where a call runs, if that is a device on which implementations are verified first."""
+    device = next(tensors_in(arguments)).device
+    return device if device.type == "cuda" else None
+
+
+def claim_of(operation: str, name: str) -> Claim:
+    """What is verified of an implementation that has evidence."""
+    offered = _registry[operation]
+    evidence = offered[name].evidence
+    assert evidence is not None
+    return Claim(operation, name, offered[name].path, offered["reference"].path, evidence)
+
+
+def claims() -> list[Claim]:
+    """Those of all implementations that are verified before they are used."""
+    return [
+        claim_of(operation, name)
+        for operation, offered in sorted(_registry.items())
+        for name, implementation in offered.items()
+        if implementation.evidence is not None
+    ]
 
 
 def backends() -> dict[str, dict[str, Any]]:
     """What this machine can run, and why not the rest.
 
-    Returns ``{name: {"available": bool, "reason": str or None, "auto": bool, "operations": [names]}}`` for
-    ``reference``, ``triton`` and ``native``: ``reason`` says why ``available`` is False; ``auto``, whether
-    ``impl="auto"`` may choose it or leaves it to an explicit choice, since no GPU has proven it yet; ``operations``
-    are those that have such an implementation. Plain values, ready for JSON. Asks for a CUDA device, which importing
-    the package never does.
+    Returns ``{name: {"available": bool, "reason": str or None, "operations": [names]}}`` for ``reference``, ``triton``
+    and ``native``: ``reason`` says why ``available`` is False; ``operations`` are those that have such an
+    implementation. Plain values, ready for JSON. Asks for a CUDA device, which importing the package never does.
     """
     report: dict[str, dict[str, Any]] = {}
     for name in reversed(IMPLEMENTATIONS):
@@ -176,10 +232,5 @@ def backends() -> dict[str, dict[str, Any]]:
         reason = machine_refuses(name)
         if reason is None and not operations:
             reason = f"no operation of this version has a {name} implementation"
-        report[name] = {
-            "available": reason is None,
-            "reason": reason,
-            "auto": name not in UNPROVEN,
-            "operations": operations,
-        }
+        report[name] = {"available": reason is None, "reason": reason, "operations": operations}
     return report
