@@ -21,6 +21,7 @@ from bayesian_lora_kernels.surroundings import in_own_surroundings
 
 from . import native
 from .device import interpreting
+from .tuning import not_tuned
 from .verify.problem import tensors_in
 from .verify.verifier import Claim, Evidence, attribute_once, is_of_the_launch, verifier
 
@@ -175,12 +176,15 @@ def _verified(
         return function, None
     claim = claim_of(operation, name)
     judge = verifier(device)
-    if reason := in_own_surroundings(judge.refuses)(claim, arguments):
+    with not_tuned():
+        reason = in_own_surroundings(judge.refuses)(claim, arguments)
+    if reason is not None:
         return function, reason
 
     def guarded(*arguments: Any) -> None:
         try:
-            function(*arguments)
+            with not_tuned():
+                function(*arguments)
         except Exception as error:
             if not is_of_the_launch(error):
                 raise

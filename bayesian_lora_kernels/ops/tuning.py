@@ -1,10 +1,15 @@
-"""Which of a kernel's configurations to launch: the first, unless ``BLK_AUTOTUNE=1`` asks to time them all."""
+"""Which of a kernel's configurations to launch: the first, unless ``BLK_AUTOTUNE=1`` asks to time them all.
+
+That is for an implementation that was asked for by name: ``auto`` launches what it has verified.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,9 +19,26 @@ Configuration = TypeVar("Configuration", bound=Hashable)
 _chosen: dict[Hashable, Hashable] = {}
 
 
+class _State(threading.local):
+    off = False
+
+
+_state = _State()
+
+
+@contextlib.contextmanager
+def not_tuned() -> Iterator[None]:
+    """Only first candidates are launched inside: those that a verification has seen."""
+    before, _state.off = _state.off, True
+    try:
+        yield
+    finally:
+        _state.off = before
+
+
 def autotuning() -> bool:
     """Whether the environment asks for it (read at every call), and there is a GPU to ask."""
-    return os.environ.get("BLK_AUTOTUNE", "0") == "1" and torch.cuda.is_available()
+    return not _state.off and os.environ.get("BLK_AUTOTUNE", "0") == "1" and torch.cuda.is_available()
 
 
 def choose_configuration(

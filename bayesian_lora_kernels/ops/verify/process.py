@@ -69,7 +69,8 @@ class Worker:
         self.close()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the process
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "BLK_VERIFY": "0"}
-        environment.pop("BLK_IMPL", None)
+        for name in ("BLK_IMPL", "BLK_AUTOTUNE"):
+            environment.pop(name, None)
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.worker"],
             stdin=subprocess.PIPE,
