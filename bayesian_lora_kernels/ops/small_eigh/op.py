@@ -9,31 +9,47 @@ from .. import native
 from ..checks import check_tensor, describe
 from ..dispatch import Implementation, check_impl, choose, register
 from ..registration import custom_op
+from ..verify.verifier import Evidence
 
 # Up to this size calling LAPACK costs more than its work.
 _ALWAYS_FASTER = 12
+_CLASSES = (8, 16, 32, 64, 96, native.MAX_N)
 
 
 def _native_is_faster(eigenvalues: Tensor, eigenvectors: Tensor, matrices: Tensor) -> bool:
     """Whether ``auto`` takes the native Jacobi solver; elsewhere impl="native" asks for it.
 
-    LAPACK solves one matrix after another; the extension spends up to 1 + n / 32 times as long on one, on all
-    threads at once. Measured on x86, float64, minima of interleaved runs, LAPACK's time over the extension's: one
-    thread, L = 1 to 64: 1.3 to 1.4 at n = 8, 1.0 to 1.3 at 12, 0.9 to 1.2 at 20, 0.8 to 1.0 at 32, 0.3 to 0.6 at 64;
-    two threads, L = 4 to 64: 1.5 to 1.9 at n = 12 to 20, 1.7 to 1.9 at 32, 1.1 to 1.5 at 48 and 64.
+    On a GPU always: one launch. On the CPU LAPACK solves one matrix after another; the extension spends up to
+    1 + n / 32 times as long on one, on all threads at once. Measured on x86, float64, minima of interleaved runs,
+    LAPACK's time over the extension's: one thread, L = 1 to 64: 1.3 to 1.4 at n = 8, 1.0 to 1.3 at 12, 0.9 to 1.2 at
+    20, 0.8 to 1.0 at 32, 0.3 to 0.6 at 64; two threads, L = 4 to 64: 1.5 to 1.9 at n = 12 to 20, 1.7 to 1.9 at 32,
+    1.1 to 1.5 at 48 and 64.
     """
-    if matrices.device.type != "cpu":  # The CUDA kernel has not run on a GPU yet.
-        return False
+    if matrices.device.type != "cpu":
+        return True
     count, n = len(matrices), matrices.shape[-1]
     speedup = count / max(1, -(-count // torch.get_num_threads()))
     return n <= _ALWAYS_FASTER or speedup > 1 + n / 32
 
 
-register("small_eigh", "reference", Implementation("bayesian_lora_kernels.ops.small_eigh.reference", "small_eigh"))
+def variants(eigenvalues: Tensor, eigenvectors: Tensor, matrices: Tensor) -> tuple[str, ...]:
+    """What of the native solver a call takes: sizes of a class share the shape of a block and the place of vectors."""
+    size = next(size for size in _CLASSES if matrices.shape[-1] <= size)
+    return (f"{str(matrices.dtype).removeprefix('torch.')} n<={size}",)
+
+
+_FOLDER = "bayesian_lora_kernels.ops.small_eigh"
+register("small_eigh", "reference", Implementation(f"{_FOLDER}.reference", "small_eigh"))
 register(
     "small_eigh",
     "native",
-    Implementation("bayesian_lora_kernels.ops.native", "small_eigh", native.refuses_small_eigh, _native_is_faster),
+    Implementation(
+        "bayesian_lora_kernels.ops.native",
+        "small_eigh",
+        native.refuses_small_eigh,
+        _native_is_faster,
+        Evidence(f"{_FOLDER}.problems:SUITE", f"{_FOLDER}.op:variants"),
+    ),
 )
 
 
