@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bayesian_lora_kernels.ops import layouts as module
-from bayesian_lora_kernels.ops.layouts import addresses, device_table, layouts, once_per_layout
+from bayesian_lora_kernels.ops import layouts
+from bayesian_lora_kernels.ops.layouts import addresses, device_table, per_layout
 
 X = torch.randn(6, 8)
 OTHERS = {
@@ -20,43 +20,36 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_validates_once_for_each_combination_of_layouts(monkeypatch, other):
-    monkeypatch.setattr(module, "REMEMBERED", 1)
-    seen = []
-    check = once_per_layout(lambda xs, outs: seen.append(xs))
-    for xs in ([X], [torch.randn(6, 8)], [other], [other], [X]):  # the last one is forgotten by then
-        check(xs, None)
-    assert [xs[0] is other for xs in seen] == [False, True, False]
-    assert layouts([other]) != layouts([X])
+def test_called_once_for_each_combination_of_layouts(other):
+    calls = []
+
+    @per_layout
+    def count(xs, outs, accumulate):
+        calls.append(xs[0])
+        return len(calls)
+
+    asked = [X], [torch.randn(6, 8)], [other], [other], [X]
+    assert [count(xs, None, False) for xs in asked] == [1, 1, 2, 2, 1]
+    assert calls[1] is other
+    assert [count([X], [None], False), count([X], None, True), count((X,), None, False)] == [3, 4, 1]
 
 
-def test_what_is_not_valid_is_not_remembered():
-    def refuse(xs):
-        raise ValueError("never")
+def test_few_are_remembered_and_no_error(monkeypatch):
+    monkeypatch.setattr(layouts, "REMEMBERED", 2)
+    calls = []
 
-    check = once_per_layout(refuse)
+    @per_layout
+    def shape(xs):
+        calls.append(xs[0].shape[0])
+        if xs[0].shape[0] == 0:
+            raise ValueError("empty")
+
     for _ in range(2):
-        with pytest.raises(ValueError, match="never"):
-            check([X])
-
-
-@pytest.mark.parametrize(
-    ("x", "expected"),
-    [
-        (X, True),
-        (X.half(), True),
-        (X[:, :4], True),
-        (X.half()[:, :4], False),  # 8 bytes
-        (X[:, 1:5], False),
-        (X[:, ::2], False),
-        (torch.randn(6, 9)[:, :8], False),
-        (X[:0], True),
-    ],
-)
-def test_rows_of_aligned_vectors(x, expected):
-    assert layouts([x])[0].in_vectors is expected
-    starts = [row.data_ptr() % 16 for row in x]
-    assert not expected or not any(starts)
+        with pytest.raises(ValueError, match="empty"):
+            shape([X[:0]])
+    for rows in (1, 2, 1, 2, 3, 1):
+        shape([X[:rows]])
+    assert calls == [0, 0, 1, 2, 3, 1]
 
 
 def test_a_table_has_one_row_per_module_in_the_order_asked_for():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 from array import array
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,45 +14,33 @@ from torch import Tensor
 # Combinations of layouts that are remembered: a fit and a prediction have a few, ragged batches more.
 REMEMBERED = 256
 
-
-class Layout(NamedTuple):
-    """What decides how a tensor is computed with: all but its numbers and its address."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    device: torch.device
-    aligned: bool  # begins at a multiple of 16 bytes
-
-    @property
-    def in_vectors(self) -> bool:
-        """Whether the rows of a matrix are pieces of 16 aligned bytes, which a kernel then loads at once."""
-        vector = 16 // self.dtype.itemsize
-        strides = self.stride[1] == 1 and self.stride[0] % vector == 0
-        return strides and self.shape[1] % vector == 0 and self.aligned
+Result = TypeVar("Result")
 
 
-def layouts(tensors: Sequence[Tensor | None]) -> tuple[Layout | None, ...]:
-    """The layout of each: what functions under ``functools.lru_cache(REMEMBERED)`` take instead of tensors."""
+def per_layout(function: Callable[..., Result]) -> Callable[..., Result]:
+    """``function``, whose result or error depends on the layouts of lists of tensors alone, called once for each.
+
+    A layout is dtype, shape, strides, device, and whether the address is a multiple of 16: all of a tensor but its
+    numbers and where it lies. Arguments are lists of tensors and None, or anything hashable. Errors are not remembered.
+    """
+    results: dict[Hashable, Result] = {}
+
+    @functools.wraps(function)
+    def remembered(*arguments: Hashable | Sequence[Tensor | None]) -> Result:
+        key = tuple([_layouts(one) if isinstance(one, (list, tuple)) else one for one in arguments])
+        if key not in results:
+            if len(results) >= REMEMBERED:
+                results.clear()
+            results[key] = function(*arguments)
+        return results[key]
+
+    return remembered
+
+
+def _layouts(tensors: Sequence[Tensor | None]) -> Hashable:
     return tuple(
-        [None if x is None else Layout(x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16 == 0) for x in tensors]
+        [None if x is None else (x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16 == 0) for x in tensors]
     )
-
-
-def once_per_layout(validate: Callable[..., None]) -> Callable[..., None]:
-    """``validate``, which takes lists of tensors (or None for a list), run once for each combination of layouts."""
-    valid: set[object] = set()
-
-    @functools.wraps(validate)
-    def check(*lists: Sequence[Tensor | None] | None) -> None:
-        key = tuple([None if one is None else layouts(one) for one in lists])
-        if key not in valid:
-            validate(*lists)
-            if len(valid) >= REMEMBERED:
-                valid.clear()
-            valid.add(key)
-
-    return check
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
