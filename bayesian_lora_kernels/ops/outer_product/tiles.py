@@ -1,4 +1,4 @@
-"""Device functions of both outer product kernels: which tile, its product, its store."""
+"""Device functions of the outer product kernels: which tile, its product, its store."""
 
 from __future__ import annotations
 
@@ -40,9 +40,8 @@ def tile_product(
     mask_ptr,
     stride_xm,
     stride_xd,
-    stride_mask,
     first_row,
-    end_row,
+    count,
     width,
     i,
     j,
@@ -51,23 +50,23 @@ def tile_product(
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``X[rows, tile i]^T X[rows, tile j]`` over the counted rows from ``first_row`` to ``end_row``, float32."""
+    """``X[rows, tile i]^T X[rows, tile j]`` over those of ``count`` rows from ``first_row`` on that count, float32."""
     o_i = i * BD + tl.arange(0, BD)
     o_j = j * BD + tl.arange(0, BD)
     o_m = first_row + tl.arange(0, BM)
     p_i = x_ptr + o_m[None, :].to(tl.int64) * stride_xm + o_i[:, None].to(tl.int64) * stride_xd  # [BD, BM]
     p_j = x_ptr + o_m[:, None].to(tl.int64) * stride_xm + o_j[None, :].to(tl.int64) * stride_xd  # [BM, BD]
-    p_mask = mask_ptr + o_m.to(tl.int64) * stride_mask
+    p_mask = mask_ptr + o_m
     m_i = (o_i < width)[:, None]
     m_j = (o_j < width)[None, :]
     step = tl.full([], BM, tl.int64)
     b_sum = tl.zeros([BD, BD], dtype=tl.float32)
-    for start in range(first_row, end_row, BM):
-        m_m = tl.arange(0, BM) < end_row - start
+    for start in range(0, count, BM):
+        m_m = tl.arange(0, BM) < count - start
         if HAS_MASK:
             # Rows that do not count are never read: they may hold NaN.
             m_m = m_m & (tl.load(p_mask, mask=m_m, other=0) != 0)
-            p_mask += step * stride_mask
+            p_mask += BM
         b_i = tl.load(p_i, mask=m_m[None, :] & m_i, other=0.0)  # [BD, BM]
         b_j = tl.load(p_j, mask=m_m[:, None] & m_j, other=0.0)  # [BM, BD]
         b_sum = tl.dot(b_i, b_j, b_sum, input_precision=PRECISION)
@@ -82,9 +81,8 @@ def narrow_product(
     mask_ptr,
     stride_xm,
     stride_xd,
-    stride_mask,
     first_row,
-    end_row,
+    count,
     width,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -99,15 +97,15 @@ def narrow_product(
     o_d = tl.arange(0, BD)
     o_m = first_row + tl.arange(0, BM)
     p_x = x_ptr + o_m[:, None].to(tl.int64) * stride_xm + o_d[None, :].to(tl.int64) * stride_xd  # [BM, BD]
-    p_mask = mask_ptr + o_m.to(tl.int64) * stride_mask
+    p_mask = mask_ptr + o_m
     m_d = (o_d < width)[None, :]
     step = tl.full([], BM, tl.int64)
-    b_x = _rows(p_x, p_mask, end_row - first_row, m_d, HAS_MASK, BM)
+    b_x = _rows(p_x, p_mask, count, m_d, HAS_MASK, BM)
     b_sum = tl.zeros([BD, BD], dtype=tl.float32)
-    for start in range(first_row, end_row, BM):
+    for start in range(0, count, BM):
         p_x += step * stride_xm
-        p_mask += step * stride_mask
-        b_next = _rows(p_x, p_mask, end_row - start - BM, m_d, HAS_MASK, BM)
+        p_mask += BM
+        b_next = _rows(p_x, p_mask, count - start - BM, m_d, HAS_MASK, BM)
         b_sum = tl.dot(tl.trans(b_x), b_x, b_sum, input_precision=PRECISION)
         b_x = b_next
     return b_sum
@@ -124,7 +122,7 @@ def _rows(p_x, p_mask, left, m_d, HAS_MASK: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def store_symmetric(
     out_ptr,
-    b_value,
+    b_value,  # [BD, BD]
     i,
     j,
     width,
@@ -139,48 +137,12 @@ def store_symmetric(
     On the diagonal the upper half of the tile is dropped, so that the symmetry does not rest on the order in which a
     matrix instruction adds. Launch without fused multiply-add: fused into one of the two additions it would break it.
 
-    A wide tile goes out in pieces of 32 columns: all at once, addresses and old values would take as many registers
-    as the sums, and one program less would fit a multiprocessor.
+    Only tiles on the diagonal ask of each element where it is, which forbids to load and store several at once.
     """
-    column = j * BD
-    if BD == 128:
-        b_left, b_right = _halves(b_value, BD, BD)
-        _store_half(out_ptr, b_left, i, column, width, stride_o0, stride_o1, ACCUMULATE, MIRROR, BD)
-        _store_half(out_ptr, b_right, i, column + 64, width, stride_o0, stride_o1, ACCUMULATE, MIRROR, BD)
-    elif BD == 64:
-        b_0, b_1 = _halves(b_value, BD, BD)
-        _store(out_ptr, b_0, i, column, width, stride_o0, stride_o1, ACCUMULATE, MIRROR, BD, 32)
-        _store(out_ptr, b_1, i, column + 32, width, stride_o0, stride_o1, ACCUMULATE, MIRROR, BD, 32)
+    if i > j:
+        _store(out_ptr, b_value, i, j * BD, width, stride_o0, stride_o1, False, ACCUMULATE, MIRROR, BD, BD)
     else:
-        _store(out_ptr, b_value, i, column, width, stride_o0, stride_o1, ACCUMULATE, MIRROR, BD, BD)
-
-
-@triton.jit
-def _halves(b_value, BR: tl.constexpr, BC: tl.constexpr):
-    """Left and right half of a tile, ``[BR, BC // 2]`` each."""
-    return tl.split(tl.permute(tl.reshape(b_value, [BR, 2, BC // 2]), [0, 2, 1]))
-
-
-@triton.jit
-def _store_half(
-    out_ptr,
-    b_value,  # [BD, 64]
-    i,
-    column,
-    width,
-    stride_o0,
-    stride_o1,
-    ACCUMULATE: tl.constexpr,
-    MIRROR: tl.constexpr,
-    BD: tl.constexpr,
-):
-    b_left, b_right = _halves(b_value, BD, 64)
-    b_0, b_1 = _halves(b_left, BD, 32)
-    b_2, b_3 = _halves(b_right, BD, 32)
-    _store(out_ptr, b_0, i, column, width, stride_o0, stride_o1, ACCUMULATE, MIRROR, BD, 16)
-    _store(out_ptr, b_1, i, column + 16, width, stride_o0, stride_o1, ACCUMULATE, MIRROR, BD, 16)
-    _store(out_ptr, b_2, i, column + 32, width, stride_o0, stride_o1, ACCUMULATE, MIRROR, BD, 16)
-    _store(out_ptr, b_3, i, column + 48, width, stride_o0, stride_o1, ACCUMULATE, MIRROR, BD, 16)
+        _store(out_ptr, b_value, i, j * BD, width, stride_o0, stride_o1, True, ACCUMULATE, MIRROR, BD, BD)
 
 
 @triton.jit
@@ -192,23 +154,35 @@ def _store(
     width,
     stride_o0,
     stride_o1,
+    DIAGONAL: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     MIRROR: tl.constexpr,
     BD: tl.constexpr,
     BC: tl.constexpr,
 ):
-    o_i = i * BD + tl.arange(0, BD)
-    o_j = column + tl.arange(0, BC)
-    m_lower = (o_i[:, None] >= o_j[None, :]) & (o_i < width)[:, None]
-    p_lower = out_ptr + o_i[:, None].to(tl.int64) * stride_o0 + o_j[None, :].to(tl.int64) * stride_o1  # [BD, BC]
-    b_lower = b_value
-    if ACCUMULATE:
-        b_lower += tl.load(p_lower, mask=m_lower, other=0.0)
-    tl.store(p_lower, b_lower, mask=m_lower)
-    if MIRROR:
-        m_upper = (o_j[:, None] < o_i[None, :]) & (o_i < width)[None, :]
-        p_upper = out_ptr + o_j[:, None].to(tl.int64) * stride_o0 + o_i[None, :].to(tl.int64) * stride_o1  # [BC, BD]
-        b_upper = tl.trans(b_value)
+    # A wide tile goes out in pieces: all at once, addresses and old values would take as many registers as the sums,
+    # and one program less would fit a multiprocessor.
+    if BD * BC > 2048:
+        HALF: tl.constexpr = BC // 2
+        b_left, b_right = tl.split(tl.permute(tl.reshape(b_value, [BD, 2, HALF]), [0, 2, 1]))
+        _store(out_ptr, b_left, i, column, width, stride_o0, stride_o1, DIAGONAL, ACCUMULATE, MIRROR, BD, HALF)
+        _store(out_ptr, b_right, i, column + HALF, width, stride_o0, stride_o1, DIAGONAL, ACCUMULATE, MIRROR, BD, HALF)
+    else:
+        o_i = i * BD + tl.arange(0, BD)
+        o_j = column + tl.arange(0, BC)
+        m_lower = (o_i < width)[:, None] & (o_j < width)[None, :]
+        m_upper = (o_j < width)[:, None] & (o_i < width)[None, :]
+        if DIAGONAL:
+            m_lower = m_lower & (o_i[:, None] >= o_j[None, :])
+            m_upper = m_upper & (o_j[:, None] < o_i[None, :])
+        p_lower = out_ptr + o_i[:, None].to(tl.int64) * stride_o0 + o_j[None, :].to(tl.int64) * stride_o1  # [BD, BC]
+        b_lower = b_value
         if ACCUMULATE:
-            b_upper += tl.load(p_upper, mask=m_upper, other=0.0)
-        tl.store(p_upper, b_upper, mask=m_upper)
+            b_lower += tl.load(p_lower, mask=m_lower, other=0.0)
+        tl.store(p_lower, b_lower, mask=m_lower)
+        if MIRROR:
+            p_upper = out_ptr + o_j[:, None].to(tl.int64) * stride_o0 + o_i[None, :].to(tl.int64) * stride_o1
+            b_upper = tl.trans(b_value)  # [BC, BD]
+            if ACCUMULATE:
+                b_upper += tl.load(p_upper, mask=m_upper, other=0.0)
+            tl.store(p_upper, b_upper, mask=m_upper)
