@@ -58,7 +58,7 @@ def test_operations_refuse_outputs_that_overlap_and_leave_them_alone():
         torch.testing.assert_close(out.double(), x.double().T @ x.double(), rtol=1e-6, atol=1e-6)
     memory.zero_()
     for outs in ([apart[0], memory[3:7, 3:7]], [apart[0], apart[0]]):
-        with pytest.raises(ValueError, match="grouped_outer_product: .*got out of entry 0 overlapping out of entry 1"):
+        with pytest.raises(ValueError, match=r"grouped_outer_product: .*got out of entry 0 overlapping out of entry 1"):
             ops.grouped_outer_product([x, x], outs=outs)
     with pytest.raises(ValueError, match="got out of entry 1 overlapping x of entry 0"):
         ops.grouped_outer_product([memory[2:6, :4], x], outs=[apart[1], apart[0]])

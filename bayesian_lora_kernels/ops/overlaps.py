@@ -26,7 +26,7 @@ def spans(matrices: Sequence[Tensor]) -> Tensor:
 
 
 def check_apart(where: str, outs: Sequence[Tensor], xs: Sequence[Tensor], known_spans: Tensor) -> None:
-    """Check that no output shares memory with another, or with an input; ValueError with the entries' numbers otherwise.
+    """Check that no output shares memory with another, or with an input; ValueError with their numbers if so.
 
     ``known_spans`` are those of outputs and inputs. By address ranges, O(n log n); where ranges overlap, by the pieces
     of contiguous memory that they are made of.

@@ -108,8 +108,7 @@ def _plan(outs: Sequence[Tensor], xs: Sequence[Tensor], masks: Sequence[Tensor |
     groups = [_Group(*kind, len(of_kind), max(xs[i].shape[0] for i in of_kind)) for kind, of_kind in members.items()]
     order = [i for of_kind in members.values() for i in of_kind]
     fixed = [(*xs[i].shape, *xs[i].stride(), *outs[i].stride()) for i in order]
-    on_cpu = {"dtype": torch.int64, "device": "cpu"}
-    return _Plan(tuple(groups), torch.tensor(order, **on_cpu), torch.tensor(fixed, **on_cpu))
+    return _Plan(tuple(groups), torch.tensor(order, device="cpu"), torch.tensor(fixed, device="cpu"))
 
 
 def _configurations(group: _Group, name: str) -> tuple[Configuration, ...]:
