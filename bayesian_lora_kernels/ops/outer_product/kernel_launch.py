@@ -95,20 +95,24 @@ class _Plan(NamedTuple):
 
 
 @per_layout
-def _plan(outs: Sequence[Tensor], xs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> _Plan:
+def _plan(outs: Sequence[Tensor], xs: Sequence[Tensor], masked: tuple[bool, ...]) -> _Plan:
     members: dict[tuple[torch.dtype, int, bool, bool, int], list[int]] = {}
-    for i, (out, x, mask) in enumerate(zip(outs, xs, masks, strict=True)):
+    for i, (out, x) in enumerate(zip(outs, xs, strict=True)):
         if x.shape[1] == 0:
             continue
         vectors = in_vectors(x) and in_vectors(out)
         widest = 128 if vectors and x.dtype != torch.float32 else 64
         block = min(widest, max(16, triton.next_power_of_2(x.shape[1])))
         count = triton.cdiv(x.shape[1], block)
-        members.setdefault((x.dtype, block, vectors, mask is not None, count * (count + 1) // 2), []).append(i)
+        members.setdefault((x.dtype, block, vectors, masked[i], count * (count + 1) // 2), []).append(i)
     groups = [_Group(*kind, len(of_kind), max(xs[i].shape[0] for i in of_kind)) for kind, of_kind in members.items()]
     order = [i for of_kind in members.values() for i in of_kind]
     fixed = [(*xs[i].shape, *xs[i].stride(), *outs[i].stride()) for i in order]
     return _Plan(tuple(groups), torch.tensor(order, device="cpu"), torch.tensor(fixed, device="cpu"))
+
+
+def _masked(masks: Sequence[Tensor | None]) -> tuple[bool, ...]:
+    return tuple([mask is not None for mask in masks])
 
 
 def _configurations(group: _Group, name: str) -> tuple[Configuration, ...]:
@@ -143,7 +147,7 @@ def variants(
 ) -> tuple[Variant, ...]:
     """What ``grouped_outer_product`` launches for these arguments (where nothing is tuned)."""
     found = set()
-    for group in _plan(outs, xs, masks).groups:
+    for group in _plan(outs, xs, _masked(masks)).groups:
         device = xs[0].device
         splits = _splits(group, _configurations(group, architecture(device))[0], device)
         found.add(_variant(group, splits, accumulate, lower))
@@ -159,7 +163,7 @@ def grouped_outer_product(
     lower: bool = False,
 ) -> None:
     """As ``reference.grouped_outer_product``, in Triton."""
-    plan = _plan(outs, xs, masks)
+    plan = _plan(outs, xs, _masked(masks))
     if not plan.groups:
         return
     device = xs[0].device

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import accumulate_dtype, check_device, check_mask, check_same_length, check_tensor, describe
+from ..checks import accumulate_dtype, are_tensors, check_device, check_mask, check_same_length, check_tensor, describe
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 from ..layouts import per_layout
@@ -163,8 +162,7 @@ def _sums(
     lower: bool,
     impl: str,
 ) -> list[Tensor]:
-    given = itertools.chain(xs, outs or (), (mask for mask in masks if mask is not None))
-    if not all(isinstance(one, Tensor) for one in given):
+    if not (are_tensors(xs) and are_tensors(masks, type(None)) and are_tensors(outs or ())):
         _validate(xs, masks, outs)  # it says which is none; what else may be wrong, the operation finds
     numbers = [float(scale) for scale in scales]
     with torch.no_grad():
