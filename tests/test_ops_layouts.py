@@ -31,7 +31,7 @@ def test_called_once_for_each_combination_of_layouts(other):
     asked = [X], [torch.randn(6, 8)], [other], [other], [X]
     assert [count(xs, None, False) for xs in asked] == [1, 1, 2, 2, 1]
     assert calls[1] is other
-    assert [count([X], [None], False), count([X], None, True), count((X,), None, False)] == [3, 4, 1]
+    assert [count([X], [True], False), count([X], None, True), count((X,), None, False)] == [3, 4, 1]
 
 
 def test_few_are_remembered_and_no_error(monkeypatch):

@@ -21,12 +21,12 @@ def per_layout(function: Callable[..., Result]) -> Callable[..., Result]:
     """``function``, whose result or error depends on the layouts of lists of tensors alone, called once for each.
 
     A layout is dtype, shape, strides, device, and whether the address is a multiple of 16: all of a tensor but its
-    numbers and where it lies. Arguments are lists of tensors and None, or anything hashable. Errors are not remembered.
+    numbers and where it lies. Other arguments, and what else is in a list, are hashable. Errors are not remembered.
     """
     results: dict[Hashable, Result] = {}
 
     @functools.wraps(function)
-    def remembered(*arguments: Hashable | Sequence[Tensor | None]) -> Result:
+    def remembered(*arguments: Hashable | Sequence[Hashable]) -> Result:
         key = tuple([_layouts(one) if isinstance(one, (list, tuple)) else one for one in arguments])
         if key not in results:
             if len(results) >= REMEMBERED:
@@ -37,9 +37,12 @@ def per_layout(function: Callable[..., Result]) -> Callable[..., Result]:
     return remembered
 
 
-def _layouts(tensors: Sequence[Tensor | None]) -> Hashable:
+def _layouts(values: Sequence[Hashable]) -> Hashable:
     return tuple(
-        [None if x is None else (x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16 == 0) for x in tensors]
+        [
+            (x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x
+            for x in values
+        ]
     )
 
 
