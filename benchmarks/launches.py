@@ -190,7 +190,7 @@ def _rows(height: int, width: int, dtype: torch.dtype, strided: bool) -> Tensor:
 
 
 def outer_products(
-    widths: Sequence[int] = (16, 32, 64, 128, 4096), height: int = 512, dtypes: Sequence[torch.dtype] = DTYPES
+    widths: Sequence[int] = (8, 16, 32, 64, 128, 4096), height: int = 512, dtypes: Sequence[torch.dtype] = DTYPES
 ) -> None:
     """Every width and layout, with masks (which have a stride) and without; float16 compiles to what bfloat16 does."""
     from bayesian_lora_kernels.ops.outer_product import kernel_launch

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Combinations of layouts that are remembered: a fit and a prediction have a few, ragged batches more.
-REMEMBERED = 256
+REMEMBERED = 64
 
 Result = TypeVar("Result")
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import lower_tile, lower_tile_in_bands, narrow_product, store_symmetric, tile_product
+from .tiles import lower_tile, lower_tile_in_bands, narrow_product, store_symmetric, sum_of_blocks, tile_product
 
 # Columns of the table, one row of int64 per module: what a call brings, then what follows from the layouts.
 GIVEN = ("x", "mask", "out", "scale")  # three addresses, and the bits of a float32
@@ -39,6 +39,7 @@ def outer_product_kernel(
     MIRROR: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    PACK: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -59,12 +60,13 @@ def outer_product_kernel(
     else:
         stride_xd = tl.load(row_ptr + 7)
 
-    rows_per_split = tl.cdiv(tl.cdiv(rows, tl.num_programs(2)), BM) * BM
+    STEP: tl.constexpr = BM * PACK
+    rows_per_split = tl.cdiv(tl.cdiv(rows, tl.num_programs(2)), STEP) * STEP
     first_row = split * rows_per_split
     count = tl.maximum(tl.minimum(rows_per_split, rows - first_row), 0).to(tl.int32)
     if BD <= 32:
         b_sum = narrow_product(
-            x_ptr, mask_ptr, stride_xm, stride_xd, first_row, count, width, HAS_MASK, PRECISION, BM, BD
+            x_ptr, mask_ptr, stride_xm, stride_xd, first_row, count, width, PACK, HAS_MASK, PRECISION, BM, BD
         )
     else:
         i, j = lower_tile_in_bands(p, tl.cdiv(width, BD), _BAND)
@@ -76,7 +78,7 @@ def outer_product_kernel(
         o_part = ((split.to(tl.int64) * tl.num_programs(1) + module) * tl.num_programs(0) + p) * BD * BD
         tl.store(parts_ptr + o_part + o[:, None] * BD + o[None, :], b_sum)
     else:
-        _scale_and_store(row_ptr, b_sum, p, width, VECTORS, ACCUMULATE, MIRROR, BD)
+        _scale_and_store(row_ptr, b_sum, p, width, VECTORS, ACCUMULATE, MIRROR, PACK, BD)
 
 
 @triton.jit
@@ -87,6 +89,7 @@ def sum_splits_kernel(
     VECTORS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     MIRROR: tl.constexpr,
+    PACK: tl.constexpr,
     BD: tl.constexpr,
 ):
     """Add the parts of a tile in order; scale, add to ``out``, mirror."""
@@ -103,7 +106,7 @@ def sum_splits_kernel(
     for _ in range(splits):
         b_sum += tl.load(p_part)
         p_part += step
-    _scale_and_store(row_ptr, b_sum, p, width, VECTORS, ACCUMULATE, MIRROR, BD)
+    _scale_and_store(row_ptr, b_sum, p, width, VECTORS, ACCUMULATE, MIRROR, PACK, BD)
 
 
 @triton.jit
@@ -115,6 +118,7 @@ def _scale_and_store(
     VECTORS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     MIRROR: tl.constexpr,
+    PACK: tl.constexpr,
     BD: tl.constexpr,
 ):
     out_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32))
@@ -127,7 +131,8 @@ def _scale_and_store(
     else:
         stride_o1 = tl.load(row_ptr + 9)
     if BD <= 32:
-        store_symmetric(out_ptr, b_sum * scale, 0, 0, width, stride_o0, stride_o1, ACCUMULATE, MIRROR, BD)
+        b_sum = sum_of_blocks(b_sum, PACK, BD)
+        store_symmetric(out_ptr, b_sum * scale, 0, 0, width, stride_o0, stride_o1, ACCUMULATE, MIRROR, BD // PACK)
     else:
         i, j = lower_tile_in_bands(p, tl.cdiv(width, BD), _BAND)
         store_symmetric(out_ptr, b_sum * scale, i, j, width, stride_o0, stride_o1, ACCUMULATE, MIRROR, BD)

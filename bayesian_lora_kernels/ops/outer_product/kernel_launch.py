@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..device import SCRATCH_BYTES, architecture, in_vectors, multiprocessors, on_device, widened
+from ..device import SCRATCH_BYTES, architecture, in_vectors, is_aligned, multiprocessors, on_device, widened
 from ..kernel_types import TYPES
 from ..layouts import addresses, device_table, per_layout
 from ..overlaps import spans
@@ -54,6 +54,8 @@ _FLOAT32 = {16: Configuration(64, 4, 1), 32: Configuration(32, 4, 1, 4), 64: Con
 _STRIDED_HALF = {16: Configuration(128, 4, 1), 32: Configuration(64, 4, 1, 4), 64: Configuration(32, 4, 2, 3)}
 _STRIDED_FLOAT32 = {16: Configuration(64, 4, 1), 32: Configuration(32, 4, 1, 4), 64: Configuration(16, 4, 2, 3)}
 
+# Narrower inputs leave more of a tile of 16 columns empty than they fill. Rows of these widths fill it together.
+_PACKED = (4, 8)
 # Rows that a split must have at least: fewer, and adding the parts costs more than it saves.
 _ROWS_PER_SPLIT = 512
 # float32 operands as three TF32 products (error 2^-21 of the size of the terms), never one.
@@ -66,6 +68,7 @@ class _Group(NamedTuple):
     dtype: torch.dtype
     block: int  # width of a tile
     vectors: bool  # rows are pieces of 16 aligned bytes
+    pack: int  # rows beside each other in a row of the tile
     masked: bool
     tiles: int  # of each module
     modules: int
@@ -78,6 +81,7 @@ class Variant(NamedTuple):
     dtype: torch.dtype
     block: int
     vectors: bool
+    pack: int
     masked: bool
     split: bool
     accumulate: bool
@@ -85,7 +89,8 @@ class Variant(NamedTuple):
 
     def __str__(self) -> str:
         flags = [name for name, value in self._asdict().items() if value is True]
-        return " ".join([str(self.dtype).removeprefix("torch."), f"BD={self.block}", *flags])
+        sizes = [f"BD={self.block}"] + [f"PACK={self.pack}"] * (self.pack > 1)
+        return " ".join([str(self.dtype).removeprefix("torch."), *sizes, *flags])
 
 
 class _Plan(NamedTuple):
@@ -96,15 +101,16 @@ class _Plan(NamedTuple):
 
 @per_layout
 def _plan(outs: Sequence[Tensor], xs: Sequence[Tensor], masked: tuple[bool, ...]) -> _Plan:
-    members: dict[tuple[torch.dtype, int, bool, bool, int], list[int]] = {}
+    members: dict[tuple[torch.dtype, int, bool, int, bool, int], list[int]] = {}
     for i, (out, x) in enumerate(zip(outs, xs, strict=True)):
         if x.shape[1] == 0:
             continue
         vectors = in_vectors(x) and in_vectors(out)
         widest = 128 if vectors and x.dtype != torch.float32 else 64
         block = min(widest, max(16, triton.next_power_of_2(x.shape[1])))
+        pack = 16 // x.shape[1] if x.shape[1] in _PACKED and x.is_contiguous() and is_aligned(x) else 1
         count = triton.cdiv(x.shape[1], block)
-        members.setdefault((x.dtype, block, vectors, masked[i], count * (count + 1) // 2), []).append(i)
+        members.setdefault((x.dtype, block, vectors, pack, masked[i], count * (count + 1) // 2), []).append(i)
     groups = [_Group(*kind, len(of_kind), max(xs[i].shape[0] for i in of_kind)) for kind, of_kind in members.items()]
     order = [i for of_kind in members.values() for i in of_kind]
     fixed = [(*xs[i].shape, *xs[i].stride(), *outs[i].stride()) for i in order]
@@ -134,7 +140,7 @@ def _splits(group: _Group, configuration: Configuration, device: torch.device) -
 
 
 def _variant(group: _Group, splits: int, accumulate: bool, lower: bool) -> Variant:
-    return Variant(group.dtype, group.block, group.vectors, group.masked, splits > 1, accumulate, not lower)
+    return Variant(group.dtype, group.block, group.vectors, group.pack, group.masked, splits > 1, accumulate, not lower)
 
 
 def variants(
@@ -204,6 +210,7 @@ def _launch(group: _Group, configuration: Configuration, table: Tensor, accumula
         MIRROR=one.mirror and not one.split,
         SPLIT=one.split,
         PRECISION=_PRECISION[one.dtype],
+        PACK=one.pack,
         BM=configuration.block_m,
         BD=one.block,
         num_warps=configuration.num_warps,
@@ -219,6 +226,7 @@ def _launch(group: _Group, configuration: Configuration, table: Tensor, accumula
             VECTORS=one.vectors,
             ACCUMULATE=one.accumulate,
             MIRROR=one.mirror,
+            PACK=one.pack,
             BD=one.block,
             num_warps=8 if one.block == 128 else 4,
             num_stages=2,

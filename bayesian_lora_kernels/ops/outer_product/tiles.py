@@ -84,39 +84,65 @@ def narrow_product(
     first_row,
     count,
     width,
+    PACK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
     """``tile_product`` of a width that fits one tile: X is loaded once for both sides, the next rows while these
-    multiply.
+    multiply. The compiler's pipeline would load it once per side, and this is bound by loading.
 
-    The compiler's pipeline would load it once per side, and this is bound by loading.
+    ``PACK`` rows lie beside each other in one row of the tile, where X is contiguous and its width ``BD // PACK``:
+    what is wanted are then the blocks on the diagonal (``sum_of_blocks``).
     """
-    o_d = tl.arange(0, BD)
-    o_m = first_row + tl.arange(0, BM)
-    p_x = x_ptr + o_m[:, None].to(tl.int64) * stride_xm + o_d[None, :].to(tl.int64) * stride_xd  # [BM, BD]
-    p_mask = mask_ptr + o_m
-    m_d = (o_d < width)[None, :]
-    step = tl.full([], BM, tl.int64)
-    b_x = _rows(p_x, p_mask, count, m_d, HAS_MASK, BM)
+    o_d = tl.arange(0, BD)[None, :]
+    o_m = tl.arange(0, BM)[:, None]
+    if PACK > 1:
+        p_x = x_ptr + first_row * (BD // PACK) + o_m * BD + o_d  # [BM, BD]
+        width = BD
+        step = tl.full([], BM * BD, tl.int64)
+    else:
+        p_x = x_ptr + (first_row + o_m).to(tl.int64) * stride_xm + o_d.to(tl.int64) * stride_xd
+        step = tl.full([], BM, tl.int64) * stride_xm
+    p_mask = mask_ptr + first_row
+    b_x = _rows(p_x, p_mask, count, width, PACK, HAS_MASK, BM, BD)
     b_sum = tl.zeros([BD, BD], dtype=tl.float32)
-    for start in range(0, count, BM):
-        p_x += step * stride_xm
-        p_mask += BM
-        b_next = _rows(p_x, p_mask, count - start - BM, m_d, HAS_MASK, BM)
+    for start in range(0, count, BM * PACK):
+        p_x += step
+        p_mask += BM * PACK
+        b_next = _rows(p_x, p_mask, count - start - BM * PACK, width, PACK, HAS_MASK, BM, BD)
         b_sum = tl.dot(tl.trans(b_x), b_x, b_sum, input_precision=PRECISION)
         b_x = b_next
     return b_sum
 
 
 @triton.jit
-def _rows(p_x, p_mask, left, m_d, HAS_MASK: tl.constexpr, BM: tl.constexpr):
-    m_m = tl.arange(0, BM) < left
+def _rows(p_x, p_mask, left, width, PACK: tl.constexpr, HAS_MASK: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
+    """The counted ones of the next rows, at most ``left``, zeros for the others: ``[BM, BD]``."""
+    o_d = tl.arange(0, BD)[None, :]
+    o_m = tl.arange(0, BM)[:, None]
+    if PACK > 1:
+        b_x = tl.load(p_x, mask=o_m * PACK + o_d // (BD // PACK) < left, other=0.0)
+        if HAS_MASK:
+            o_row = o_m * PACK + tl.arange(0, PACK)[None, :]
+            b_mask = tl.load(p_mask + o_row, mask=o_row < left, other=0)[:, :, None]  # [BM, PACK, 1]
+            b_x = tl.where(tl.reshape(tl.broadcast_to(b_mask, [BM, PACK, BD // PACK]), [BM, BD]) != 0, b_x, 0.0)
+        return b_x
+    m_row = o_m < left
     if HAS_MASK:
-        m_m = m_m & (tl.load(p_mask, mask=m_m, other=0) != 0)
-    return tl.load(p_x, mask=m_m[:, None] & m_d, other=0.0)
+        m_row = m_row & (tl.load(p_mask + o_m, mask=m_row, other=0) != 0)
+    return tl.load(p_x, mask=m_row & (o_d < width), other=0.0)
+
+
+@triton.jit
+def sum_of_blocks(b_sum, PACK: tl.constexpr, BD: tl.constexpr):
+    """The sum of the ``PACK`` blocks on the diagonal of ``b_sum: [BD, BD]``, in order."""
+    WIDTH: tl.constexpr = BD // PACK
+    block = tl.arange(0, PACK)
+    on_diagonal = block[:, None, None, None] == block[None, None, :, None]
+    b_blocks = tl.where(on_diagonal, tl.reshape(b_sum, [PACK, WIDTH, PACK, WIDTH]), 0.0)
+    return tl.sum(tl.sum(b_blocks, axis=2), axis=0)
 
 
 @triton.jit
