@@ -38,7 +38,6 @@ BEST = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 # The constants whose product is the height of a kernel's matrix product.
 HEIGHTS = {
     "outer_product_kernel": ("BD",),
-    "grouped_outer_product_kernel": ("BD",),
     "project_kernel": ("BM",),
     "back_project_kernel": ("BD",),
     "touch_kernel": ("BM",),

@@ -190,10 +190,10 @@ def _rows(height: int, width: int, dtype: torch.dtype, strided: bool) -> Tensor:
 
 
 def outer_products(
-    widths: Sequence[int] = (16, 32, 64, 128, 4096), height: int = 512, dtypes: Sequence[torch.dtype] = DTYPES
+    widths: Sequence[int] = (8, 16, 32, 64, 128, 4096), height: int = 512, dtypes: Sequence[torch.dtype] = DTYPES
 ) -> None:
     """Every width and layout, with masks (which have a stride) and without; float16 compiles to what bfloat16 does."""
-    from bayesian_lora_kernels.ops.outer_product import kernel, kernel_grouped
+    from bayesian_lora_kernels.ops.outer_product import kernel_launch
 
     for dtype, width in itertools.product(dtypes, widths):
         for masked, strided in ((False, False), (True, False), (True, True)):
@@ -202,8 +202,7 @@ def outer_products(
             size = width - strided  # one that is no multiple of 16
             x, out = _rows(height, size, dtype, strided), _empty(size, size)
             mask = _empty(2 * height, dtype=torch.bool)[::2] if masked else None
-            kernel.outer_product(out, x, mask, 1.0, True)
-            kernel_grouped.grouped_outer_product([out], [x], [mask], [1.0], True)
+            kernel_launch.grouped_outer_product([out], [x], [mask], [1.0], True)
 
 
 def split_outer_products() -> None:
@@ -212,9 +211,9 @@ def split_outer_products() -> None:
 
 
 def mirrored() -> None:
-    from bayesian_lora_kernels.ops.outer_product import kernel
+    from bayesian_lora_kernels.ops.outer_product import kernel_launch
 
-    kernel.mirror_lower(_empty(112, 112))
+    kernel_launch.mirror_lower(_empty(112, 112))
 
 
 def square_sums(widths: Sequence[int] = (32, 4096)) -> None:

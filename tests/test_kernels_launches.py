@@ -13,7 +13,7 @@ from benchmarks.launches import ARCHITECTURES, DTYPES, launched, recorded
 pytestmark = pytest.mark.interpret
 pytest.importorskip("triton")
 # Problems have bfloat16 for both halves where they compile to the same but for the matrix instruction's type.
-AS_BF16 = {"wide_output_kernel", "outer_product_kernel", "grouped_outer_product_kernel", "squares_kernel"}
+AS_BF16 = {"wide_output_kernel", "outer_product_kernel", "squares_kernel"}
 AS_BF16 |= {"exponentials_kernel", "means_kernel"}
 # Constants that follow from the size, not from a configuration: the columns that an example takes, and the like.
 OF_SIZE = {"BAND", "LAG", "PADDED"}
@@ -101,15 +101,15 @@ def test_every_kernel_is_recorded(architecture):
 
 
 def test_a_launch_is_specialised_as_triton_does():
-    from bayesian_lora_kernels.ops.outer_product import kernel
+    from bayesian_lora_kernels.ops.outer_product import kernel_launch
 
     def mirror():
-        kernel.mirror_lower(launches._empty(16, 12))
-        kernel.mirror_lower(launches._empty(16, 17)[:, 1:])
+        kernel_launch.mirror_lower(launches._empty(16, 12))
+        kernel_launch.mirror_lower(launches._empty(16, 17)[:, 1:])
 
-    original = kernel.mirror_lower_kernel
+    original = kernel_launch.mirror_lower_kernel
     found = launched("sm_90", mirror)
-    assert kernel.mirror_lower_kernel is original
+    assert kernel_launch.mirror_lower_kernel is original
     for launch, aligned in zip(found, (("out_ptr", "width"), ("width",)), strict=True):
         assert launch.types == {"out_ptr": "*fp32", "width": "i32", "stride_o0": "i32"}
         assert launch.constants == {"stride_o1": 1, "BD": 64}
@@ -120,9 +120,9 @@ def test_a_launch_is_specialised_as_triton_does():
 def test_two_alignments_of_one_launch_are_an_error(monkeypatch):
     monkeypatch.setattr(launches, "PROBLEMS", (lambda: launches.square_sums((32,)), launches.mirrored))
     assert len(recorded.__wrapped__("sm_90")) == 7
-    from bayesian_lora_kernels.ops.outer_product import kernel
+    from bayesian_lora_kernels.ops.outer_product import kernel_launch
 
-    odd = lambda: kernel.mirror_lower(launches._empty(15, 15))  # noqa: E731
+    odd = lambda: kernel_launch.mirror_lower(launches._empty(15, 15))  # noqa: E731
     monkeypatch.setattr(launches, "PROBLEMS", (launches.mirrored, odd))
     with pytest.raises(ValueError, match=r"mirror_lower .* in two ways"):
         recorded.__wrapped__("sm_90")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from bayesian_lora_kernels import ops
-from bayesian_lora_kernels.ops import device
 
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -47,12 +46,12 @@ def layouts(rows, width, dtype):
 
 
 def launch(x, mask=None, scale=1.0, out=None, lower=False):
-    from bayesian_lora_kernels.ops.outer_product import kernel
+    from bayesian_lora_kernels.ops.outer_product import kernel_launch
 
     accumulate = out is not None
     if out is None:
         out = torch.full((x.shape[1], x.shape[1]), float("nan"), device=DEVICE)  # nothing may be left unwritten
-    kernel.outer_product(out, x, mask, scale, accumulate, lower)
+    kernel_launch.grouped_outer_product([out], [x], [mask], [scale], accumulate, lower)
     return out
 
 
@@ -68,9 +67,9 @@ def test_equals_float64_in_every_layout(rows, width, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [12, 50, 140])
 def test_split_over_rows_with_a_mask(monkeypatch, width, dtype):
-    from bayesian_lora_kernels.ops.outer_product import kernel
+    from bayesian_lora_kernels.ops.outer_product import kernel_launch
 
-    monkeypatch.setattr(kernel, "_ROWS_PER_SPLIT", 40)
+    monkeypatch.setattr(kernel_launch, "_ROWS_PER_SPLIT", 40)
     rows = 1100 if width == 12 else 200  # several parts of a step, the last one shorter
     x, mask = randn(rows, width, dtype=dtype), torch.rand(rows, device=DEVICE) < 0.7
     before = randn(width, width)
@@ -145,11 +144,11 @@ def tile_numbers_kernel(mapping):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("split", [False, True])
 def test_grouped_equals_float64_for_ragged_widths(monkeypatch, dtype, split):
-    from bayesian_lora_kernels.ops.outer_product import kernel
+    from bayesian_lora_kernels.ops.outer_product import kernel_launch
 
     if split:
-        monkeypatch.setattr(kernel, "_ROWS_PER_SPLIT", 10)
-        monkeypatch.setattr(device, "multiprocessors", lambda device: 40)
+        monkeypatch.setattr(kernel_launch, "_ROWS_PER_SPLIT", 10)
+        monkeypatch.setattr(kernel_launch, "multiprocessors", lambda device: 40)
     shapes = [(30, 8), (0, 3), (1, 17), (64, 4), (30, 1), (20, 0), (40, 100), (600, 16), (50, 8), (40, 150), (90, 64)]
     xs = [randn(*shape, dtype=dtype) for shape in shapes]
     xs += [randn(12, 40, dtype=dtype).T, randn(60, 40, dtype=dtype)[::3, ::2], randn(1, 24, dtype=dtype).expand(30, 24)]
@@ -159,10 +158,8 @@ def test_grouped_equals_float64_for_ragged_widths(monkeypatch, dtype, split):
     for x, mask in zip(xs, masks, strict=True):
         if mask is not None and x.stride(0) > 0:
             x[~mask] = float("inf")
-    from bayesian_lora_kernels.ops.outer_product import kernel_grouped
-
     results = [torch.full((x.shape[1], x.shape[1]), float("nan"), device=DEVICE) for x in xs]
-    kernel_grouped.grouped_outer_product(results, xs, masks, scales, False)
+    kernel_launch.grouped_outer_product(results, xs, masks, scales, False)
     for x, mask, scale, result in zip(xs, masks, scales, results, strict=True):
         assert torch.equal(result, result.T)
         assert_within_budget(result, x, mask, scale)

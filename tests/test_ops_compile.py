@@ -30,9 +30,7 @@ def arguments():
     head, hidden, bias = torch.randn(11, 7), torch.randn(2, 5, 7), torch.randn(11)
     targets, lse = torch.tensor([3, 10]), torch.full((2, 5), 9.0, dtype=torch.float64)
     return {
-        "outer_product": (x, mask, 2.0, "auto"),
         "mirror_lower": (torch.randn(12, 12), "auto"),
-        "outer_product_accumulate": (out, x, None, 2.0, "auto"),
         "grouped_outer_product": ([x, few], [mask, None], [1.0, 2.0], "auto"),
         "grouped_outer_product_accumulate": ([out, out.clone()], [x, few], [mask, None], [1.0, 2.0], "auto"),
         "grouped_square_sum": ([x, few], [mask, None], "auto"),

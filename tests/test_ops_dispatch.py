@@ -59,7 +59,7 @@ def test_an_explicit_choice_that_cannot_run_says_why(monkeypatch):
     with pytest.raises(RuntimeError, match=r"outer_product: impl='triton' cannot run: no triton today"):
         ops.outer_product(X, impl="triton")
     able(monkeypatch, "reference", "triton")
-    fake("outer_product", "triton", refuses=lambda out, x, *rest: f"{x.dtype} is too narrow")
+    fake("outer_product", "triton", refuses=lambda outs, xs, *rest: f"{xs[0].dtype} is too narrow")
     with pytest.raises(RuntimeError, match=r"impl='triton' cannot run: torch.float32 is too narrow"):
         ops.outer_product(X, impl="triton")
 

@@ -8,49 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import accumulate_dtype, check_device, check_mask, check_same_length, check_tensor, describe
+from ..checks import accumulate_dtype, are_tensors, check_device, check_mask, check_same_length, check_tensor, describe
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
+from ..layouts import per_layout
+from ..overlaps import check_apart, overlaps_itself, spans
 from ..registration import custom_op
 
 _FOLDER = "bayesian_lora_kernels.ops.outer_product"
 
 
-def _refuses(out: Tensor, *others: Any) -> str | None:
-    return triton_refuses(out)
-
-
-def _refuses_any(outs: Sequence[Tensor], *others: Any) -> str | None:
+def _refuses(outs: Sequence[Tensor], *others: Any) -> str | None:
     return triton_refuses(*outs)
 
 
-def _on_gpu(out: Tensor, *others: Any) -> bool:
-    return out.is_cuda
-
-
-def _all_on_gpu(outs: Sequence[Tensor], *others: Any) -> bool:
+def _on_gpu(outs: Sequence[Tensor], *others: Any) -> bool:
     return all(out.is_cuda for out in outs)
 
 
-_ALONE = {
-    "reference": Implementation(f"{_FOLDER}.reference", "outer_product"),
-    "triton": Implementation(f"{_FOLDER}.kernel", "outer_product", _refuses, _on_gpu),
-}
-_MIRROR = {
-    "reference": Implementation(f"{_FOLDER}.reference", "mirror_lower"),
-    "triton": Implementation(f"{_FOLDER}.kernel", "mirror_lower", _refuses, _on_gpu),
-}
-_GROUPED = {
-    "reference": Implementation(f"{_FOLDER}.reference", "grouped_outer_product"),
-    "triton": Implementation(f"{_FOLDER}.kernel_grouped", "grouped_outer_product", _refuses_any, _all_on_gpu),
-}
-for _operation, _offered in (
-    ("outer_product", _ALONE),
-    ("mirror_lower", _MIRROR),
-    ("grouped_outer_product", _GROUPED),
-):
-    for _name, _implementation in _offered.items():
-        register(_operation, _name, _implementation)
+def _refuses_one(out: Tensor) -> str | None:
+    return triton_refuses(out)
+
+
+def _is_on_gpu(out: Tensor) -> bool:
+    return out.is_cuda
+
+
+for _operation in ("outer_product", "grouped_outer_product"):
+    register(_operation, "reference", Implementation(f"{_FOLDER}.reference", "grouped_outer_product"))
+    register(
+        _operation, "triton", Implementation(f"{_FOLDER}.kernel_launch", "grouped_outer_product", _refuses, _on_gpu)
+    )
+register("mirror_lower", "reference", Implementation(f"{_FOLDER}.reference", "mirror_lower"))
+register("mirror_lower", "triton", Implementation(f"{_FOLDER}.kernel_launch", "mirror_lower", _refuses_one, _is_on_gpu))
 
 
 def outer_product(
@@ -81,21 +71,16 @@ def outer_product(
     Raises:
         TypeError: not a tensor, not a float dtype, ``mask`` not bool, ``out`` of another dtype than the
             result.
-        ValueError: a wrong shape or device, ``out`` whose elements share memory, ``lower`` without ``out``, an
-            unknown ``impl``.
+        ValueError: a wrong shape or device, ``out`` whose elements share memory or which shares memory with ``x``,
+            ``lower`` without ``out``, an unknown ``impl``.
         RuntimeError: an explicit ``impl`` cannot run; the message says why.
 
     Source: the Kronecker factors of Martens and Grosse 2015, equation 23.
     """
     check_impl("outer_product", impl)
-    _validate("outer_product", x, mask, out)
     if lower and out is None:
         raise ValueError("outer_product: lower: expected an out to accumulate into, got None")
-    with torch.no_grad():
-        if out is None:
-            return _outer_product(x, mask, float(scale), impl)
-        _outer_product_accumulate(out, x, mask, float(scale), impl, lower)
-        return out
+    return _sums([x], [mask], [scale], None if out is None else [out], lower, impl)[0]
 
 
 def mirror_lower(out: Tensor, *, impl: str = "auto") -> Tensor:
@@ -115,7 +100,8 @@ def mirror_lower(out: Tensor, *, impl: str = "auto") -> Tensor:
         RuntimeError: an explicit ``impl`` cannot run; the message says why.
     """
     check_impl("mirror_lower", impl)
-    _validate_out("mirror_lower: out", out)
+    if not isinstance(out, Tensor):
+        _validate_out(out)
     with torch.no_grad():
         _mirror_lower(out, impl)
     return out
@@ -146,7 +132,7 @@ def grouped_outer_product(
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``outer_product``, with the entry's number; lists of different
-            lengths.
+            lengths; ``outs`` that share memory.
 
     Source: as ``outer_product``.
     """
@@ -165,98 +151,84 @@ def grouped_outer_product(
         raise ValueError(f"{where}: lower: expected outs to accumulate into, got None")
     if count == 0:
         return []
-    _validate_all(xs, masks, outs)
+    return _sums(xs, masks, scales, outs, lower, impl)
+
+
+def _sums(
+    xs: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    scales: Sequence[float],
+    outs: Sequence[Tensor] | None,
+    lower: bool,
+    impl: str,
+) -> list[Tensor]:
+    if not (are_tensors(xs) and are_tensors(masks, type(None)) and are_tensors(outs or ())):
+        _validate(xs, masks, outs)  # it says which is none; what else may be wrong, the operation finds
+    numbers = [float(scale) for scale in scales]
     with torch.no_grad():
         if outs is None:
-            return _grouped_outer_product(list(xs), list(masks), [float(scale) for scale in scales], impl)
-        numbers = [float(scale) for scale in scales]
+            return _grouped_outer_product(list(xs), list(masks), numbers, impl)
         _grouped_outer_product_accumulate(list(outs), list(xs), list(masks), numbers, impl, lower)
         return list(outs)
 
 
-def _validate(where: str, x: Tensor, mask: Tensor | None, out: Tensor | None) -> None:
-    check_tensor(f"{where}: x", x, ("M", "d"))
-    check_mask(f"{where}: mask", mask, x, (x.shape[0],))
-    if out is None:
-        return
-    width = x.shape[1]
-    check_tensor(f"{where}: out", out, (width, width), (accumulate_dtype(x),))
-    check_device(f"{where}: out", out, x.device)
-    _check_own_memory(f"{where}: out", out)
-
-
-def _validate_out(where: str, out: Tensor) -> None:
-    check_tensor(where, out, ("d", "d"), (torch.float32, torch.float64))
-    if out.shape[0] != out.shape[1]:
-        raise ValueError(f"{where}: expected shape [d, d], got {describe(out)}")
-    _check_own_memory(where, out)
-
-
-def _check_own_memory(where: str, out: Tensor) -> None:
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(f"{where}: expected a tensor whose elements have their own memory, got a stride of 0")
-
-
-def _validate_all(xs: Sequence[Tensor], masks: Sequence[Tensor | None], outs: Sequence[Tensor] | None) -> None:
+def _validate(xs: Sequence[Tensor], masks: Sequence[Tensor | None], outs: Sequence[Tensor] | None) -> None:
     for i, (x, mask) in enumerate(zip(xs, masks, strict=True)):
-        entry = f"grouped_outer_product: entry {i}"
-        _validate(entry, x, mask, None if outs is None else outs[i])
+        entry = _entry(xs, i)
+        check_tensor(f"{entry}: x", x, ("M", "d"))
         check_device(f"{entry}: x", x, xs[0].device)
+        check_mask(f"{entry}: mask", mask, x, (x.shape[0],))
+        if outs is not None:
+            width = x.shape[1]
+            check_tensor(f"{entry}: out", outs[i], (width, width), (accumulate_dtype(x),))
+            check_device(f"{entry}: out", outs[i], x.device)
 
 
-def _validate_and_allocate(x: Tensor, mask: Tensor | None) -> Tensor:
-    _validate("outer_product", x, mask, None)
-    return x.new_empty((x.shape[1], x.shape[1]), dtype=accumulate_dtype(x))
+def _name(xs: Sequence[Tensor]) -> str:
+    return "outer_product" if len(xs) == 1 else "grouped_outer_product"
 
 
-def _validate_and_allocate_all(xs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
-    _validate_all(xs, masks, None)
+def _entry(xs: Sequence[Tensor], i: int) -> str:
+    return _name(xs) if len(xs) == 1 else f"{_name(xs)}: entry {i}"
+
+
+def _allocate(xs: Sequence[Tensor]) -> list[Tensor]:
     return [x.new_empty((x.shape[1], x.shape[1]), dtype=accumulate_dtype(x)) for x in xs]
 
 
-@custom_op(
-    "bayesian_lora_kernels::outer_product",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? mask, float scale, str impl) -> Tensor",
-)
-def _outer_product(x: Tensor, mask: Tensor | None, scale: float, impl: str) -> Tensor:
-    out = _validate_and_allocate(x, mask)
-    choose("outer_product", impl, out, x, mask, scale, False)(out, x, mask, scale, False)
-    return out
+@per_layout
+def _check(xs: Sequence[Tensor], masks: Sequence[Tensor | None], outs: Sequence[Tensor] | None) -> Tensor:
+    """Validate, with the outputs' memory; the bytes that outputs and inputs span."""
+    _validate(xs, masks, outs)
+    for i, out in enumerate(outs or ()):
+        _check_own_memory(f"{_entry(xs, i)}: out", out)
+    return spans([*(outs or ()), *xs])
 
 
-@_outer_product.register_fake
-def _(x: Tensor, mask: Tensor | None, scale: float, impl: str) -> Tensor:
-    return _validate_and_allocate(x, mask)
+def _check_own_memory(where: str, out: Tensor) -> None:
+    if overlaps_itself(out):
+        raise ValueError(
+            f"{where}: expected a tensor whose elements have their own memory, got strides of {out.stride()}"
+        )
 
 
-@custom_op(
-    "bayesian_lora_kernels::outer_product_accumulate",
-    mutates_args=("out",),
-    schema="(Tensor(a!) out, Tensor x, Tensor? mask, float scale, str impl, bool lower=False) -> ()",
-)
-def _outer_product_accumulate(
-    out: Tensor, x: Tensor, mask: Tensor | None, scale: float, impl: str, lower: bool = False
-) -> None:
-    _validate("outer_product", x, mask, out)
-    arguments = (out, x, mask, scale, True, lower)
-    choose("outer_product", impl, *arguments)(*arguments)
-
-
-@_outer_product_accumulate.register_fake
-def _(out: Tensor, x: Tensor, mask: Tensor | None, scale: float, impl: str, lower: bool = False) -> None:
-    _validate("outer_product", x, mask, out)
+def _validate_out(out: Tensor) -> None:
+    where = "mirror_lower: out"
+    check_tensor(where, out, ("d", "d"), (torch.float32, torch.float64))
+    if out.shape[0] != out.shape[1]:
+        raise ValueError(f"{where}: expected shape [d, d], got {describe(out)}")
 
 
 @custom_op("bayesian_lora_kernels::mirror_lower", mutates_args=("out",), schema="(Tensor(a!) out, str impl) -> ()")
 def _mirror_lower(out: Tensor, impl: str) -> None:
-    _validate_out("mirror_lower: out", out)
+    _validate_out(out)
+    _check_own_memory("mirror_lower: out", out)
     choose("mirror_lower", impl, out)(out)
 
 
 @_mirror_lower.register_fake
 def _(out: Tensor, impl: str) -> None:
-    _validate_out("mirror_lower: out", out)
+    _validate_out(out)
 
 
 @custom_op(
@@ -267,14 +239,16 @@ def _(out: Tensor, impl: str) -> None:
 def _grouped_outer_product(
     xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: str
 ) -> list[Tensor]:
-    outs = _validate_and_allocate_all(xs, masks)
-    choose("grouped_outer_product", impl, outs, xs, masks, scales, False)(outs, xs, masks, scales, False)
+    _check(xs, masks, None)
+    outs = _allocate(xs)
+    choose(_name(xs), impl, outs, xs, masks, scales, False)(outs, xs, masks, scales, False)
     return outs
 
 
 @_grouped_outer_product.register_fake
 def _(xs: list[Tensor], masks: list[Tensor | None], scales: list[float], impl: str) -> list[Tensor]:
-    return _validate_and_allocate_all(xs, masks)
+    _validate(xs, masks, None)
+    return _allocate(xs)
 
 
 @custom_op(
@@ -290,9 +264,9 @@ def _grouped_outer_product_accumulate(
     impl: str,
     lower: bool = False,
 ) -> None:
-    _validate_all(xs, masks, outs)
+    check_apart(_name(xs), outs, xs, _check(xs, masks, outs))
     arguments = (outs, xs, masks, scales, True, lower)
-    choose("grouped_outer_product", impl, *arguments)(*arguments)
+    choose(_name(xs), impl, *arguments)(*arguments)
 
 
 @_grouped_outer_product_accumulate.register_fake
@@ -304,4 +278,4 @@ def _(
     impl: str,
     lower: bool = False,
 ) -> None:
-    _validate_all(xs, masks, outs)
+    _validate(xs, masks, outs)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_mask, check_same_length, check_tensor, describe
+from ..checks import are_tensors, check_device, check_mask, check_same_length, check_tensor, describe
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
+from ..layouts import per_layout
 from ..registration import custom_op
 
 _FOLDER = "bayesian_lora_kernels.ops.square_sum"
@@ -56,7 +57,8 @@ def grouped_square_sum(
         raise ValueError(f"{where}: expected xs to be a list of at least one tensor, got {describe(xs)}")
     masks = [None] * len(xs) if masks is None else masks
     check_same_length(f"{where}: masks", len(xs), masks)
-    _validate(xs, masks)
+    if not (are_tensors(xs) and are_tensors(masks, type(None))):
+        _validate(xs, masks)  # it says which is none; what else may be wrong, the operation finds
     with torch.no_grad():
         return _grouped_square_sum(list(xs), list(masks), impl)
 
@@ -69,8 +71,10 @@ def _validate(xs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
         check_device(f"{entry}: x", x, xs[0].device)
 
 
-def _validate_and_allocate(xs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
-    _validate(xs, masks)
+_check = per_layout(_validate)
+
+
+def _allocate(xs: Sequence[Tensor]) -> Tensor:
     return xs[0].new_empty(len(xs), dtype=torch.float64)
 
 
@@ -80,11 +84,13 @@ def _validate_and_allocate(xs: Sequence[Tensor], masks: Sequence[Tensor | None])
     schema="(Tensor[] xs, Tensor?[] masks, str impl) -> Tensor",
 )
 def _grouped_square_sum(xs: list[Tensor], masks: list[Tensor | None], impl: str) -> Tensor:
-    out = _validate_and_allocate(xs, masks)
+    _check(xs, masks)
+    out = _allocate(xs)
     choose("grouped_square_sum", impl, out, xs, masks)(out, xs, masks)
     return out
 
 
 @_grouped_square_sum.register_fake
 def _(xs: list[Tensor], masks: list[Tensor | None], impl: str) -> Tensor:
-    return _validate_and_allocate(xs, masks)
+    _validate(xs, masks)
+    return _allocate(xs)
