@@ -370,7 +370,7 @@ def test_auto_is_right_whatever_the_kernel_does(name, gram, caplog):
             torch.testing.assert_close(gram(name, arguments), truth(arguments))
     left_out = [one for one in caplog.messages if "triton left out" in one]
     assert len(left_out) == (name != "right")
-    assert all("gram triton wide: failed:" in one for one in left_out)
+    assert all(f"{name} triton wide: failed:" in one for one in left_out)
 
 
 def test_a_launch_that_raises_falls_back(gram, caplog, monkeypatch):
@@ -382,7 +382,7 @@ def test_a_launch_that_raises_falls_back(gram, caplog, monkeypatch):
         torch.testing.assert_close(gram("right", call()), truth(arguments))
         torch.testing.assert_close(gram("right", call()), truth(arguments))
     assert sum("a launch raised RuntimeError: Triton Error" in one for one in caplog.messages) == 1
-    assert "gram triton wide: failed: a launch raised" in caplog.messages[-1]
+    assert "right triton wide: failed: a launch raised" in caplog.messages[-1]
 
 
 def test_a_launch_that_raises_while_it_adds_up_says_so(gram, monkeypatch):

@@ -210,17 +210,18 @@ def claim_of(operation: str, name: str) -> Claim:
     offered = _registry[operation]
     evidence = offered[name].evidence
     assert evidence is not None
-    return Claim(operation, name, offered[name].path, offered["reference"].path, evidence)
+    return Claim(offered[name].function, name, offered[name].path, offered["reference"].path, evidence)
 
 
 def claims() -> list[Claim]:
-    """Those of all implementations that are verified before they are used."""
-    return [
+    """Those of all implementations that are verified before they are used; operations may share one."""
+    found = [
         claim_of(operation, name)
         for operation, offered in sorted(_registry.items())
         for name, implementation in offered.items()
         if implementation.evidence is not None
     ]
+    return list(dict.fromkeys(found))
 
 
 def backends() -> dict[str, dict[str, Any]]:

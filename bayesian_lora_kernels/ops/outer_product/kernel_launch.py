@@ -234,6 +234,11 @@ def _launch(group: _Group, configuration: Configuration, table: Tensor, accumula
         )
 
 
+def mirror_variants(out: Tensor) -> tuple[str, ...]:
+    """What ``mirror_lower`` launches: one kernel."""
+    return ("float32",)
+
+
 def mirror_lower(out: Tensor) -> None:
     """Copy what is below the diagonal of ``out: [d, d]`` to above it."""
     if out.numel() == 0:

@@ -14,6 +14,7 @@ from ..dispatch import Implementation, check_impl, choose, register
 from ..layouts import per_layout
 from ..overlaps import check_apart, overlaps_itself, spans
 from ..registration import custom_op
+from ..verify.verifier import Evidence
 
 _FOLDER = "bayesian_lora_kernels.ops.outer_product"
 
@@ -34,13 +35,14 @@ def _is_on_gpu(out: Tensor) -> bool:
     return out.is_cuda
 
 
+_LAUNCH = f"{_FOLDER}.kernel_launch"
+_GROUPED = Evidence(f"{_FOLDER}.problems:GROUPED", f"{_LAUNCH}:variants")
+_MIRROR = Evidence(f"{_FOLDER}.problems:MIRROR", f"{_LAUNCH}:mirror_variants")
 for _operation in ("outer_product", "grouped_outer_product"):
     register(_operation, "reference", Implementation(f"{_FOLDER}.reference", "grouped_outer_product"))
-    register(
-        _operation, "triton", Implementation(f"{_FOLDER}.kernel_launch", "grouped_outer_product", _refuses, _on_gpu)
-    )
+    register(_operation, "triton", Implementation(_LAUNCH, "grouped_outer_product", _refuses, _on_gpu, _GROUPED))
 register("mirror_lower", "reference", Implementation(f"{_FOLDER}.reference", "mirror_lower"))
-register("mirror_lower", "triton", Implementation(f"{_FOLDER}.kernel_launch", "mirror_lower", _refuses_one, _is_on_gpu))
+register("mirror_lower", "triton", Implementation(_LAUNCH, "mirror_lower", _refuses_one, _is_on_gpu, _MIRROR))
 
 
 def outer_product(

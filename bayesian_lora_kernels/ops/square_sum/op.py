@@ -13,6 +13,7 @@ from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 from ..layouts import per_layout
 from ..registration import custom_op
+from ..verify.verifier import Evidence
 
 _FOLDER = "bayesian_lora_kernels.ops.square_sum"
 
@@ -25,10 +26,9 @@ def _on_gpu(out: Tensor, *others: Any) -> bool:
     return out.is_cuda
 
 
-register("grouped_square_sum", "reference", Implementation(f"{_FOLDER}.reference", "grouped_square_sum"))
-register(
-    "grouped_square_sum", "triton", Implementation(f"{_FOLDER}.kernel", "grouped_square_sum", _refuses_any, _on_gpu)
-)
+_NAME, _EVIDENCE = "grouped_square_sum", Evidence(f"{_FOLDER}.problems:SUITE", f"{_FOLDER}.kernel:variants")
+register(_NAME, "reference", Implementation(f"{_FOLDER}.reference", _NAME))
+register(_NAME, "triton", Implementation(f"{_FOLDER}.kernel", _NAME, _refuses_any, _on_gpu, _EVIDENCE))
 
 
 def grouped_square_sum(

@@ -63,7 +63,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Claim:
-    """That an implementation computes an operation: import paths of it and of its reference, and the evidence."""
+    """That an implementation computes an operation: import paths of it and of its reference, and the evidence.
+
+    ``operation`` is the function's name, so that operations with one function have one verdict.
+    """
 
     operation: str
     name: str

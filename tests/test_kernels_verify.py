@@ -1,0 +1,116 @@
+"""Verification of the Triton kernels themselves, in the interpreter: what is right passes, planted faults do not."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.ops import dispatch
+from bayesian_lora_kernels.ops.verify.judge import judge
+from bayesian_lora_kernels.ops.verify.machine import Runtime
+from bayesian_lora_kernels.ops.verify.process import Worker
+from bayesian_lora_kernels.ops.verify.worker import attribute, catalogue
+
+pytestmark = pytest.mark.interpret
+CPU = torch.device("cpu")
+VARIANT = "float32 BD=16 vectors masked accumulate"
+FAULTS = {
+    "a_tile_is_never_launched": ("float32 BD=64 vectors masked mirror", "an output holds NaN"),
+    "a_module_is_never_launched": ("float32 BD=16 vectors mirror", "an output holds NaN"),
+    "the_mask_is_ignored": ("float32 BD=16 vectors masked accumulate", "an output holds NaN"),
+    "the_sum_is_not_added": ("float32 BD=16 vectors accumulate", r"error \d"),
+    "crashes": ("float32 BD=16 vectors mirror", "signal SIGABRT"),
+    "hangs": ("float32 BD=16 vectors mirror", "no result within 25 s"),
+}
+
+
+@pytest.fixture(scope="module")
+def worker():
+    one = Worker()
+    yield one
+    one.close()
+
+
+def ask(worker, function, variant, seconds=300.0):
+    claim = dispatch.claim_of("grouped_outer_product", "triton")
+    request = {"device": "cpu", "suite": claim.evidence.suite, "variants": claim.evidence.variants, "variant": variant}
+    return worker.ask({**request, "function": function, "reference": claim.reference}, seconds)
+
+
+@pytest.mark.parametrize("variant", sorted({variant for variant, _ in FAULTS.values()}))
+def test_the_kernel_passes(variant, worker):
+    verdict = ask(worker, "planted_kernels:right", variant)
+    assert verdict.passed, verdict
+    assert verdict.problems >= 3
+
+
+@pytest.mark.parametrize(("name", "expected"), FAULTS.items())
+def test_a_planted_fault_does_not(name, expected, worker):
+    variant, reason = expected
+    verdict = ask(worker, f"planted_kernels:{name}", variant, seconds=25 if name == "hangs" else 300)
+    assert verdict.state == "failed"
+    assert re.search(reason, verdict.reason), verdict
+
+
+CLAIMS = [claim for claim in dispatch.claims() if claim.name == "triton"]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=[claim.operation for claim in CLAIMS])
+def test_a_problem_of_each_operation_is_solved(claim):
+    """The first of each suite, by the machinery that dispatch asks."""
+    suite, variants = attribute(claim.evidence.suite), attribute(claim.evidence.variants)
+    with torch.no_grad():
+        problem, found = next(iter(catalogue(suite, variants, Runtime(CPU))))
+        assert found, problem.name
+        verdict = judge([problem], suite, attribute(claim.function), attribute(claim.reference), Runtime(CPU))
+    assert verdict.passed, verdict
+
+
+def random_outer_product(draw):
+    count, dtype = draw.randint(1, 5), draw.choice([torch.float32, torch.float16])
+    xs = []
+    for _ in range(count):
+        rows, width = draw.choice([1, 50, 2048, 9000]), draw.choice([1, 4, 8, 12, 16, 31, 64, 100, 256, 1000])
+        x = torch.empty(rows, 2 * width, dtype=dtype)[:, :: draw.choice([1, 2])][:, :width]
+        xs.append(x)
+    masks = [draw.choice([None, torch.ones(len(x), dtype=torch.bool)]) for x in xs]
+    outs = [torch.empty(x.shape[1], x.shape[1]) for x in xs]
+    accumulate = draw.random() < 0.5
+    return outs, xs, masks, [1.0] * count, accumulate, accumulate and draw.random() < 0.5
+
+
+def random_square_sum(draw):
+    _, xs, masks, *_ = random_outer_product(draw)
+    return torch.empty(len(xs), dtype=torch.float64), xs, masks
+
+
+CALLS = {"grouped_outer_product": random_outer_product, "grouped_square_sum": random_square_sum}
+
+
+@pytest.mark.parametrize(("operation", "make"), CALLS.items(), ids=CALLS)
+def test_what_a_call_takes_is_in_the_catalogue(operation, make):
+    """Else a unit would be inconclusive for ever, and the reference run."""
+    claim = next(claim for claim in CLAIMS if claim.operation == operation)
+    suite, variants = attribute(claim.evidence.suite), attribute(claim.evidence.variants)
+    covered = set(itertools.chain.from_iterable(some for _, some in catalogue(suite, variants, Runtime(CPU))))
+    draw = random.Random(0)
+    for _ in range(200):
+        taken = set(map(str, variants(*make(draw))))
+        assert taken <= covered, sorted(taken - covered)
+
+
+def test_every_triton_operation_is_verified():
+    without = [
+        operation
+        for operation, offered in dispatch._registry.items()
+        if "triton" in offered and offered["triton"].evidence is None
+    ]
+    assert not without
+    assert {claim.operation for claim in CLAIMS} <= set(ops.__all__)
