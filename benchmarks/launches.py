@@ -190,7 +190,7 @@ def _rows(height: int, width: int, dtype: torch.dtype, strided: bool) -> Tensor:
 
 
 def outer_products(
-    widths: Sequence[int] = (8, 16, 32, 64, 128, 4096), height: int = 512, dtypes: Sequence[torch.dtype] = DTYPES
+    widths: Sequence[int] = (4, 8, 16, 32, 64, 1000, 4096), height: int = 512, dtypes: Sequence[torch.dtype] = DTYPES
 ) -> None:
     """Every width and layout, with masks (which have a stride) and without; float16 compiles to what bfloat16 does."""
     from bayesian_lora_kernels.ops.outer_product import kernel_launch
@@ -207,7 +207,7 @@ def outer_products(
 
 def split_outer_products() -> None:
     """So many rows that they are split, and the sums added by a kernel of its own."""
-    outer_products((16, 32, 64, 128), 5120, (FP16,))
+    outer_products((4, 8, 16, 32, 64, 128), 5120, (FP16,))
 
 
 def mirrored() -> None:

@@ -56,7 +56,7 @@ def launch(x, mask=None, scale=1.0, out=None, lower=False):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(33, 17), (1, 9), (0, 5), (21, 1), (7, 0), (70, 64), (40, 150)])
+@pytest.mark.parametrize(("rows", "width"), [(33, 17), (1, 9), (0, 5), (21, 1), (7, 0), (70, 64), (40, 256)])
 def test_equals_float64_in_every_layout(rows, width, dtype):
     for x in layouts(rows, width, dtype):
         result = launch(x)
@@ -65,12 +65,12 @@ def test_equals_float64_in_every_layout(rows, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [12, 50, 140])
+@pytest.mark.parametrize("width", [4, 8, 12, 50, 140, 200, 256])
 def test_split_over_rows_with_a_mask(monkeypatch, width, dtype):
     from bayesian_lora_kernels.ops.outer_product import kernel_launch
 
     monkeypatch.setattr(kernel_launch, "_ROWS_PER_SPLIT", 40)
-    rows = 1100 if width == 12 else 200  # several parts of a step, the last one shorter
+    rows = 4200 // width + 101  # several parts of a step, the last one shorter, and not whole where rows are packed
     x, mask = randn(rows, width, dtype=dtype), torch.rand(rows, device=DEVICE) < 0.7
     before = randn(width, width)
     before = before + before.T
@@ -94,7 +94,7 @@ def test_accumulates_into_any_layout(width):
         assert_within_budget(out, x, scale=-0.5, start=before)
 
 
-@pytest.mark.parametrize("width", [9, 150])
+@pytest.mark.parametrize("width", [9, 150, 256])
 def test_lower_triangle_of_a_stream_and_one_mirror_at_the_end(width):
     xs, out = [randn(40, width), randn(25, width)], torch.zeros(width, width, device=DEVICE)
     whole = torch.zeros(width, width, device=DEVICE)
@@ -167,6 +167,40 @@ def test_grouped_equals_float64_for_ragged_widths(monkeypatch, dtype, split):
     ops.grouped_outer_product(xs, masks=masks, scales=scales, outs=outs, impl="triton")
     for x, mask, scale, out, start in zip(xs, masks, scales, outs, results, strict=True):
         assert_within_budget(out, x, mask, scale, start)
+
+
+def test_variants_are_what_is_launched(monkeypatch):
+    from bayesian_lora_kernels.ops.outer_product import kernel_launch
+
+    launched = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: launched.append(constants)
+
+    monkeypatch.setattr(kernel_launch, "outer_product_kernel", Recorder())
+    monkeypatch.setattr(kernel_launch, "sum_splits_kernel", Recorder())
+    half = torch.float16
+    xs = [randn(rows, width, dtype=half) for rows, width in ((9, 8), (9000, 8), (7, 8), (40, 256), (5, 200), (3, 0))]
+    xs += [randn(9, 16, dtype=half)[:, ::2], randn(40, 256)]
+    outs = [torch.zeros(x.shape[1], x.shape[1], device=DEVICE) for x in xs]
+    masks = [torch.ones(len(x), dtype=torch.bool, device=DEVICE) if i == 2 else None for i, x in enumerate(xs)]
+    arguments = outs, xs, masks, [1.0] * len(xs), True, True
+    variants = kernel_launch.variants(*arguments)
+    assert [str(one) for one in variants] == [
+        "float16 BD=128 vectors accumulate",
+        "float16 BD=128 vectors whole accumulate",
+        "float16 BD=16 PACK=2 vectors masked accumulate",
+        "float16 BD=16 PACK=2 vectors split accumulate",
+        "float16 BD=16 accumulate",
+        "float32 BD=64 vectors accumulate",
+    ]
+    kernel_launch.grouped_outer_product(*arguments)
+    names = ("BD", "PACK", "VECTORS", "WHOLE", "HAS_MASK", "SPLIT")
+    found = {tuple(constants[name] for name in names) for constants in launched if "SPLIT" in constants}
+    assert found == {(one.block, one.pack, one.vectors, one.whole, one.masked, one.split) for one in variants}
+    sums = [constants for constants in launched if "SPLIT" not in constants]
+    assert [(one["BD"], one["PACK"], one["ACCUMULATE"], one["MIRROR"]) for one in sums] == [(16, 2, True, False)]
 
 
 def test_what_it_cannot_take_is_said():

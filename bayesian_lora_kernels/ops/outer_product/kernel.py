@@ -11,7 +11,7 @@ Bytes and operations, X of M rows and d columns of b bytes, ``n = ceil(d / 128)`
 otherwise up to ``n / band`` times that, plus ``4 d^2`` bytes for the store, as many again to accumulate, half of both
 with ``lower``; a split over S parts writes and reads ``4 S d^2 / 2`` bytes more. At M = 8192, d = 4096, bf16: 528
 tiles, 141.7 GFLOP, 177 us at 798 TFLOP/s; traffic 67 + 67 MB, 45 us at 3 TB/s. 256 modules of 8192 x 8 in bf16: 33.6
-MB, 11 us at 3 TB/s; 1.1 GFLOP as multiplied, nothing. The table is 80 bytes a module.
+MB, 11 us at 3 TB/s; 0.5 GFLOP as multiplied, nothing. The table is 80 bytes a module.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def outer_product_kernel(
     parts_ptr,  # [splits, modules, tiles, BD, BD] float32, if SPLIT
     DTYPE: tl.constexpr,
     VECTORS: tl.constexpr,
+    WHOLE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     MIRROR: tl.constexpr,
@@ -71,7 +72,7 @@ def outer_product_kernel(
     else:
         i, j = lower_tile_in_bands(p, tl.cdiv(width, BD), _BAND)
         b_sum = tile_product(
-            x_ptr, mask_ptr, stride_xm, stride_xd, first_row, count, width, i, j, HAS_MASK, PRECISION, BM, BD
+            x_ptr, mask_ptr, stride_xm, stride_xd, first_row, count, width, i, j, WHOLE, HAS_MASK, PRECISION, BM, BD
         )
     if SPLIT:
         o = tl.arange(0, BD)

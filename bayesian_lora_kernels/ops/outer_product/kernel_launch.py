@@ -69,6 +69,7 @@ class _Group(NamedTuple):
     block: int  # width of a tile
     vectors: bool  # rows are pieces of 16 aligned bytes
     pack: int  # rows beside each other in a row of the tile
+    whole: bool  # the width is a multiple of the widest tile
     masked: bool
     tiles: int  # of each module
     modules: int
@@ -82,6 +83,7 @@ class Variant(NamedTuple):
     block: int
     vectors: bool
     pack: int
+    whole: bool
     masked: bool
     split: bool
     accumulate: bool
@@ -101,7 +103,7 @@ class _Plan(NamedTuple):
 
 @per_layout
 def _plan(outs: Sequence[Tensor], xs: Sequence[Tensor], masked: tuple[bool, ...]) -> _Plan:
-    members: dict[tuple[torch.dtype, int, bool, int, bool, int], list[int]] = {}
+    members: dict[tuple[torch.dtype, int, bool, int, bool, bool, int], list[int]] = {}
     for i, (out, x) in enumerate(zip(outs, xs, strict=True)):
         if x.shape[1] == 0:
             continue
@@ -109,8 +111,9 @@ def _plan(outs: Sequence[Tensor], xs: Sequence[Tensor], masked: tuple[bool, ...]
         widest = 128 if vectors and x.dtype != torch.float32 else 64
         block = min(widest, max(16, triton.next_power_of_2(x.shape[1])))
         pack = 16 // x.shape[1] if x.shape[1] in _PACKED and x.is_contiguous() and is_aligned(x) else 1
+        whole = block == 128 and x.shape[1] % block == 0
         count = triton.cdiv(x.shape[1], block)
-        members.setdefault((x.dtype, block, vectors, pack, masked[i], count * (count + 1) // 2), []).append(i)
+        members.setdefault((x.dtype, block, vectors, pack, whole, masked[i], count * (count + 1) // 2), []).append(i)
     groups = [_Group(*kind, len(of_kind), max(xs[i].shape[0] for i in of_kind)) for kind, of_kind in members.items()]
     order = [i for of_kind in members.values() for i in of_kind]
     fixed = [(*xs[i].shape, *xs[i].stride(), *outs[i].stride()) for i in order]
@@ -140,7 +143,17 @@ def _splits(group: _Group, configuration: Configuration, device: torch.device) -
 
 
 def _variant(group: _Group, splits: int, accumulate: bool, lower: bool) -> Variant:
-    return Variant(group.dtype, group.block, group.vectors, group.pack, group.masked, splits > 1, accumulate, not lower)
+    return Variant(
+        group.dtype,
+        group.block,
+        group.vectors,
+        group.pack,
+        group.whole,
+        group.masked,
+        splits > 1,
+        accumulate,
+        not lower,
+    )
 
 
 def variants(
@@ -205,6 +218,7 @@ def _launch(group: _Group, configuration: Configuration, table: Tensor, accumula
         parts,
         DTYPE=TYPES[one.dtype],
         VECTORS=one.vectors,
+        WHOLE=one.whole,
         HAS_MASK=one.masked,
         ACCUMULATE=one.accumulate and not one.split,
         MIRROR=one.mirror and not one.split,

@@ -45,20 +45,24 @@ def tile_product(
     width,
     i,
     j,
+    WHOLE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``X[rows, tile i]^T X[rows, tile j]`` over those of ``count`` rows from ``first_row`` on that count, float32."""
+    """``X[rows, tile i]^T X[rows, tile j]`` over those of ``count`` rows from ``first_row`` on that count, float32.
+
+    ``WHOLE``: no tile ends beyond the width, so that no column needs a mask, which would cost as much as the loads.
+    """
     o_i = i * BD + tl.arange(0, BD)
     o_j = j * BD + tl.arange(0, BD)
     o_m = first_row + tl.arange(0, BM)
     p_i = x_ptr + o_m[None, :].to(tl.int64) * stride_xm + o_i[:, None].to(tl.int64) * stride_xd  # [BD, BM]
     p_j = x_ptr + o_m[:, None].to(tl.int64) * stride_xm + o_j[None, :].to(tl.int64) * stride_xd  # [BM, BD]
     p_mask = mask_ptr + o_m
-    m_i = (o_i < width)[:, None]
-    m_j = (o_j < width)[None, :]
+    m_i = (o_i < width)[:, None] | WHOLE
+    m_j = (o_j < width)[None, :] | WHOLE
     step = tl.full([], BM, tl.int64)
     b_sum = tl.zeros([BD, BD], dtype=tl.float32)
     for start in range(0, count, BM):
