@@ -27,13 +27,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launches import ARCHITECTURES, Launch, recorded
+from benchmarks.launches import recorded
+from benchmarks.recorder import ARCHITECTURES, Launch
 
 # Compute capability and shared memory per block, in bytes.
-CAPABILITIES = {"sm_80": (80, 166912), "sm_90": (90, 232448), "sm_100": (100, 232448)}
+CAPABILITIES = {
+    **{"sm_80": (80, 166912), "sm_86": (86, 101376), "sm_89": (89, 101376)},
+    **{"sm_90": (90, 232448), "sm_100": (100, 232448), "sm_120": (120, 101376)},
+}
 MATRIX = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}
 FMA = r"\bfma\.rn\.(?:f32x2|f32|f64)\b"
-BEST = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
+BEST = dict.fromkeys(CAPABILITIES, "mma") | {"sm_90": "wgmma", "sm_100": "tcgen05"}
 
 # The constants whose product is the height of a kernel's matrix product.
 HEIGHTS = {
