@@ -18,7 +18,9 @@ from torch import Tensor
 
 from bayesian_lora_kernels.ops import device
 
-from .recorder import Launch, launched
+from .recorder import MULTIPROCESSORS, Launch, is_kernel, launched, modules
+
+__all__ = ["MULTIPROCESSORS", "PROBLEMS", "is_kernel", "modules", "recorded"]
 
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
