@@ -1,7 +1,7 @@
 """What the kernels should take on three GPUs, without one: `python -m benchmarks.roofline [--only REGEX] [--write]`.
 
-A case's call is recorded on tensors without memory (`steps.py`), its kernels are compiled, their instructions, bytes and
-launches counted (`program.py`); the slowest of what each kernel needs is its time (`estimate.py`), to be read with
+A case's call is recorded on tensors without memory (`steps.py`), its kernels are compiled, and their instructions, bytes
+and launches counted (`program.py`); the slowest of what each kernel needs is its time (`estimate.py`), to be read with
 +-30 %. `--write` keeps the result in benchmarks/results/roofline.json and the table in docs/performance.md.
 """
 
@@ -17,13 +17,11 @@ from typing import Any
 
 from benchmarks.cases import Case, all_cases
 
-from . import gpus
 from .estimate import Time, limits, times
+from .gpus import ALL, GPU, H100, RESULTS
 from .steps import of_case
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "roofline.json"
-PASSES = ROOT / "benchmarks" / "results" / "passes.json"  # launches of whole fits and predictions, where counted
 DOCUMENT = ROOT / "docs" / "performance.md"
 MARKS = ("<!-- made by python -m benchmarks.roofline --write -->", "<!-- end -->")
 GEMMS = ("addmm", "baddbmm", "gemm alone")  # baselines whose time follows from the matmul rate
@@ -34,7 +32,7 @@ def provider(case: Case) -> str:
     return "native" if case.operation == "small_eigh" else "triton"
 
 
-def estimate(case: Case, name: str, gpu: gpus.GPU) -> list[Time]:
+def estimate(case: Case, name: str, gpu: GPU) -> list[Time]:
     """The time of every step of one call of a case's provider."""
     return times(*of_case(case, name, gpu.architecture, gpu.multiprocessors), gpu)
 
@@ -43,7 +41,7 @@ def microseconds(found: Sequence[Time]) -> float:
     return 1e6 * sum(one.seconds for one in found)
 
 
-def target_us(case: Case, gpu: gpus.GPU) -> float | None:
+def target_us(case: Case, gpu: GPU) -> float | None:
     """The case's first target whose baseline the model knows."""
     for target in case.targets:
         if target.microseconds is not None:
@@ -59,11 +57,11 @@ def measure(case: Case) -> dict[str, Any]:
     """A case as it stands in the JSON."""
     work = case.work()
     found: dict[str, Any] = {
-        "floor_us": case.floor_us or 1e6 * work.floor(gpus.H100.bandwidth, gpus.H100.tensor),
+        "floor_us": case.floor_us or 1e6 * work.floor(H100.bandwidth, H100.tensor),
         "targets": [str(target) for target in case.targets],
-        "target_us": target_us(case, gpus.H100),
+        "target_us": target_us(case, H100),
     }
-    for gpu in gpus.ALL:
+    for gpu in ALL:
         steps = estimate(case, provider(case), gpu)
         by_name: dict[str, list[Time]] = {}
         for step in steps:
@@ -93,12 +91,12 @@ def _summary(steps: Sequence[Time]) -> dict[str, Any]:
 def table(cases: dict[str, Any]) -> str:
     """In Markdown: microseconds, and in brackets what bounds most of them."""
     lines = [
-        f"| case | floor | target | {' | '.join(gpu.name for gpu in gpus.ALL)} |",
-        "|---|---|---|" + "---|" * len(gpus.ALL),
+        f"| case | floor | target | {' | '.join(gpu.name for gpu in ALL)} |",
+        "|---|---|---|" + "---|" * len(ALL),
     ]
     for name, found in cases.items():
         target = "-" if found["target_us"] is None else f"{found['target_us']:,.0f}"
-        cells = [f"{found[gpu.name]['us']:,.0f} ({next(iter(found[gpu.name]['limits']))})" for gpu in gpus.ALL]
+        cells = [f"{found[gpu.name]['us']:,.0f} ({next(iter(found[gpu.name]['limits']))})" for gpu in ALL]
         lines.append(f"| {name} | {found['floor_us']:,.0f} | {target} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -126,9 +124,9 @@ def main() -> None:
         found[case.name] = measure(case)
         print(table({case.name: found[case.name]}).splitlines()[-1], flush=True)
     if arguments.write:
-        content = {"triton": version("triton"), "cases": found}
-        RESULTS.write_text(json.dumps(_rounded(content), indent=1) + "\n")
-        DOCUMENT.write_text(insert(DOCUMENT.read_text(), table(found)))
+        content = _rounded({"triton": version("triton"), "cases": found})
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+        DOCUMENT.write_text(insert(DOCUMENT.read_text(), table(content["cases"])))
 
 
 def _rounded(value: Any) -> Any:

@@ -293,7 +293,9 @@ class Thread:
         result = _float_result(one, known) if re.search(r"\.f(16|32|64)", one.name) else _integer(one, known, width)
         if result is None:
             return None
-        return result & ((1 << (2 * width if ".wide" in one.name else max(width, 1))) - 1)
+        if root == "cvt":
+            width = _width("." + one.name.split(".")[-2])
+        return result & ((1 << (2 * width if ".wide" in one.name else width)) - 1)
 
 
 @functools.cache
