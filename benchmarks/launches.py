@@ -108,12 +108,14 @@ _JACOBIANS_OF_WIDE_BASES = tuple((outputs, 2, 2, kept) for outputs in (15, 30, 6
 
 
 def jacobians(
-    sizes: Sequence[tuple[int, int, int, int]] = _JACOBIANS, sides: Sequence[tuple[torch.dtype, bool]] = _SIDES
+    sizes: Sequence[tuple[int, int, int, int]] = _JACOBIANS,
+    sides: Sequence[tuple[torch.dtype, bool]] = _SIDES,
+    tokens: int = 64,
 ) -> None:
     """The wide side is the input or the output; as the latter, float16 compiles to what bfloat16 does."""
     from bayesian_lora_kernels.ops.jacobian_covariance import kernel_launch
 
-    examples, tokens = 18, 64
+    examples = 18
     on_gpu = mock.patch.object(kernel_launch, "_planes", lambda wide, wide_input: wide_input and wide.dtype == BF16)
     for (dtype, wide_input), (outputs, narrow, kept_narrow, kept) in itertools.product(sides, sizes):
         wide = 3968 if outputs > 32 else 7936  # 124 tiles, two to a program
@@ -129,6 +131,12 @@ def jacobians(
 
 def jacobians_of_wide_bases() -> None:
     jacobians(_JACOBIANS_OF_WIDE_BASES, ((FP32, False),))
+
+
+def jacobians_of_few_tokens() -> None:
+    """`narrow_rows_kernel` takes fewer at once then, in every dtype."""
+    for dtype, tokens in itertools.product(DTYPES, (16, 32)):
+        jacobians(sides=((dtype, True),), tokens=tokens)
 
 
 _VOCABULARIES = ((BF16, BF16), (BF16, FP32), (FP32, FP32), (FP16, FP32))  # float16 alone compiles to what bfloat16 does
@@ -155,5 +163,5 @@ def vocabularies(
 
 PROBLEMS: tuple[Callable[[], None], ...] = (
     *(outer_products, split_outer_products, mirrored, square_sums, incremental_svds),
-    *(jacobians, jacobians_of_wide_bases, vocabularies),
+    *(jacobians, jacobians_of_wide_bases, jacobians_of_few_tokens, vocabularies),
 )

@@ -157,7 +157,8 @@ def is_kernel(name: str, value: object) -> bool:
 def recording(
     architecture: str, multiprocessors: int = MULTIPROCESSORS, choose: Callable[..., Any] | None = None
 ) -> Iterator[list[Issue]]:
-    """While it is open, kernels are not launched but appended to the list, as on a GPU of that architecture.
+    """While it is open, kernels are not launched but appended to the list, and tensors of the meta device are taken to
+    lie on a GPU of that architecture.
 
     ``choose`` stands in for ``tuning.choose_configuration``; None: the first candidate, as without tuning.
     """
@@ -165,6 +166,7 @@ def recording(
     instead = (
         (device.architecture, lambda of: device.TABLES[architecture]),
         (device.multiprocessors, lambda of: multiprocessors),
+        (device.on_device, lambda of: contextlib.nullcontext()),
         (tuning.choose_configuration, choose or (lambda key, candidates, run: candidates[0])),
     )
     with contextlib.ExitStack() as stack:
@@ -173,6 +175,8 @@ def recording(
                 found = [_Recorder(value, issues)] if is_kernel(name, value) else []
                 for replaced in found + [stand_in for original, stand_in in instead if value is original]:
                     stack.enter_context(mock.patch.object(module, name, replaced))
+        is_cuda = property(lambda of: of.device.type == "meta")
+        stack.enter_context(mock.patch.object(Tensor, "is_cuda", is_cuda))
         yield issues
 
 

@@ -1,4 +1,4 @@
-"""What an estimate is made of: the path of a thread, the loops of machine code, and the arithmetic of what bounds it."""
+"""What an estimate is made of: the path of a thread, loops of machine code, and the arithmetic of what bounds it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What the kernels should take on three GPUs, without one: `python -m benchmarks.roofline [--only REGEX] [--write]`.
 
-A case's call is recorded on tensors without memory (`steps.py`), its kernels are compiled, and their instructions, bytes
-and launches counted (`program.py`); the slowest of what each kernel needs is its time (`estimate.py`), to be read with
+A case's call is recorded on tensors without memory (`steps.py`), its kernels are compiled, and instructions, bytes and
+launches counted (`program.py`); the slowest of what each kernel needs is its time (`estimate.py`), to be read with
 +-30 %. `--write` keeps the result in benchmarks/results/roofline.json and the table in docs/performance.md.
 """
 

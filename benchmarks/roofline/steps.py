@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bayesian_lora_kernels.ops import device, dispatch, native
+from bayesian_lora_kernels.ops import dispatch, native
 from benchmarks.cases import Case, Provider
 from benchmarks.recorder import Issue, modules, recording
 
@@ -139,12 +139,14 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def watching(architecture: str, multiprocessors: int) -> Iterator[tuple[list[Step], Memory]]:
-    """While it is open, what is asked of meta tensors is appended to the steps."""
+def watching(
+    architecture: str, multiprocessors: int, choose: Callable[..., Any] | None = None
+) -> Iterator[tuple[list[Step], Memory]]:
+    """While it is open, what is asked of meta tensors is appended to the steps; ``choose``: as in ``recording``."""
     memory = Memory()
-    data_ptr = Tensor.data_ptr
+    data_ptr, original = Tensor.data_ptr, dispatch.choose
     with contextlib.ExitStack() as stack:
-        steps: list[Step] = stack.enter_context(recording(architecture, multiprocessors))  # type: ignore[arg-type]
+        steps: list[Step] = stack.enter_context(recording(architecture, multiprocessors, choose))  # type: ignore[arg-type]
 
         def solve(*arrays: Tensor, check_errors: bool = True, decompositions: int = 1) -> None:
             matrices = arrays[-1]
@@ -153,17 +155,15 @@ def watching(architecture: str, multiprocessors: int) -> Iterator[tuple[list[Ste
         def nystrom(made: Tensor, core: Tensor, gram: Tensor, rounding: float, *, check_errors: bool = True) -> None:
             solve(core, decompositions=2)
 
-        instead: list[tuple[object, Callable[..., Any]]] = [
-            (device.on_device, lambda _: contextlib.nullcontext()),
-            (dispatch.choose, lambda operation, impl, *_: dispatch._registry[operation][impl].load()),
-        ]
+        def choose_impl(operation: str, impl: str, *arguments: Any) -> Callable[..., None]:
+            return dispatch._registry[operation][impl].load()
+
         for module in modules():
             for name, value in list(vars(module).items()):
                 if isinstance(value, CustomOpDef):  # its body, not its form for meta tensors
                     stack.enter_context(mock.patch.object(module, name, value._init_fn))
-                for original, stand_in in instead:
-                    if value is original:
-                        stack.enter_context(mock.patch.object(module, name, stand_in))
+                if value is original:
+                    stack.enter_context(mock.patch.object(module, name, choose_impl))
         here = {"why_unavailable": lambda: None, "refuses": lambda _: None, "refuses_device": lambda _: None}
         for name, stand_in in {**here, "small_eigh": solve, "nystrom_eigh": nystrom}.items():
             stack.enter_context(mock.patch.object(native, name, stand_in))
@@ -172,7 +172,6 @@ def watching(architecture: str, multiprocessors: int) -> Iterator[tuple[list[Ste
             return memory.address(tensor) if tensor.device.type == "meta" else data_ptr(tensor)
 
         stack.enter_context(mock.patch.object(Tensor, "data_ptr", address))
-        stack.enter_context(mock.patch.object(Tensor, "is_cuda", property(lambda of: of.device.type == "meta")))
         stack.enter_context(_Operations(memory, steps))
         yield steps, memory
 
