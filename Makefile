@@ -5,6 +5,7 @@
 # make study     Laplace-LoRA beside what people use, into blk-study; goes on where it was stopped; STUDY="--task stdlib
 #   --seeds 1" for a part of it
 # make aot       compiles the GPU kernels without a GPU and writes benchmarks/results/aot.md
+# make roofline  what the kernels should take on three GPUs, from their compiled code, into docs/performance.md
 # make test-interpret: the kernels in Triton's interpreter; make aot-check: as make aot, writing nothing; both with each
 #   Triton of TRITON_VERSIONS, in environments of their own
 # make models: families of models and kinds of adapters, each against autograd, and writes docs/models.md; models-check
@@ -37,7 +38,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: demo demo-llm test test-all test-interpret test-floors models models-check release-check lint format bench study aot \
-  aot-check clean help
+  aot-check roofline clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -80,6 +81,9 @@ aot-check-%: $(VENV)-triton-%/.ready
 
 aot: $(lastword $(TRITONS))
 	@$(<D)/bin/python -m benchmarks.aot --write benchmarks/results/aot.md
+
+roofline: $(lastword $(TRITONS))
+	@$(<D)/bin/python -m benchmarks.roofline --write
 
 # The lowest Python that pyproject.toml allows: by its name, or where pyenv keeps it.
 FLOOR_PYTHON ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null) \

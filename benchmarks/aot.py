@@ -27,13 +27,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launches import ARCHITECTURES, Launch, recorded
+from benchmarks.launches import recorded
+from benchmarks.recorder import ARCHITECTURES, Launch
 
-# Compute capability and shared memory per block, in bytes.
-CAPABILITIES = {"sm_80": (80, 166912), "sm_90": (90, 232448), "sm_100": (100, 232448)}
+# Compute capability and shared memory per block, in bytes. sm_86 and sm_89 get the same code: in the whole table not one
+# number differs. So a check of one is a check of both.
+CAPABILITIES = {
+    **{"sm_80": (80, 166912), "sm_86": (86, 101376), "sm_89": (89, 101376)},
+    **{"sm_90": (90, 232448), "sm_100": (100, 232448), "sm_120": (120, 101376)},
+}
 MATRIX = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}
 FMA = r"\bfma\.rn\.(?:f32x2|f32|f64)\b"
-BEST = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
+BEST = dict.fromkeys(CAPABILITIES, "mma") | {"sm_90": "wgmma", "sm_100": "tcgen05"}
 
 # The constants whose product is the height of a kernel's matrix product.
 HEIGHTS = {
@@ -257,7 +262,7 @@ HEAD = """# Kernels as compiled
 Written by `make aot`, with Triton {version} and without a GPU. `make aot-check`, which CI runs, makes the same check
 with every Triton version of the Makefile. It fails on stack (spills) without a reason below, on more shared memory than
 a block gets, on a missing matrix instruction where one is meant (wgmma on sm_90 and tcgen05 on sm_100 for products of
-64 rows and more), and on a matrix instruction where float32 multiply-adds are meant.
+64 rows and more, mma elsewhere), and on a matrix instruction where float32 multiply-adds are meant.
 
 A row is a kernel as a launcher launches it (`benchmarks/launches.py`): operation and dtype, the constants that it is
 compiled for, warps (w), stages (s), and where they are limited its registers (r). Of masked and unmasked, accumulating

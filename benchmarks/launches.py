@@ -1,8 +1,6 @@
 """What the Triton launchers launch, recorded without a GPU: every kernel, in every configuration that can be asked for.
 
-Launchers are called below the dispatch, with tensors of the meta device, which have shapes and strides and no memory. A
-recorder stands in for each kernel. What it saw is what `benchmarks.aot` compiles, specialised as Triton does at launch:
-on arguments that are 1 and on those that are multiples of 16.
+What `benchmarks.recorder` saw of these problems is what `benchmarks.aot` compiles.
 
 Sizes are chosen for the variant with the most code: masked, accumulating, counts that are neither. Of layouts with
 tiles of their own there is one each. `tests/test_kernels_launches.py` asks for other sizes and finds no other tile.
@@ -10,172 +8,33 @@ tiles of their own there is one each. `tests/test_kernels_launches.py` asks for 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-import inspect
 import itertools
-import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels import ops
-from bayesian_lora_kernels.ops import device, tuning
+from bayesian_lora_kernels.ops import device
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-MULTIPROCESSORS = 132
+from .recorder import MULTIPROCESSORS, Launch, is_kernel, launched, modules
+
+__all__ = ["MULTIPROCESSORS", "PROBLEMS", "is_kernel", "modules", "recorded"]
+
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.float64: "fp64"}
-_NAMES |= {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel as it is launched.
-
-    Args:
-        kernel: the ``@triton.jit`` function.
-        types: for each argument that is no constant its Triton type (``"*bf16"``, ``"i64"``, ``"fp32"``).
-        constants: the value of every ``tl.constexpr``, and of integers that are 1.
-        aligned: arguments that are multiples of 16 (pointers: 16 bytes).
-        num_warps: warps per block.
-        num_stages: depth of the software pipeline.
-        enable_fp_fusion: whether multiplications and additions may fuse.
-        max_registers: the launch's ``maxnreg``.
-    """
-
-    kernel: Any
-    types: Mapping[str, str]
-    constants: Mapping[str, Any]
-    aligned: tuple[str, ...]
-    num_warps: int
-    num_stages: int
-    enable_fp_fusion: bool
-    max_registers: int | None
-
-    @property
-    def function(self) -> str:
-        return self.kernel.fn.__name__
-
-    @property
-    def module(self) -> str:
-        return self.kernel.fn.__module__
-
-    @property
-    def data(self) -> str:
-        """Type of what it works on: the 16-bit one if there is one."""
-        if "DTYPE" in self.constants:
-            return str(self.constants["DTYPE"])
-        return next((one for one in ("bf16", "fp16", "fp32") if f"*{one}" in self.types.values()), "")
-
-    @property
-    def name(self) -> str:
-        """Everything but the alignment; flags that are not set are left out."""
-        operation, kernel = self.module.split(".")[-2], self.function.removesuffix("_kernel")
-        shown = [kernel if operation in kernel else f"{operation} {kernel}", self.data]
-        for name, value in self.constants.items():
-            if isinstance(value, bool):
-                shown += [name] * value
-            elif name != "DTYPE":
-                shown.append(value if isinstance(value, str) else f"{name}={value}")
-        shown += [f"w{self.num_warps}", f"s{self.num_stages}"]
-        shown += [] if self.max_registers is None else [f"r{self.max_registers}"]
-        return " ".join(filter(None, shown))
-
-
-class _Recorder:
-    """Stands in for a kernel."""
-
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
-        parameters = inspect.signature(kernel.fn).parameters
-        self.constexpr = {name for name, one in parameters.items() if "constexpr" in str(one.annotation)}
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return self._launch
-
-    def _launch(
-        self,
-        *arguments: Any,
-        num_warps: int,
-        num_stages: int,
-        enable_fp_fusion: bool,
-        maxnreg: int | None = None,
-        **more: Any,
-    ) -> None:
-        names = self.kernel.arg_names
-        values = dict(zip(names, arguments, strict=False)) | more
-        if sorted(values) != sorted(names):
-            raise TypeError(f"{self.kernel.fn.__name__} takes {names}, and is launched with {list(values)}")
-        types, constants, aligned = {}, {}, []
-        for name in names:
-            value = values[name]
-            if name in self.constexpr or (isinstance(value, int) and value == 1):
-                constants[name] = value
-                continue
-            types[name] = _type(value)
-            if not isinstance(value, float) and (value.data_ptr() if torch.is_tensor(value) else value) % 16 == 0:
-                aligned.append(name)
-        options = (num_warps, num_stages, enable_fp_fusion, maxnreg)
-        self.launches.append(Launch(self.kernel, types, constants, tuple(aligned), *options))
-
-
-def _type(value: Tensor | float) -> str:
-    if isinstance(value, Tensor):
-        return f"*{_NAMES[value.dtype]}"
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def modules() -> list[Any]:
-    """Every module of the package's operations."""
-    return [importlib.import_module(one.name) for one in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.")]
-
-
-def is_kernel(name: str, value: object) -> bool:
-    """Whether an attribute of a module is a kernel: by our house rule its name says so."""
-    return name.endswith("_kernel") and hasattr(value, "arg_names")
-
-
-def launched(architecture: str, problem: Callable[[], None]) -> list[Launch]:
-    """What a problem launches on a GPU of 132 multiprocessors, whatever candidate tuning chooses there."""
-    launches: list[Launch] = []
-    choice, most = 0, 1
-
-    def choose(key: object, candidates: Sequence[Any], run: object) -> Any:
-        nonlocal most
-        most = max(most, len(candidates))
-        return candidates[min(choice, len(candidates) - 1)]
-
-    instead = (
-        (device.architecture, lambda of: architecture),
-        (device.multiprocessors, lambda of: MULTIPROCESSORS),
-        (tuning.choose_configuration, choose),
-    )
-    with contextlib.ExitStack() as stack:
-        for module in modules():
-            for name, value in list(vars(module).items()):
-                found = [_Recorder(value, launches)] if is_kernel(name, value) else []
-                for replaced in found + [stand_in for original, stand_in in instead if value is original]:
-                    stack.enter_context(mock.patch.object(module, name, replaced))
-        while choice < most:
-            problem()
-            choice += 1
-    return launches
+def recorded(architecture: str) -> dict[str, Launch]:
+    """Everything that `PROBLEMS` launch, by name; once for all architectures that share a table."""
+    return _recorded(device.TABLES[architecture])
 
 
 @functools.cache
-def recorded(architecture: str) -> dict[str, Launch]:
-    """Everything that `PROBLEMS` launch, by name."""
+def _recorded(table: str) -> dict[str, Launch]:
     found: dict[str, Launch] = {}
     for problem in PROBLEMS:
-        for one in launched(architecture, problem):
+        for one in launched(table, problem):
             if found.setdefault(one.name, one) != one:
                 raise ValueError(f"{one.name} is launched in two ways that differ in alignment: choose other sizes")
     return found
@@ -248,12 +107,14 @@ _JACOBIANS_OF_WIDE_BASES = tuple((outputs, 2, 2, kept) for outputs in (15, 30, 6
 
 
 def jacobians(
-    sizes: Sequence[tuple[int, int, int, int]] = _JACOBIANS, sides: Sequence[tuple[torch.dtype, bool]] = _SIDES
+    sizes: Sequence[tuple[int, int, int, int]] = _JACOBIANS,
+    sides: Sequence[tuple[torch.dtype, bool]] = _SIDES,
+    tokens: int = 64,
 ) -> None:
     """The wide side is the input or the output; as the latter, float16 compiles to what bfloat16 does."""
     from bayesian_lora_kernels.ops.jacobian_covariance import kernel_launch
 
-    examples, tokens = 18, 64
+    examples = 18
     on_gpu = mock.patch.object(kernel_launch, "_planes", lambda wide, wide_input: wide_input and wide.dtype == BF16)
     for (dtype, wide_input), (outputs, narrow, kept_narrow, kept) in itertools.product(sides, sizes):
         wide = 3968 if outputs > 32 else 7936  # 124 tiles, two to a program
@@ -269,6 +130,12 @@ def jacobians(
 
 def jacobians_of_wide_bases() -> None:
     jacobians(_JACOBIANS_OF_WIDE_BASES, ((FP32, False),))
+
+
+def jacobians_of_few_tokens() -> None:
+    """`narrow_rows_kernel` takes fewer at once then, in every dtype."""
+    for dtype, tokens in itertools.product(DTYPES, (16, 32)):
+        jacobians(sides=((dtype, True),), tokens=tokens)
 
 
 _VOCABULARIES = ((BF16, BF16), (BF16, FP32), (FP32, FP32), (FP16, FP32))  # float16 alone compiles to what bfloat16 does
@@ -295,5 +162,5 @@ def vocabularies(
 
 PROBLEMS: tuple[Callable[[], None], ...] = (
     *(outer_products, split_outer_products, mirrored, square_sums, incremental_svds),
-    *(jacobians, jacobians_of_wide_bases, vocabularies),
+    *(jacobians, jacobians_of_wide_bases, jacobians_of_few_tokens, vocabularies),
 )

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import aot
-from benchmarks.launches import ARCHITECTURES, Launch
+from benchmarks.recorder import ARCHITECTURES, Launch
 
 GOOD = aot.Compiled(registers=128, stack=0, shared=49152, ptx={"mma": 32, "fma": 4})
 

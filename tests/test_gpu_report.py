@@ -164,7 +164,9 @@ def test_times_are_of_calls_in_turns():
 
 
 class StandInEvent:
-    """Two milliseconds between any two."""
+    """Two milliseconds between any two; the device comes to it where it was kept busy for less than `needed`."""
+
+    needed, busy = 0.0, 0.0
 
     def __init__(self, enable_timing):
         assert enable_timing
@@ -174,8 +176,30 @@ class StandInEvent:
 
     synchronize = record
 
+    def query(self):
+        return self.busy < self.needed
+
     def elapsed_time(self, other):
         return 2.0
+
+
+def test_a_call_whose_launches_the_device_waited_for_is_seen(monkeypatch):
+    """A stand-in of a host that takes so long that the device, kept busy for a while, begins before all is issued."""
+    pace = 1e7 / 0.002  # what `_cycles_per_second` finds by the stand-in's two milliseconds
+
+    def sleep(cycles):
+        StandInEvent.busy = cycles / pace
+
+    for name, value in {"Event": StandInEvent, "_sleep": sleep, "synchronize": lambda device=None: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    watch = timing.Stopwatch(torch.device("cuda"))
+    late = {}
+    for needed in (0.0, 2 * 1e-4, 2 * timing.LONGEST):
+        monkeypatch.setattr(StandInEvent, "needed", needed)
+        samples = timing.interleaved(watch, {"one": lambda _: None}, [0], seconds=1.0, rounds=6)["one"]
+        assert len(samples.device) == 6
+        late[needed] = samples.values()["late"]
+    assert list(late.values()) == [0, 0, 6]  # more time helps, where more time can
 
 
 def test_what_only_a_gpu_runs_runs_on_a_stand_in(monkeypatch):

@@ -7,11 +7,14 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import aot, launches
-from benchmarks.launches import ARCHITECTURES, DTYPES, launched, recorded
+from bayesian_lora_kernels.ops import device
+from benchmarks import aot, launches, recorder
+from benchmarks.launches import DTYPES, recorded
+from benchmarks.recorder import launched
 
 pytestmark = pytest.mark.interpret
 pytest.importorskip("triton")
+TABLES = sorted(set(device.TABLES.values()))
 # Problems have bfloat16 for both halves where they compile to the same but for the matrix instruction's type.
 AS_BF16 = {"wide_output_kernel", "outer_product_kernel", "squares_kernel"}
 AS_BF16 |= {"exponentials_kernel", "means_kernel"}
@@ -74,7 +77,7 @@ def what_no_problem_calls():
         kernel_launch.jacobian_gram(empty(3, 4, 4), a, g, None)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TABLES)
 @pytest.mark.parametrize(
     "ask",
     [outer_products, square_sums, incremental_svds, jacobians, vocabularies, what_no_problem_calls],
@@ -87,13 +90,13 @@ def test_other_sizes_launch_no_other_configuration(architecture, ask):
     assert asked <= compiled
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TABLES)
 def test_every_kernel_is_recorded(architecture):
     kernels = {
         value.fn.__name__
-        for module in launches.modules()
+        for module in recorder.modules()
         for name, value in vars(module).items()
-        if launches.is_kernel(name, value)
+        if recorder.is_kernel(name, value)
     }
     assert {one.function for one in recorded(architecture).values()} == kernels
     expected_of = {*aot.HEIGHTS, *aot.MULTIPLY_ADDS, *(kernel for kernel, *_ in aot.STACK)}
@@ -119,13 +122,13 @@ def test_a_launch_is_specialised_as_triton_does():
 
 def test_two_alignments_of_one_launch_are_an_error(monkeypatch):
     monkeypatch.setattr(launches, "PROBLEMS", (lambda: launches.square_sums((32,)), launches.mirrored))
-    assert len(recorded.__wrapped__("sm_90")) == 7
+    assert len(launches._recorded.__wrapped__("sm_90")) == 7
     from bayesian_lora_kernels.ops.outer_product import kernel_launch
 
     odd = lambda: kernel_launch.mirror_lower(launches._empty(15, 15))  # noqa: E731
     monkeypatch.setattr(launches, "PROBLEMS", (launches.mirrored, odd))
     with pytest.raises(ValueError, match=r"mirror_lower .* in two ways"):
-        recorded.__wrapped__("sm_90")
+        launches._recorded.__wrapped__("sm_90")
 
 
 def test_a_launch_without_an_argument_is_an_error():

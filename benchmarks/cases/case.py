@@ -122,6 +122,11 @@ class Case(ABC):
     @abstractmethod
     def work(self) -> Work: ...
 
+    @property
+    def gemm(self) -> int | None:
+        """Operations of PyTorch's own matrix products of the case, where a target compares with them."""
+        return None
+
     @abstractmethod
     def inputs(self, device: torch.device, seed: int) -> Any: ...
 
@@ -146,11 +151,12 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def generator(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
+def generator(device: torch.device, seed: int) -> torch.Generator | None:
+    """None for the meta device, whose tensors hold no numbers."""
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
-def randn(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, state: torch.Generator) -> Tensor:
+def randn(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, state: torch.Generator | None) -> Tensor:
     """Made in the dtype itself: a float32 copy of the largest inputs would take twice their memory."""
     return torch.randn(shape, dtype=dtype, device=device, generator=state)
 

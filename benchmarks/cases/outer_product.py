@@ -32,7 +32,7 @@ def baddbmm(out: Tensor, x: Tensor) -> Tensor:
     return torch.baddbmm(out, x.mT, x, out_dtype=torch.float32, out=out)
 
 
-def symmetric(shape: tuple[int, ...], device: torch.device, state: torch.Generator) -> Tensor:
+def symmetric(shape: tuple[int, ...], device: torch.device, state: torch.Generator | None) -> Tensor:
     out = randn(shape, torch.float32, device, state)
     return out + out.mT
 
@@ -60,6 +60,10 @@ class OuterProduct(Case):
     def work(self) -> Work:
         x, out = self.rows * self.width * self.dtype.itemsize, 4 * self.width**2
         return Work(x + 2 * out, self.rows * self.width * (self.width + 1))
+
+    @property
+    def gemm(self) -> int:
+        return 2 * self.rows * self.width**2
 
     def inputs(self, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
         state = generator(device, seed)
@@ -115,6 +119,10 @@ class GroupedOuterProduct(Case):
         x = sum(self.count * self.rows * width * self.dtype.itemsize for width in self.widths)
         out = sum(self.count * 4 * width**2 for width in self.widths)
         return Work(x + 2 * out, sum(self.count * self.rows * width * (width + 1) for width in self.widths))
+
+    @property
+    def gemm(self) -> int:
+        return sum(2 * self.count * self.rows * width**2 for width in self.widths)
 
     def inputs(self, device: torch.device, seed: int) -> tuple[list[Tensor], list[Tensor]]:
         """Stacks per width, so that a batched product can be measured too."""

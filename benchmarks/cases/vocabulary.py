@@ -39,6 +39,10 @@ class Vocabulary(Case):
         return 2 * self.vocabulary * self.width * self.examples * self.m
 
     @property
+    def gemm(self) -> int:
+        return self.product
+
+    @property
     def read(self) -> int:
         return (self.vocabulary + self.examples * self.m) * self.width * self.dtype.itemsize
 
@@ -46,7 +50,7 @@ class Vocabulary(Case):
         """The package's operation; looked up when called, so that a version without it can list its cases."""
         return getattr(ops, self.operation)(*arguments, **options)
 
-    def weight(self, device: torch.device, state: torch.Generator) -> Tensor:
+    def weight(self, device: torch.device, state: torch.Generator | None) -> Tensor:
         return randn((self.vocabulary, self.width), self.dtype, device, state) * self.width**-0.5
 
     def both(self, function: Callable[[Tensor, Tensor], Tensor], inputs: Any) -> Tensor:

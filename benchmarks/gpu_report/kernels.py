@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import re
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case, Provider, all_cases, interpretable
+from benchmarks.roofline.gpus import ALL, RESULTS
 
 from .report import Report, each
 from .timing import Stopwatch, cache_bytes, interleaved, measure_roofs, peak_bytes
@@ -131,8 +133,21 @@ def _time(
                 values["bandwidth_share"] = work.bytes / seconds / report.roofs["bytes_per_second"]
                 values["matmul_share"] = work.flops / seconds / report.roofs["operations_per_second"]
                 values["error"] = error
-            share = "" if provider.share == 1 else f"ran {provider.share:.3g} of the case; its time is extrapolated"
-            report.add(name, provider.name, "measured", share, **values)
+            if estimated := estimated_us(name, provider.name, device):
+                values["estimated_us"] = estimated
+            said = [] if provider.share == 1 else [f"ran {provider.share:.3g} of the case; its time is extrapolated"]
+            if late := values.pop("late"):
+                said.append(f"in {late:g} of {values['launches']} the device waited for the host: us holds such gaps")
+            report.add(name, provider.name, "measured", "; ".join(said), **values)
+
+
+def estimated_us(name: str, provider: str, device: torch.device) -> float | None:
+    """What `python -m benchmarks.roofline` made of the case for this GPU, without one."""
+    if provider not in ("triton", "native") or device.type != "cuda" or not RESULTS.exists():
+        return None
+    found = json.loads(RESULTS.read_text())["cases"].get(name, {})
+    named = torch.cuda.get_device_name(device)
+    return next((found[gpu.name]["us"] for gpu in ALL if gpu.name in found and gpu.name in named), None)
 
 
 def _copies(size: int, device: torch.device) -> int:

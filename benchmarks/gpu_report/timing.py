@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 
 MOST_ROUNDS = 30
 HOST_ROUNDS = 5
+LONGEST = 0.4  # seconds that the device is kept busy for the host to issue a call
 COPIED = 1 << 30  # bytes of the tensor that measures the copy bandwidth
 MULTIPLIED = 8192  # the width of the square product that measures the matmul rate
 
@@ -18,18 +20,20 @@ MULTIPLIED = 8192  # the width of the square product that measures the matmul ra
 @dataclass
 class Samples:
     """Seconds of every launch: on the device, from first to last kernel; on the host, until the call came back, with
-    the device idle before it.
+    the device idle before it. ``late``: launches that the device began before all of the call was issued.
     """
 
     device: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
+    late: int = 0
 
     def values(self, share: float = 1.0) -> dict[str, float]:
         """Median, 20th and 80th percentile in microseconds, for the whole of which `share` was run."""
         micro = 1e6 / share
         low, middle, high = (quantile(self.device, q) * micro for q in (0.2, 0.5, 0.8))
         host = quantile(self.host, 0.5) * micro
-        return {"us": middle, "us_p20": low, "us_p80": high, "host_us": host, "launches": len(self.device)}
+        times = {"us": middle, "us_p20": low, "us_p80": high, "host_us": host}
+        return {**times, "launches": len(self.device), "late": self.late}
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -46,21 +50,25 @@ class Stopwatch:
     """Times one call at a time.
 
     Before a call on a GPU, the stream is given something to do for longer than the host needs to issue the call's
-    launches. So the events see the device's time, without gaps that are the host's; the host's is taken apart.
+    launches. So the events see the device's time, without gaps that are the host's; the host's is taken apart. Of a
+    thousand launches and more this may fail: the stream's queue is full, and the host has to wait for the device. So
+    each call is asked whether the device had begun before it was all issued.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self._cycles = self._cycles_per_second() if device.type == "cuda" else 0.0
 
-    def time(self, call: Callable[[], object], busy: float = 0.0) -> tuple[float, float]:
-        """Seconds on the device and on the host; `busy`: seconds that the device is kept busy before."""
+    def time(self, call: Callable[[], object], busy: float = 0.0) -> tuple[float, float, bool]:
+        """Seconds on the device and on the host, and whether the device began before the host was done; `busy`: seconds
+        that the device is kept busy before.
+        """
         synchronise(self.device)
         if self.device.type != "cuda":
             start = time.perf_counter()
             call()
             elapsed = time.perf_counter() - start
-            return elapsed, elapsed
+            return elapsed, elapsed, False
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if busy:
             torch.cuda._sleep(int(busy * self._cycles))
@@ -68,9 +76,10 @@ class Stopwatch:
         start = time.perf_counter()
         call()
         host = time.perf_counter() - start
+        began = first.query()
         last.record()
         last.synchronize()
-        return first.elapsed_time(last) / 1e3, host
+        return first.elapsed_time(last) / 1e3, host, began
 
     def _cycles_per_second(self) -> float:
         cycles = 10_000_000
@@ -99,22 +108,28 @@ def interleaved(
     samples = {name: Samples() for name in calls}
     count, busy = {}, {}
     for name, call in calls.items():
-        device, host = watch.time(lambda call=call: call(inputs[-1]))
+        device, host, _ = watch.time(lambda call=call: call(inputs[-1]))
         started = time.perf_counter()
-        device, host = watch.time(lambda call=call: call(inputs[0])) if device < 1 else (device, host)
+        if device < 1:
+            device, host, _ = watch.time(lambda call=call: call(inputs[0]))
         whole = max(time.perf_counter() - started, device, host)
         count[name] = max(1, min(rounds, int(seconds / len(calls) / whole) - 1))
-        busy[name] = min(0.1, 1.5 * host + 1e-4)
+        busy[name] = min(LONGEST, 1.5 * host + 1e-4)
         if count[name] == 1:
             samples[name].device.append(device)
             samples[name].host.append(host)
     for turn in range(max(count.values(), default=0)):
         for name, call in calls.items():
             if count[name] > 1 and turn < count[name]:
-                device, host = watch.time(lambda call=call, turn=turn: call(inputs[turn % len(inputs)]), busy[name])
+                run = functools.partial(call, inputs[turn % len(inputs)])
+                device, host, late = watch.time(run, busy[name])
+                if late and busy[name] < LONGEST:  # once more, with more time for the host
+                    busy[name] = min(LONGEST, 4 * busy[name])
+                    device, host, late = watch.time(run, busy[name])
                 samples[name].device.append(device)
+                samples[name].late += late
                 if watch.device.type == "cuda" and turn < HOST_ROUNDS:  # a call that waits would wait for `busy` too
-                    _, host = watch.time(lambda call=call, turn=turn: call(inputs[turn % len(inputs)]))
+                    _, host, _ = watch.time(run)
                 if turn < HOST_ROUNDS:
                     samples[name].host.append(host)
     return samples
