@@ -55,8 +55,8 @@ def outer_product_kernel(
     stride_xm = tl.load(row_ptr + 6)
     if VECTORS:  # what the launcher checked and the compiler needs to know to load 16 bytes at a time
         x_ptr = tl.multiple_of(x_ptr, 16)
-        stride_xm = tl.multiple_of(stride_xm, 4 if tl.float32 == DTYPE else 8)
-        width = tl.multiple_of(width, 4 if tl.float32 == DTYPE else 8)
+        stride_xm = tl.multiple_of(stride_xm, 4 if tl.float32 == DTYPE or PACK == 4 else 8)
+        width = tl.multiple_of(width, 4 if tl.float32 == DTYPE or PACK == 4 else 8)
         stride_xd = 1
     else:
         stride_xd = tl.load(row_ptr + 7)

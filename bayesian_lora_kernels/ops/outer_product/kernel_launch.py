@@ -36,7 +36,7 @@ class Configuration:
 # two programs share a multiprocessor, so that one multiplies while the other stores.
 _ALONE = Configuration(128, 8, 2, 1)
 _WIDE = {
-    "sm_80": (Configuration(32, 8, 3, 1), Configuration(64, 8, 2, 1)),
+    "sm_80": (Configuration(32, 8, 3, max_registers=128), Configuration(64, 8, 2, 1)),
     "sm_90": (Configuration(64, 8, 3, max_registers=128), _ALONE, Configuration(64, 8, 4, 1)),
     # On sm_100 the sums lie in tensor memory, and 128 registers spill in the epilogue.
     "sm_100": (Configuration(64, 8, 4, 1), _ALONE),
@@ -107,12 +107,12 @@ def _plan(outs: Sequence[Tensor], xs: Sequence[Tensor], masked: tuple[bool, ...]
     for i, (out, x) in enumerate(zip(outs, xs, strict=True)):
         if x.shape[1] == 0:
             continue
-        vectors = in_vectors(x) and in_vectors(out)
-        widest = 128 if vectors and x.dtype != torch.float32 else 64
-        block = min(widest, max(16, triton.next_power_of_2(x.shape[1])))
-        pack = 16 // x.shape[1] if x.shape[1] in _PACKED and x.is_contiguous() and is_aligned(x) else 1
-        whole = block == 128 and x.shape[1] % block == 0
-        count = triton.cdiv(x.shape[1], block)
+        width = x.shape[1]
+        pack = 16 // width if width in _PACKED and x.is_contiguous() and is_aligned(x) else 1
+        vectors = in_vectors(out) and (in_vectors(x) or pack > 1)
+        block = min(128 if vectors and x.dtype != torch.float32 else 64, max(16, triton.next_power_of_2(width)))
+        whole = block == 128 and width % block == 0
+        count = triton.cdiv(width, block)
         members.setdefault((x.dtype, block, vectors, pack, whole, masked[i], count * (count + 1) // 2), []).append(i)
     groups = [_Group(*kind, len(of_kind), max(xs[i].shape[0] for i in of_kind)) for kind, of_kind in members.items()]
     order = [i for of_kind in members.values() for i in of_kind]

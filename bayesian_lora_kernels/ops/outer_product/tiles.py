@@ -192,7 +192,7 @@ def _store(
 ):
     # A wide tile goes out in pieces: all at once, addresses and old values would take as many registers as the sums,
     # and one program less would fit a multiprocessor.
-    if BD * BC > 2048:
+    if BD * BC > 1024:
         HALF: tl.constexpr = BC // 2
         b_left, b_right = tl.split(tl.permute(tl.reshape(b_value, [BD, 2, HALF]), [0, 2, 1]))
         _store(out_ptr, b_left, i, column, width, stride_o0, stride_o1, DIAGONAL, ACCUMULATE, MIRROR, BD, HALF)
