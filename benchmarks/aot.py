@@ -30,8 +30,8 @@ from typing import Any
 from benchmarks.launches import recorded
 from benchmarks.recorder import ARCHITECTURES, Launch
 
-# Compute capability and shared memory per block, in bytes. sm_86 and sm_89 get the same code: in the whole table not
-# one number differs. So a check of one is a check of both.
+# Compute capability and shared memory per block, in bytes. sm_86 and sm_89 get the same code: not one number of
+# the table differs, and a check of one is a check of both.
 CAPABILITIES = {
     **{"sm_80": (80, 166912), "sm_86": (86, 101376), "sm_89": (89, 101376)},
     **{"sm_90": (90, 232448), "sm_100": (100, 232448), "sm_120": (120, 101376)},

@@ -25,16 +25,14 @@ __all__ = ["MULTIPROCESSORS", "PROBLEMS", "is_kernel", "modules", "recorded"]
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@functools.cache
 def recorded(architecture: str) -> dict[str, Launch]:
     """Everything that `PROBLEMS` launch, by name; once for all architectures that share a table."""
-    return _recorded(device.TABLES[architecture])
-
-
-@functools.cache
-def _recorded(table: str) -> dict[str, Launch]:
+    if (table := device.TABLES[architecture]) != architecture:
+        return recorded(table)
     found: dict[str, Launch] = {}
     for problem in PROBLEMS:
-        for one in launched(table, problem):
+        for one in launched(architecture, problem):
             if found.setdefault(one.name, one) != one:
                 raise ValueError(f"{one.name} is launched in two ways that differ in alignment: choose other sizes")
     return found

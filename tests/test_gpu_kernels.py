@@ -224,6 +224,8 @@ def flat(inputs: Any) -> list[torch.Tensor]:
     """All tensors of nested inputs."""
     if isinstance(inputs, torch.Tensor):
         return [inputs]
+    if inputs is None:
+        return []
     parts = inputs if isinstance(inputs, list | tuple) else vars(inputs).values()
     return [tensor for part in parts for tensor in flat(part)]
 

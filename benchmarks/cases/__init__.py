@@ -39,6 +39,8 @@ def all_cases() -> list[Case]:
         VocabularyProbs(BF16, 2700, recomputed),
         VocabularyStatistics(BF16, 2700),
         SquareSum(BF16),
+        *masked_cases(),
+        *(JacobianCovariance(BF16, tokens=8, outputs=outputs, wide_output=True) for outputs in (4, 32)),
         OuterProduct(BF16, None, of_addmm[:1], width=8192),
         GroupedOuterProduct(BF16, None, batched, rows=8192, widths=(2048,), count=16),
         GroupedOuterProduct(BF16, rows=2048, widths=(4, 8, 16, 32, 64, 128), count=32),
@@ -52,4 +54,16 @@ def all_cases() -> list[Case]:
         IncrementalSvd(FP32, modules=32),
         JacobianCovariance(FP16, modules=32),
         JacobianCovariance(FP32, modules=32),
+    ]
+
+
+def masked_cases() -> list[Case]:
+    """As most batches come: with padding that must not be read."""
+    return [
+        OuterProduct(BF16, masked=True),
+        GroupedOuterProduct(BF16, masked=True),
+        IncrementalSvd(BF16, masked=True),
+        *(JacobianCovariance(BF16, outputs=outputs, masked=True) for outputs in (4, 32)),
+        JacobianCovariance(BF16, tokens=8, wide_output=True, masked=True),
+        SquareSum(BF16, masked=True),
     ]

@@ -161,6 +161,24 @@ def randn(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, stat
     return torch.randn(shape, dtype=dtype, device=device, generator=state)
 
 
+def padding(shape: tuple[int, ...], device: torch.device, masked: bool) -> Tensor | None:
+    """A mask `[..., tokens]` whose last quarter does not count; None where nothing is masked."""
+    if not masked:
+        return None
+    tokens = shape[-1]
+    return (torch.arange(tokens, device=device) < tokens - tokens // 4).expand(shape).contiguous()
+
+
+def poisoned(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`x [..., tokens, d]` with NaN where `mask [..., tokens]` does not count: nothing may read it."""
+    return x if mask is None else x.masked_fill_(~mask[..., None], math.nan)
+
+
+def zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The same with zeros, a copy."""
+    return x if mask is None else x.masked_fill(~mask[..., None], 0)
+
+
 def absent_here(operation: str, impl: str, device: torch.device) -> str | None:
     """Why `impl` of an operation cannot run on this machine, or None; arguments are the call's own affair."""
     if not hasattr(ops, operation):

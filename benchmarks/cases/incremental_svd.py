@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bayesian_lora_kernels import ops
 
-from .case import Case, Provider, Work, generator, package, randn
+from .case import Case, Provider, Work, generator, package, padding, poisoned, randn, zeroed
 
 FRESH = 10
-TESTED = 2  # streams whose dense matrix is formed for the gate
+ROUNDS = 12  # of subspace iteration for the best possible error
 PEER = 1  # streams that the peer is timed on
 
 
@@ -26,12 +26,13 @@ class IncrementalSvd(Case):
     tokens: int = 2048
     width: int = 4096
     columns: int = 30
+    masked: bool = False
 
     operation = "grouped_incremental_svd"
 
     @property
     def shape(self) -> str:
-        return f"{self.modules} of {self.tokens}x{self.width} l={self.columns}"
+        return f"{self.modules} of {self.tokens}x{self.width} l={self.columns}{' masked' * self.masked}"
 
     @property
     def kept(self) -> int:
@@ -55,8 +56,8 @@ class IncrementalSvd(Case):
         operations = 4 * m * d * l + 4 * d * l**2  # Z = X Omega and X^T Z; B R and Y W
         return Work(self.modules * one, self.modules * operations)
 
-    def inputs(self, device: torch.device, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-        state = generator(device, seed)
+    def inputs(self, device: torch.device, seed: int) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        state, mask = generator(device, seed), padding((self.tokens,), device, self.masked)
         deviation = torch.arange(1, self.width + 1, device=device, dtype=torch.float32).rsqrt()
         v = randn((self.width, 1), torch.float32, device, state)
         v /= v.norm()  # the axes of the spectrum, reflected at the plane orthogonal to v
@@ -65,36 +66,57 @@ class IncrementalSvd(Case):
         xs = []
         for _ in range(self.modules):
             x = randn((self.tokens, self.width), torch.float32, device, state) * deviation
-            xs.append((x - 2 * (x @ v) @ v.T).to(self.dtype))
-        return [basis.clone() for _ in xs], xs
+            xs.append(poisoned((x - 2 * (x @ v) @ v.T).to(self.dtype), mask))
+        return [basis.clone() for _ in xs], xs, mask
 
-    def truth(self, inputs: Any) -> list[tuple[Tensor, Tensor]]:
-        """Per tested stream the dense sum and the best possible error."""
+    def truth(self, inputs: Any) -> list[tuple[Tensor, Tensor, Tensor | None, float, float]]:
+        """Per stream its inputs, the squared norm of the exact sum A, and the least squared error of its rank."""
+        bases, xs, mask = inputs
         found = []
-        for basis, x in list(zip(*inputs, strict=True))[:TESTED]:
-            dense = basis.double() @ basis.double().T + x.double().T @ x.double()
-            values = torch.linalg.eigvalsh(dense)
-            found.append((dense, values[: -self.kept].norm()))
+        for basis, x in zip(bases, xs, strict=True):
+            root = root_of(basis, x, mask)
+            squared = float((root @ root.T).square().sum())
+            found.append((basis, x, mask, squared, squared - float(leading(root, self.kept))))
         return found
 
     def error(self, truth: Any, result: Any) -> float:
+        """The largest over all streams, or over those of the peer; `|A - L L^T|^2` is taken apart, A being `[d, d]`."""
         excess = 0.0
-        for (dense, best), basis in zip(truth, result, strict=False):
-            leading = basis[:, : self.kept].double()
-            ratio = float((dense - leading @ leading.T).norm() / best)
+        streams = truth[:PEER] if len(result) == PEER else truth
+        for (basis, x, mask, squared, best), made in zip(streams, result, strict=True):
+            kept = made[:, : self.kept].double()
+            found = squared - 2 * (root_of(basis, x, mask) @ kept).square().sum() + (kept.T @ kept).square().sum()
+            ratio = (float(found) / best) ** 0.5 if float(found) > 0 else float("inf")
             excess = max(excess, ratio - 1 if ratio == ratio else float("inf"))
         return excess
 
     def providers(self, device: torch.device) -> list[Provider]:
         def grouped(inputs: Any, impl: str) -> list[Tensor]:
-            return ops.grouped_incremental_svd(*inputs, generator=generator(device, 0), fresh=FRESH, impl=impl)
+            bases, xs, mask = inputs
+            state, masks = generator(device, 0), [mask] * len(xs)
+            return ops.grouped_incremental_svd(bases, xs, masks=masks, generator=state, fresh=FRESH, impl=impl)
 
         def peer(inputs: Any) -> list[Tensor]:
             from bayesian_lora.kfac import incremental_svd
 
-            pairs = list(zip(*inputs, strict=True))[:PEER]
+            pairs = list(zip(*inputs[:2], strict=True))[:PEER]
             return [incremental_svd(basis.double(), x, n_kfac=self.columns) for basis, x in pairs]
 
         missing = None if importlib.util.find_spec("bayesian_lora") else "bayesian_lora is not installed"
         ours = package(self.operation, grouped, device, "triton", "native", "reference")
         return [*ours, Provider("bayesian_lora", peer, missing, share=PEER / self.modules)] if self.extras else ours
+
+
+def root_of(basis: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """R of the exact sum `A = R^T R = B B^T + X^T X`, `[l + T, d]` in float64."""
+    return torch.cat([basis.T.double(), zeroed(x, mask).double()])
+
+
+def leading(root: Tensor, count: int) -> Tensor:
+    """Sum of the squares of the largest eigenvalues of `R^T R`, by subspace iteration."""
+    start = torch.arange(root.shape[1] * min(3 * count + 20, *root.shape), device=root.device, dtype=root.dtype)
+    block = torch.sin(start * start).view(root.shape[1], -1)  # in general position, without a generator
+    for _ in range(ROUNDS):
+        block = torch.linalg.qr(root.T @ (root @ block)).Q
+    values = torch.linalg.eigvalsh((root @ block).T @ (root @ block))
+    return values[-count:].square().sum()

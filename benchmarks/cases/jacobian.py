@@ -12,7 +12,7 @@ from torch import Tensor
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.ops.jacobian_covariance import reference
 
-from .case import Case, Provider, Work, compiled, generator, package, randn
+from .case import Case, Provider, Work, compiled, generator, package, padding, poisoned, randn, zeroed
 
 
 @dataclass
@@ -43,12 +43,14 @@ def subtractive_covariance(a: Tensor, g: Tensor, posterior: Posterior) -> Tensor
     return total + torch.einsum("ncsk,sk,nesk->nce", p, kept - rest_s - rest_a[:, None] + rest, p)
 
 
-Inputs = tuple[list[Tensor], list[Tensor], list[Posterior]]
+Inputs = tuple[list[Tensor], list[Tensor], list[Posterior], Tensor | None]
 
 
 @dataclass(frozen=True)
 class JacobianCovariance(Case):
-    """LoRA A of rank `rank` on a wide input, a full small side and `kept` directions on the wide one."""
+    """LoRA A of rank `rank` on a wide input, a full small side and `kept` directions on the wide one; or LoRA B, whose
+    wide side is the output, from its weight gradients: as many pseudo-tokens as the rank.
+    """
 
     modules: int = 224
     examples: int = 8
@@ -57,12 +59,20 @@ class JacobianCovariance(Case):
     rank: int = 8
     kept: int = 10
     outputs: int = 4
+    masked: bool = False
+    wide_output: bool = False
 
     operation = "grouped_jacobian_covariance"
 
     @property
     def shape(self) -> str:
-        return f"{self.modules} of N={self.examples} T={self.tokens} d={self.width} r={self.rank} C={self.outputs}"
+        sizes = f"N={self.examples} T={self.tokens} d={self.width} r={self.rank} C={self.outputs}"
+        return f"{self.modules} of {sizes}{' wide output' * self.wide_output}{' masked' * self.masked}"
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Widths of input and output."""
+        return (self.rank, self.width) if self.wide_output else (self.width, self.rank)
 
     def dry(self) -> JacobianCovariance:
         small = replace(self, modules=2, examples=2, tokens=5, width=70, rank=3, kept=4)
@@ -73,7 +83,8 @@ class JacobianCovariance(Case):
 
     def work(self) -> Work:
         n, t, d, r, k, c = self.examples, self.tokens, self.width, self.rank, self.kept, self.outputs
-        moved = (n * t * d + n * c * t * r) * self.dtype.itemsize + 4 * d * k
+        d_in, d_out = self.sides
+        moved = (n * t * d_in + n * c * t * d_out) * self.dtype.itemsize + 4 * d * k
         # the Jacobians, their projections on the kept directions, the lower triangle of their inner products
         operations = n * (2 * c * t * d * r + 2 * c * r * d * k + c * (c + 1) * r * d)
         return Work(self.modules * moved + 4 * n * c**2, self.modules * operations)
@@ -81,15 +92,21 @@ class JacobianCovariance(Case):
     def inputs(self, device: torch.device, seed: int) -> Inputs:
         state = generator(device, seed)
         a, g, posteriors = [], [], []
-        basis_a = torch.linalg.qr(randn((self.width, self.kept), torch.float32, device, state)).Q
-        basis_s = torch.linalg.qr(randn((self.rank, self.rank), torch.float32, device, state)).Q
+        mask = padding((self.examples, self.tokens), device, self.masked)
+        of_outputs = None if mask is None else mask[:, None]
+        d_in, d_out = self.sides
+        wide = torch.linalg.qr(randn((self.width, self.kept), torch.float32, device, state)).Q
+        narrow = torch.linalg.qr(randn((self.rank, self.rank), torch.float32, device, state)).Q
+        basis_s, basis_a = (wide, narrow) if self.wide_output else (narrow, wide)
+        k_s, k_a = basis_s.shape[1], basis_a.shape[1]
         for _ in range(self.modules):
-            a.append(randn((self.examples, self.tokens, self.width), self.dtype, device, state))
-            g.append(randn((self.examples, self.outputs, self.tokens, self.rank), self.dtype, device, state))
-            shapes = ((self.rank, self.kept), (self.rank,), (self.kept,), ())
+            a.append(poisoned(randn((self.examples, self.tokens, d_in), self.dtype, device, state), mask))
+            shape = (self.examples, self.outputs, self.tokens, d_out)
+            g.append(poisoned(randn(shape, self.dtype, device, state), of_outputs))
+            shapes = ((k_s, k_a), (k_s,), (k_a,), ())
             blocks = tuple(1 + torch.rand(shape, device=device, generator=state) for shape in shapes)
             posteriors.append(Posterior(basis_s.clone(), basis_a.clone(), blocks))
-        return a, g, posteriors
+        return a, g, posteriors, mask
 
     def truth(self, inputs: Any) -> Tensor:
         return one_by_one(inputs, torch.float64, subtractive_covariance)
@@ -97,13 +114,14 @@ class JacobianCovariance(Case):
     def providers(self, device: torch.device) -> list[Provider]:
         traced = compiled(reference.jacobian_covariance, device)
 
-        def of_reference(a: Tensor, g: Tensor, posterior: Posterior) -> Tensor:
+        def of_reference(a: Tensor, g: Tensor, posterior: Posterior) -> Tensor:  # of what is not masked
             out = torch.empty(a.shape[0], g.shape[1], g.shape[1], dtype=torch.float32, device=a.device)
             traced(out, a, g, posterior.basis_s, posterior.basis_a, *posterior.precision_blocks, None)
             return out
 
         def call(i: Any, impl: str) -> Tensor:
-            return ops.grouped_jacobian_covariance(*i, impl=impl)
+            a, g, posteriors, mask = i
+            return ops.grouped_jacobian_covariance(a, g, posteriors, masks=[mask] * len(a), impl=impl)
 
         traced_loop = Provider("compiled reference", lambda i: one_by_one(i, None, of_reference), compiles=True)
         plain = [Provider("einsum fp32", lambda i: one_by_one(i, torch.float32, subtractive_covariance))]
@@ -125,7 +143,10 @@ def one_by_one(
 ) -> Any:
     """Sum over the modules, each taken to `dtype` first."""
     total: Any = 0
-    for a, g, posterior in zip(*inputs, strict=True):
+    *lists, mask = inputs
+    for a, g, posterior in zip(*lists, strict=True):
+        if mask is not None:
+            a, g = zeroed(a, mask), zeroed(g, mask[:, None])
         one = (a, g, posterior) if dtype is None else (a.to(dtype), g.to(dtype), posterior.to(dtype))
         total = total + function(*one).to(torch.float64 if dtype == torch.float64 else torch.float32)
     return total

@@ -11,7 +11,7 @@ from torch import Tensor
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.ops.outer_product import reference
 
-from .case import Case, Provider, Work, compiled, generator, package, randn
+from .case import Case, Provider, Work, compiled, generator, package, padding, poisoned, randn, zeroed
 
 
 def addmm(out: Tensor, x: Tensor) -> Tensor:
@@ -43,13 +43,14 @@ class OuterProduct(Case):
 
     rows: int = 8192
     width: int = 4096
+    masked: bool = False
 
     operation = "outer_product"
     mutates = True
 
     @property
     def shape(self) -> str:
-        return f"{self.rows}x{self.width}"
+        return f"{self.rows}x{self.width}{' masked' * self.masked}"
 
     def dry(self) -> OuterProduct:
         return replace(self, rows=40, width=72)
@@ -65,30 +66,33 @@ class OuterProduct(Case):
     def gemm(self) -> int:
         return 2 * self.rows * self.width**2
 
-    def inputs(self, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
-        state = generator(device, seed)
+    def inputs(self, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        state, mask = generator(device, seed), padding((self.rows,), device, self.masked)
         out = symmetric((self.width, self.width), device, state)
-        return randn((self.rows, self.width), self.dtype, device, state), out
+        return poisoned(randn((self.rows, self.width), self.dtype, device, state), mask), out, mask
 
     def truth(self, inputs: Any) -> Tensor:
-        x, out = inputs
-        return torch.addmm(out.double(), x.double().T, x.double())
+        x, out, mask = inputs
+        x = zeroed(x, mask).double()
+        return torch.addmm(out.double(), x.T, x)
 
     def providers(self, device: torch.device) -> list[Provider]:
-        traced = compiled(lambda x, out: reference.outer_product(out, x, None, 1.0, True), device)
+        traced = compiled(lambda x, out, mask: reference.outer_product(out, x, mask, 1.0, True), device)
 
         def call_traced(inputs: Any) -> Tensor:
             traced(*inputs)
             return inputs[1]
 
-        lower = package(
-            self.operation, lambda i, impl: ops.outer_product(i[0], out=i[1], lower=True, impl=impl), device, "triton"
-        )[0]
+        def call(inputs: Any, impl: str, lower: bool = False) -> Tensor:
+            x, out, mask = inputs
+            return ops.outer_product(x, out=out, mask=mask, lower=lower, impl=impl)
+
+        lower = package(self.operation, lambda i, impl: call(i, impl, True), device, "triton")[0]
         return [
-            *package(self.operation, lambda i, impl: ops.outer_product(i[0], out=i[1], impl=impl), device, "triton"),
+            *package(self.operation, call, device, "triton"),
             replace(lower, name="triton lower", comparable=lambda out: out.tril() + out.tril(-1).T),
-            Provider("addmm", lambda i: addmm(i[1], i[0])),
-            *package(self.operation, lambda i, impl: ops.outer_product(i[0], out=i[1], impl=impl), device, "reference"),
+            Provider("addmm", lambda i: addmm(i[1], zeroed(i[0], i[2]))),
+            *package(self.operation, call, device, "reference"),
             *([Provider("compiled reference", call_traced, compiles=True)] if self.extras else []),
         ]
 
@@ -100,6 +104,7 @@ class GroupedOuterProduct(Case):
     rows: int = 8192
     widths: tuple[int, ...] = (8,)
     count: int = 256
+    masked: bool = False
 
     operation = "grouped_outer_product"
     mutates = True
@@ -107,7 +112,7 @@ class GroupedOuterProduct(Case):
     @property
     def shape(self) -> str:
         widths = "/".join(map(str, self.widths))
-        return f"{self.count}{' each' if len(self.widths) > 1 else ''} of {self.rows}x{widths}"
+        return f"{self.count}{' each' if len(self.widths) > 1 else ''} of {self.rows}x{widths}{' masked' * self.masked}"
 
     def dry(self) -> GroupedOuterProduct:
         return replace(self, rows=24, widths=tuple(min(width, 40) for width in self.widths), count=3)
@@ -124,37 +129,37 @@ class GroupedOuterProduct(Case):
     def gemm(self) -> int:
         return sum(2 * self.count * self.rows * width**2 for width in self.widths)
 
-    def inputs(self, device: torch.device, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Stacks per width, so that a batched product can be measured too."""
-        state = generator(device, seed)
-        xs = [randn((self.count, self.rows, width), self.dtype, device, state) for width in self.widths]
-        outs = [symmetric((self.count, width, width), device, state) for width in self.widths]
-        return xs, outs
+    def inputs(self, device: torch.device, seed: int) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Stacks per width, so that a batched product can be measured too; one mask for all."""
+        state, mask = generator(device, seed), padding((self.rows,), device, self.masked)
+        xs = [poisoned(randn((self.count, self.rows, width), self.dtype, device, state), mask) for width in self.widths]
+        return xs, [symmetric((self.count, width, width), device, state) for width in self.widths], mask
 
     def truth(self, inputs: Any) -> list[Tensor]:
-        xs, outs = inputs
+        xs, outs, mask = inputs
         return [
-            torch.stack(
-                [torch.addmm(one.double(), row.double().T, row.double()) for one, row in zip(o, x, strict=True)]
-            )
-            for x, o in zip(xs, outs, strict=True)
+            torch.stack([torch.addmm(one, row.T, row) for one, row in zip(out.double(), x.double(), strict=True)])
+            for x, out in zip((zeroed(x, mask) for x in xs), outs, strict=True)
         ]
 
     def providers(self, device: torch.device) -> list[Provider]:
         def grouped(inputs: Any, impl: str) -> list[Tensor]:
-            xs, outs = inputs
+            xs, outs, mask = inputs
             flat = [one for out in outs for one in out]
-            ops.grouped_outer_product([one for x in xs for one in x], outs=flat, impl=impl)
+            masks = [mask] * len(flat)
+            ops.grouped_outer_product([one for x in xs for one in x], outs=flat, masks=masks, impl=impl)
             return outs
 
         def one_by_one(inputs: Any) -> list[Tensor]:
-            for x, out in zip(*inputs, strict=True):
-                for row, one in zip(x, out, strict=True):
+            xs, outs, mask = inputs
+            for x, out in zip(xs, outs, strict=True):
+                for row, one in zip(zeroed(x, mask), out, strict=True):
                     addmm(one, row)
-            return inputs[1]
+            return outs
 
         def batched(inputs: Any) -> list[Tensor]:
-            return [baddbmm(out, x) for x, out in zip(*inputs, strict=True)]
+            xs, outs, mask = inputs
+            return [baddbmm(out, zeroed(x, mask)) for x, out in zip(xs, outs, strict=True)]
 
         return [
             *package(self.operation, grouped, device, "triton"),

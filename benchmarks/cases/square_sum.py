@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesian_lora_kernels import ops
 
-from .case import Case, Provider, Work, generator, package, randn
+from .case import Case, Provider, Work, generator, package, padding, poisoned, randn, zeroed
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,13 @@ class SquareSum(Case):
     rows: int = 2048
     widths: tuple[int, ...] = (4096, 8)
     count: int = 96
+    masked: bool = False
 
     operation = "grouped_square_sum"
 
     @property
     def shape(self) -> str:
-        return f"{self.count} each of {self.rows}x{'/'.join(map(str, self.widths))}"
+        return f"{self.count} each of {self.rows}x{'/'.join(map(str, self.widths))}{' masked' * self.masked}"
 
     def dry(self) -> SquareSum:
         return replace(self, rows=24, widths=tuple(min(width, 70) for width in self.widths), count=2)
@@ -37,20 +38,24 @@ class SquareSum(Case):
         numbers = self.count * self.rows * sum(self.widths)
         return Work(numbers * self.dtype.itemsize, 2 * numbers)
 
-    def inputs(self, device: torch.device, seed: int) -> list[Tensor]:
-        state = generator(device, seed)
+    def inputs(self, device: torch.device, seed: int) -> tuple[list[Tensor], Tensor | None]:
+        state, mask = generator(device, seed), padding((self.rows,), device, self.masked)
         shapes = [(self.rows, width) for width in self.widths for _ in range(self.count)]
-        return [randn(shape, self.dtype, device, state) for shape in shapes]
+        return [poisoned(randn(shape, self.dtype, device, state), mask) for shape in shapes], mask
 
     def truth(self, inputs: Any) -> Tensor:
-        return torch.stack([x.double().square().sum() for x in inputs])
+        xs, mask = inputs
+        return torch.stack([zeroed(x, mask).double().square().sum() for x in xs])
 
     def providers(self, device: torch.device) -> list[Provider]:
-        def call(xs: Any, impl: str) -> Tensor:
-            return ops.grouped_square_sum(xs, impl=impl)
+        def call(inputs: Any, impl: str) -> Tensor:
+            xs, mask = inputs
+            return ops.grouped_square_sum(xs, masks=[mask] * len(xs), impl=impl)
 
-        def norms(xs: Any) -> Tensor:
-            return torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32) for x in xs]).double().square()
+        def norms(inputs: Any) -> Tensor:
+            xs, mask = inputs
+            found = [torch.linalg.vector_norm(zeroed(x, mask), dtype=torch.float32) for x in xs]
+            return torch.stack(found).double().square()
 
         ours = package(self.operation, call, device, "triton", "reference")
         return [ours[0], Provider("vector_norm loop", norms), ours[1]]
