@@ -70,7 +70,7 @@ def what_no_problem_calls():
 
     empty = launches._empty
     x, out, rows = empty(200, 320), empty(320, 30), empty(30, 16, dtype=torch.int64)
-    kernel.incremental_svd(out, empty(320, 0), x, None, rows, empty(30, 16), 10)  # a first batch
+    kernel.grouped_incremental_svd([out], [empty(320, 0)], [x], [None], [rows], [empty(30, 16)], 10)  # a first batch
     vocabulary_logsumexp(empty(4, 60, dtype=torch.float64), empty(100, 64), empty(4, 60, 64), None, None)
     for narrow in (1, 8, 64):
         a, g = empty(3, 50, 300), empty(3, 4, 50, narrow)

@@ -22,7 +22,7 @@ class Posterior:
 def arguments():
     x, mask, out = torch.randn(40, 12), torch.rand(40) < 0.7, torch.zeros(12, 12)
     basis, few = torch.zeros(12, 6), torch.randn(3, 12).bfloat16()
-    rows, signs = torch.randint(3, (6, 16)), torch.ones(6, 16)
+    numbers = torch.rand(2, 6, 16, dtype=torch.float64)
     a, g = torch.randn(2, 5, 7), torch.randn(2, 3, 5, 4)
     weights = (torch.rand(2, 3), torch.rand(2), torch.rand(3), torch.rand(()))
     mask_nt = torch.rand(2, 5) < 0.7
@@ -34,8 +34,7 @@ def arguments():
         "grouped_outer_product": ([x, few], [mask, None], [1.0, 2.0], "auto"),
         "grouped_outer_product_accumulate": ([out, out.clone()], [x, few], [mask, None], [1.0, 2.0], "auto"),
         "grouped_square_sum": ([x, few], [mask, None], "auto"),
-        "incremental_svd": (basis, x, mask, rows, signs, 2, "auto"),
-        "grouped_incremental_svd": ([basis, basis[:, :0]], [x, few], [mask, None], [rows] * 2, [signs] * 2, 2, "auto"),
+        "grouped_incremental_svd": ([basis, basis[:, :0]], [x, few], [mask, None], numbers, [6, 5], 2, "auto"),
         "jacobian_gram": (a, g, None, "auto"),
         "jacobian_covariance": (a, g, *posterior, mask_nt, "auto"),
         "grouped_jacobian_covariance": ([a, a], [g, g], *([part] * 2 for part in posterior), [mask_nt, None], "auto"),

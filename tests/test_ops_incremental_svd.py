@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.config import LaplaceConfig
+from bayesian_lora_kernels.curvature.factors import stream_columns
 from bayesian_lora_kernels.ops.incremental_svd.sparse_signs import choose_rows, draw_numbers
 
 WIDTH, KEPT = 192, 8
@@ -102,6 +104,16 @@ def test_stationary_streams_are_within_a_hundredth_of_the_best_and_no_worse_than
     assert error <= 1.01 * best
     assert error <= exact
     assert_orthogonal_and_descending(basis)
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("flat", 1.025), ("1/i", 1.005), ("massive", 1.03), ("drift", 1.05)])
+def test_a_fit_of_rank_32_streams_64_columns(kind, bound):
+    columns = [stream_columns(LaplaceConfig(rank=rank, rank_threshold=8), 300) for rank in (10, 26, 27, 32, 33, 60)]
+    assert columns == [30, 62, 64, 64, 76, 128]
+    assert [stream_columns(LaplaceConfig(rank=32, rank_threshold=8), width) for width in (64, 65)] == [None, 64]
+    xs = stream(kind, rows=384, batches=12)
+    a = sum_of(xs)
+    assert rank_error(run(xs, columns=64), a, 32) <= bound * best_error(a, 32)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

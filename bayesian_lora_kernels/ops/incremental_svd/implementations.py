@@ -30,7 +30,7 @@ def native_is_faster(count: int, columns: int) -> bool:
     return rounds * (1 + columns / 48) < count + 650 / columns**2
 
 
-def _grouped_native_suits(outs: Sequence[Tensor], bases: Sequence[Tensor], xs: Sequence[Tensor], *others: Any) -> bool:
+def _native_suits(outs: Sequence[Tensor], bases: Sequence[Tensor], xs: Sequence[Tensor], *others: Any) -> bool:
     # The CUDA form has not run on a GPU yet: only impl="native" asks for it there.
     if any(out.device.type != "cpu" for out in outs):
         return False
@@ -40,50 +40,27 @@ def _grouped_native_suits(outs: Sequence[Tensor], bases: Sequence[Tensor], xs: S
     return len(sizes) > 0 and all(native_is_faster(count, columns) for columns, count in sizes.items())
 
 
-def _native_suits(out: Tensor, basis: Tensor, x: Tensor, *others: Any) -> bool:
-    return _grouped_native_suits([out], [basis], [x])
-
-
-def _native_refuses(out: Tensor, *others: Any) -> str | None:
-    columns = min(out.shape)
+def _native_refuses(outs: Sequence[Tensor], *others: Any) -> str | None:
+    columns = max(min(out.shape) for out in outs)
     if columns > native.MAX_N:
         return f"it takes up to {native.MAX_N} columns, here are {columns}"
-    return native.refuses_device(out)
+    return native.refuses_device(outs[0])
 
 
-def _grouped_native_refuses(outs: Sequence[Tensor], *others: Any) -> str | None:
-    return next(filter(None, map(_native_refuses, outs)), None)
-
-
-def _triton_refuses(out: Tensor, basis: Tensor, *others: Any) -> str | None:
-    widest = max(out.shape[1], basis.shape[1])
+def _triton_refuses(outs: Sequence[Tensor], bases: Sequence[Tensor], *others: Any) -> str | None:
+    widest = max(max(out.shape[1], basis.shape[1]) for out, basis in zip(outs, bases, strict=True))
     if widest > _WIDEST:
         return f"it takes up to {_WIDEST} columns, here are {widest}"
-    return triton_refuses(out)
+    return next(filter(None, map(triton_refuses, {(out.device, out.dtype): out for out in outs}.values())), None)
 
 
-def _grouped_triton_refuses(outs: Sequence[Tensor], bases: Sequence[Tensor], *others: Any) -> str | None:
-    return next(filter(None, map(_triton_refuses, outs, bases)), None)
-
-
-def _triton_suits(out: Tensor, *others: Any) -> bool:
-    return out.is_cuda
-
-
-def _grouped_triton_suits(outs: Sequence[Tensor], *others: Any) -> bool:
+def _triton_suits(outs: Sequence[Tensor], *others: Any) -> bool:
     return all(out.is_cuda for out in outs)
 
 
 def register_all() -> None:
     """Tell ``dispatch`` about them."""
-    for name, native_rules, triton_rules in (
-        ("incremental_svd", (_native_refuses, _native_suits), (_triton_refuses, _triton_suits)),
-        (
-            "grouped_incremental_svd",
-            (_grouped_native_refuses, _grouped_native_suits),
-            (_grouped_triton_refuses, _grouped_triton_suits),
-        ),
-    ):
-        register(name, "reference", Implementation(f"{_FOLDER}.reference", name))
-        register(name, "native", Implementation(f"{_FOLDER}.nystrom", name, *native_rules))
-        register(name, "triton", Implementation(f"{_FOLDER}.kernel", name, *triton_rules))
+    name = "grouped_incremental_svd"
+    register(name, "reference", Implementation(f"{_FOLDER}.reference", name))
+    register(name, "native", Implementation(f"{_FOLDER}.nystrom", name, _native_refuses, _native_suits))
+    register(name, "triton", Implementation(f"{_FOLDER}.kernel", name, _triton_refuses, _triton_suits))

@@ -130,13 +130,6 @@ class _Stream:
         )
 
 
-def incremental_svd(
-    out: Tensor, basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor, signs: Tensor, fresh: int
-) -> None:
-    """As ``reference.incremental_svd``, in Triton."""
-    grouped_incremental_svd([out], [basis], [x], [mask], [rows], [signs], fresh)
-
-
 def grouped_incremental_svd(
     outs: Sequence[Tensor],
     bases: Sequence[Tensor],
@@ -163,7 +156,7 @@ def grouped_incremental_svd(
 
 def _direct(out: Tensor, basis: Tensor, x: Tensor, mask: Tensor | None) -> None:
     counted = zero_masked(x, mask).to(out.dtype)
-    result = reference.direct(basis, counted, min(out.shape), _eigh, check=False)
+    result = reference.direct(basis, counted, min(out.shape), _eigh)
     out[:, : result.shape[1]] = result
     out[:, result.shape[1] :] = 0.0
 
@@ -185,7 +178,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _nystrom_eigh(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
     if not _is_native(core):
         return reference.nystrom_eigh(core, gram, rounding)
-    return nystrom.nystrom_eigh(core, gram, rounding, check_errors=False)
+    return nystrom.nystrom_eigh(core, gram, rounding)
 
 
 class _Update:

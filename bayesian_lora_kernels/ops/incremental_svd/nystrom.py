@@ -11,13 +11,6 @@ from .. import native
 from . import reference
 
 
-def incremental_svd(
-    out: Tensor, basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor, signs: Tensor, fresh: int
-) -> None:
-    """As ``reference.incremental_svd``."""
-    reference.incremental_svd(out, basis, x, mask, rows, signs, fresh, nystrom_eigh)
-
-
 def grouped_incremental_svd(
     outs: Sequence[Tensor],
     bases: Sequence[Tensor],
@@ -31,8 +24,8 @@ def grouped_incremental_svd(
     reference.grouped_incremental_svd(outs, bases, xs, masks, rows, signs, fresh, nystrom_eigh)
 
 
-def nystrom_eigh(core: Tensor, gram: Tensor, rounding: float, check_errors: bool = True) -> Tensor:
-    """As ``reference.nystrom_eigh``, for ``[L, l, l]``; ``check_errors`` as ``native.nystrom_eigh``."""
+def nystrom_eigh(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
+    """As ``reference.nystrom_eigh``, for ``[L, l, l]``. Errors are looked for on the CPU only."""
     combination = torch.empty_like(core, memory_format=torch.contiguous_format)
-    native.nystrom_eigh(combination, core, gram, rounding, check_errors=check_errors)
+    native.nystrom_eigh(combination, core, gram, rounding, check_errors=core.device.type == "cpu")
     return combination

@@ -11,7 +11,7 @@ from ..checks import accumulate_dtype, check_device, check_mask, check_same_leng
 from ..dispatch import check_impl, choose
 from ..registration import custom_op
 from .implementations import register_all
-from .sparse_signs import choose_rows, draw_numbers
+from .sparse_signs import choose_all_rows, draw_numbers
 
 register_all()
 
@@ -53,7 +53,8 @@ def incremental_svd(
         TypeError: not a tensor, not a float dtype, ``mask`` not bool, ``basis`` of another dtype than the
             result.
         ValueError: a wrong shape or device, ``columns`` missing or below 1, ``fresh`` negative, an unknown
-            ``impl``, and (reference, native) NaN or infinity in a counted row or in ``basis``.
+            ``impl``, and on the CPU NaN or infinity in a counted row or in ``basis``. On a GPU nothing waits to see
+            that: the result is NaN then, or PyTorch's eigensolver raises.
         RuntimeError: an explicit ``impl`` cannot run; the message says why.
 
     Source: Nystroem approximation of Tropp et al. 2017, algorithm 3, and Frangella, Tropp and Udell 2021; in
@@ -61,13 +62,8 @@ def incremental_svd(
     """
     where = "incremental_svd"
     check_impl(where, impl)
-    columns = _check_columns(where, basis, columns, fresh)
-    _validate(where, basis, x, mask)
-    with torch.no_grad():
-        if basis is None:
-            basis = x.new_zeros((x.shape[1], 0), dtype=accumulate_dtype(x))
-        rows, signs = choose_rows(draw_numbers(columns, x.device, generator), x.shape[0], mask)
-        return _incremental_svd(basis, x, mask, rows, signs, fresh, impl)
+    columns = _check(where, basis, x, columns, mask, fresh)
+    return _update([basis], [x], [columns], [mask], fresh, generator, impl)[0]
 
 
 def grouped_incremental_svd(
@@ -88,8 +84,8 @@ def grouped_incremental_svd(
         columns: one number for all, or one per stream; default: as many as each basis has.
         masks: one ``[M_i]`` bool tensor or None per stream; None: all rows count.
         fresh: as ``incremental_svd``, for every stream.
-        generator: as ``incremental_svd``. All random numbers are drawn at once, so that a seed gives other numbers
-            than one call per stream would.
+        generator: as ``incremental_svd``. Drawn from once: streams with equally many rows and the same mask choose the
+            same rows and signs, each for itself as good as any.
         impl: as ``incremental_svd``.
 
     Returns:
@@ -115,80 +111,59 @@ def grouped_incremental_svd(
     widths = []
     for i in range(count):
         entry = f"{where}: entry {i}"
-        widths.append(_check_columns(entry, bases[i], each[i], fresh))
-        _validate(entry, bases[i], xs[i], masks[i])
+        widths.append(_check(entry, bases[i], xs[i], each[i], masks[i], fresh))
         check_device(f"{entry}: x", xs[i], xs[0].device)
-    with torch.no_grad():
-        numbers = draw_numbers(sum(widths), xs[0].device, generator).split(widths, dim=1)
-        chosen = [choose_rows(numbers[i], xs[i].shape[0], masks[i]) for i in range(count)]
-        filled = [
-            x.new_zeros((x.shape[1], 0), dtype=accumulate_dtype(x)) if basis is None else basis
-            for basis, x in zip(bases, xs, strict=True)
-        ]
-        rows, signs = [pair[0] for pair in chosen], [pair[1] for pair in chosen]
-        return _grouped_incremental_svd(filled, list(xs), list(masks), rows, signs, fresh, impl)
+    return _update(bases, xs, widths, masks, fresh, generator, impl)
 
 
-def _check_columns(where: str, basis: Tensor | None, columns: int | None, fresh: int) -> int:
+def _check(where: str, basis: Tensor | None, x: Tensor, columns: int | None, mask: Tensor | None, fresh: int) -> int:
+    """How many columns the result of these arguments has."""
+    if fresh < 0:
+        raise ValueError(f"{where}: expected fresh of at least 0, got {fresh}")
+    check_tensor(f"{where}: x", x, ("M", "d"))
+    check_mask(f"{where}: mask", mask, x, (x.shape[0],))
     if basis is not None:
-        check_tensor(f"{where}: basis", basis, ("d", "l"))
+        check_tensor(f"{where}: basis", basis, (x.shape[1], "l"), (accumulate_dtype(x),))
+        check_device(f"{where}: basis", basis, x.device)
     if columns is None:
         if basis is None:
             raise ValueError(f"{where}: expected columns (an int) with the first batch, got None and basis=None")
         columns = basis.shape[1]
     if columns < 1:
         raise ValueError(f"{where}: expected columns of at least 1, got {columns}")
-    if fresh < 0:
-        raise ValueError(f"{where}: expected fresh of at least 0, got {fresh}")
     return columns
 
 
-def _validate(where: str, basis: Tensor | None, x: Tensor, mask: Tensor | None) -> None:
-    check_tensor(f"{where}: x", x, ("M", "d"))
-    check_mask(f"{where}: mask", mask, x, (x.shape[0],))
-    if basis is not None:
-        check_tensor(f"{where}: basis", basis, (x.shape[1], "l"), (accumulate_dtype(x),))
-        check_device(f"{where}: basis", basis, x.device)
-
-
-def _validate_and_allocate(where: str, basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
-    _validate(where, basis, x, mask)
-    return x.new_empty((x.shape[1], rows.shape[0]), dtype=accumulate_dtype(x))
-
-
-def _validate_and_allocate_all(
-    bases: Sequence[Tensor], xs: Sequence[Tensor], masks: Sequence[Tensor | None], rows: Sequence[Tensor]
+def _update(
+    bases: Sequence[Tensor | None],
+    xs: Sequence[Tensor],
+    columns: Sequence[int],
+    masks: Sequence[Tensor | None],
+    fresh: int,
+    generator: torch.Generator | None,
+    impl: str,
 ) -> list[Tensor]:
-    return [
-        _validate_and_allocate(f"grouped_incremental_svd: entry {i}", *entry)
-        for i, entry in enumerate(zip(bases, xs, masks, rows, strict=True))
-    ]
+    with torch.no_grad():
+        numbers = draw_numbers(max(columns), xs[0].device, generator)
+        filled = [
+            x.new_empty((x.shape[1], 0), dtype=accumulate_dtype(x)) if basis is None else basis
+            for basis, x in zip(bases, xs, strict=True)
+        ]
+        result: list[Tensor] = _grouped_incremental_svd(
+            filled, list(xs), list(masks), numbers, list(columns), fresh, impl
+        )
+        return result
 
 
-@custom_op(
-    "bayesian_lora_kernels::incremental_svd",
-    mutates_args=(),
-    schema="(Tensor basis, Tensor x, Tensor? mask, Tensor rows, Tensor signs, SymInt fresh, str impl) -> Tensor",
-)
-def _incremental_svd(
-    basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor, signs: Tensor, fresh: int, impl: str
-) -> Tensor:
-    out = _validate_and_allocate("incremental_svd", basis, x, mask, rows)
-    arguments = (out, basis, x, mask, rows, signs, fresh)
-    choose("incremental_svd", impl, *arguments)(*arguments)
-    return out
-
-
-@_incremental_svd.register_fake
-def _(basis: Tensor, x: Tensor, mask: Tensor | None, rows: Tensor, signs: Tensor, fresh: int, impl: str) -> Tensor:
-    return _validate_and_allocate("incremental_svd", basis, x, mask, rows)
+def _allocate(xs: Sequence[Tensor], columns: Sequence[int]) -> list[Tensor]:
+    return [x.new_empty((x.shape[1], wanted), dtype=accumulate_dtype(x)) for x, wanted in zip(xs, columns, strict=True)]
 
 
 @custom_op(
     "bayesian_lora_kernels::grouped_incremental_svd",
     mutates_args=(),
     schema=(
-        "(Tensor[] bases, Tensor[] xs, Tensor?[] masks, Tensor[] rows, Tensor[] signs, SymInt fresh, str impl) "
+        "(Tensor[] bases, Tensor[] xs, Tensor?[] masks, Tensor numbers, SymInt[] columns, SymInt fresh, str impl) "
         "-> Tensor[]"
     ),
 )
@@ -196,12 +171,13 @@ def _grouped_incremental_svd(
     bases: list[Tensor],
     xs: list[Tensor],
     masks: list[Tensor | None],
-    rows: list[Tensor],
-    signs: list[Tensor],
+    numbers: Tensor,
+    columns: list[int],
     fresh: int,
     impl: str,
 ) -> list[Tensor]:
-    outs = _validate_and_allocate_all(bases, xs, masks, rows)
+    outs = _allocate(xs, columns)
+    rows, signs = choose_all_rows(numbers, columns, [x.shape[0] for x in xs], masks)
     arguments = (outs, bases, xs, masks, rows, signs, fresh)
     choose("grouped_incremental_svd", impl, *arguments)(*arguments)
     return outs
@@ -212,9 +188,9 @@ def _(
     bases: list[Tensor],
     xs: list[Tensor],
     masks: list[Tensor | None],
-    rows: list[Tensor],
-    signs: list[Tensor],
+    numbers: Tensor,
+    columns: list[int],
     fresh: int,
     impl: str,
 ) -> list[Tensor]:
-    return _validate_and_allocate_all(bases, xs, masks, rows)
+    return _allocate(xs, columns)

@@ -29,24 +29,6 @@ def is_direct(rows: int, columns: int) -> bool:
     return rows <= columns
 
 
-def incremental_svd(
-    out: Tensor,
-    basis: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    rows: Tensor,
-    signs: Tensor,
-    fresh: int,
-    nystrom: NystromEigh | None = None,
-) -> None:
-    """Write to ``out: [d, columns]`` the update of ``basis: [d, l]`` by the counted rows of ``x: [M, d]``.
-
-    ``rows`` and ``signs``, ``[columns, 16]``, are the sparse sign matrix; the last ``fresh`` test
-    columns come from it. ``nystrom``: another implementation of ``nystrom_eigh``.
-    """
-    grouped_incremental_svd([out], [basis], [x], [mask], [rows], [signs], fresh, nystrom)
-
-
 def grouped_incremental_svd(
     outs: Sequence[Tensor],
     bases: Sequence[Tensor],
@@ -57,7 +39,10 @@ def grouped_incremental_svd(
     fresh: int,
     nystrom: NystromEigh | None = None,
 ) -> None:
-    """``incremental_svd`` for each entry.
+    """Write to each ``out: [d, columns]`` the update of ``basis: [d, l]`` by the counted rows of ``x: [M, d]``.
+
+    ``rows`` and ``signs``, ``[columns, 16]``, are the sparse sign matrix; the last ``fresh`` test
+    columns come from it. ``nystrom``: another implementation of ``nystrom_eigh``.
 
     The Nystroem eigendecompositions of all entries of one size are one batch, which saves the calls and, on a GPU, all
     but one wait for the eigensolvers. Until then each entry keeps its ``Y``, as large as its basis.
@@ -88,12 +73,11 @@ def _write(out: Tensor, result: Tensor) -> None:
     out[:, result.shape[1] :] = 0.0
 
 
-def direct(basis: Tensor, x: Tensor, columns: int, eigh: Eigh = torch.linalg.eigh, check: bool = True) -> Tensor:
-    """The leading ``columns`` of ``[B, X^T]``. ``check`` waits for the device to see that all is finite."""
+def direct(basis: Tensor, x: Tensor, columns: int, eigh: Eigh = torch.linalg.eigh) -> Tensor:
+    """The leading ``columns`` of ``[B, X^T]``."""
     both = torch.cat([basis, x.T], dim=1).double()  # [d, l + M]
     gram = both.T @ both
-    if check:
-        _check_finite(gram)
+    _check_finite(gram)
     values, vectors = eigh(gram)
     leading = min(columns, gram.shape[0])
     values, vectors = values[-leading:].flip(0), vectors[:, -leading:].flip(1)
@@ -188,5 +172,6 @@ def nystrom_eigh(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
 
 
 def _check_finite(small: Tensor) -> None:
-    if not bool(small.isfinite().all()):
+    # On the CPU only: a GPU is not waited for.
+    if small.device.type == "cpu" and not bool(small.isfinite().all()):
         raise ValueError("incremental_svd: expected finite counted rows and basis, got NaN or infinity")
