@@ -1,4 +1,4 @@
-"""Which of two ways to a Gram matrix of Jacobians costs less, by a count of multiply-adds per example.
+"""Which way to a Gram matrix of Jacobians costs less, by a count of multiply-adds per example; what the kernels refuse.
 
 With ``J_c = sum_t g_ct a_t^T``, C outputs, T tokens:
 
@@ -38,16 +38,6 @@ def prefer_tokens(tokens: int, d_in: int, d_out: int, outputs: int) -> bool:
     """Whether the token Gram matrix is the cheaper way."""
     by_tokens = multiply_adds_by_tokens(tokens, d_in, d_out, outputs)
     return by_tokens < multiply_adds_by_jacobian(tokens, d_in, d_out, outputs)
-
-
-def side_by_side(outputs: int, rows: int, most: int) -> tuple[int, int]:
-    """Outputs, and directions of the narrow side, that one program takes: powers of two, their product between 16 (a
-    matrix instruction's least) and ``most`` (or what all outputs need).
-    """
-    c = 1 << max(0, outputs - 1).bit_length()
-    o = 1 << max(0, rows - 1).bit_length()
-    o = min(o, max(1, most // c))
-    return c, max(o, 16 // c, 1)
 
 
 def kernel_refuses(
