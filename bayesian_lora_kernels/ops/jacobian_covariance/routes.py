@@ -53,17 +53,15 @@ def kernel_refuses(
         return reason
     if out.shape[1] > _OUTPUTS:
         return f"{out.shape[1]} outputs, more than {_OUTPUTS}"
-    bases = rest[:2] if len(rest) > 1 else ()
-    if isinstance(a, Tensor):
-        entries = zip([a], [g], *([basis] for basis in bases), strict=True)
-    else:
-        entries = zip(a, g, *bases, strict=True)
-    for one_a, one_g, *one_bases in entries:
-        d_in, d_out = one_a.shape[2], one_g.shape[3]
+    single = isinstance(a, Tensor)
+    lists = ([a], [g]) if single else (a, g)
+    for basis in rest[:2] if len(rest) > 1 else ():
+        lists += ([basis] if single else basis,)  # type: ignore[assignment]
+    for d_in, d_out, *kept in {tuple(one.shape[-1] for one in entry) for entry in zip(*lists, strict=True)}:
         if min(d_in, d_out) > _NARROWEST_SIDE:
             return f"both sides are wider than {_NARROWEST_SIDE}: {d_in} and {d_out}"
-        if one_bases and one_bases[d_in >= d_out].shape[1] > _KEPT:
-            return f"{one_bases[d_in >= d_out].shape[1]} kept directions on the wide side, more than {_KEPT}"
+        if kept and kept[d_in >= d_out] > _KEPT:
+            return f"{kept[d_in >= d_out]} kept directions on the wide side, more than {_KEPT}"
     return None
 
 
