@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, zeros
 
 from ..kernel_types import TYPES
 from . import kernel_tokens
@@ -47,7 +47,7 @@ def launch_tokens(group: Group, first: int, examples: int) -> Tensor:
     similar = torch.empty((3, inputs, examples, padded, padded), dtype=plane_type, device=device)
     inside = torch.empty((3, inputs, examples, padded, k_), dtype=plane_type, device=device)
     planes = similar, similar[0].numel(), inside, inside[0].numel()
-    flags = torch.zeros((inputs, examples), dtype=torch.int32, device=device)
+    flags = zeros((inputs, examples), dtype=torch.int32, device=device)
     row_blocks = triton.cdiv(shape.rows, chosen.directions)
     partial = torch.empty(
         (entries * row_blocks, examples, shape.outputs, shape.outputs), dtype=torch.float32, device=device
