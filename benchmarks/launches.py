@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 from unittest import mock
 
 import torch
@@ -94,7 +95,7 @@ def incremental_svds(columns: Sequence[int] = (16, 30, 64, 128)) -> None:
 
 
 # Outputs, width of the narrow side, directions kept of it and of the wide side. The first for every dtype: one of each
-# class that `configuration` knows, and of the rows that `narrow_rows_kernel` takes. The others for the kernels that
+# class that `by_jacobian` knows, and of the rows that `narrow_rows_kernel` takes. The others for the kernels that
 # read the basis of the wide side.
 _JACOBIANS = (
     *((1, 8, 8, 10), (4, 4, 4, 0), (4, 4, 4, 10), (4, 40, 40, 0), (4, 40, 39, 10)),
@@ -102,18 +103,23 @@ _JACOBIANS = (
 )
 _SIDES = tuple((dtype, wide_input) for dtype in DTYPES for wide_input in (True, False) if dtype != FP16 or wide_input)
 _JACOBIANS_OF_WIDE_BASES = tuple((outputs, 2, 2, kept) for outputs in (15, 30, 60) for kept in (30, 60))
+# The rows of `token_gram_kernel`, and the columns that a basis has.
+_THROUGH_TOKENS = (*((outputs, 8, 8, 5) for outputs in (1, 4)), *((30, 8, 8, kept) for kept in (5, 10, 12, 20, 30)))
 
 
 def jacobians(
     sizes: Sequence[tuple[int, int, int, int]] = _JACOBIANS,
     sides: Sequence[tuple[torch.dtype, bool]] = _SIDES,
     tokens: int = 64,
+    route: str = "by_jacobian",
 ) -> None:
     """The wide side is the input or the output; as the latter, float16 compiles to what bfloat16 does."""
-    from bayesian_lora_kernels.ops.jacobian_covariance import kernel_launch
+    from bayesian_lora_kernels.ops.jacobian_covariance import kernel_launch, variants
+
+    def variant(shape: Any, inputs: int, entries: int, architecture: str) -> Any:
+        return variants.by_tokens(shape, architecture) if route == "by_tokens" else variants.by_jacobian(shape)
 
     examples = 18
-    on_gpu = mock.patch.object(kernel_launch, "_planes", lambda wide, wide_input: wide_input and wide.dtype == BF16)
     for (dtype, wide_input), (outputs, narrow, kept_narrow, kept) in itertools.product(sides, sizes):
         wide = 3968 if outputs > 32 else 7936  # 124 tiles, two to a program
         d_in, d_out = (wide, narrow) if wide_input else (narrow, wide)
@@ -122,7 +128,7 @@ def jacobians(
         mask = _empty(examples, tokens, dtype=torch.bool)
         bases = _empty(d_out, k_out), _empty(d_in, k_in)
         precisions = _empty(k_out, k_in), _empty(k_out), _empty(k_in), _empty()
-        with on_gpu:
+        with mock.patch.object(kernel_launch, "variant", variant):
             kernel_launch.jacobian_covariance(_empty(examples, outputs, outputs), a, g, *bases, *precisions, mask)
 
 
@@ -134,6 +140,14 @@ def jacobians_of_few_tokens() -> None:
     """`narrow_rows_kernel` takes fewer at once then, in every dtype."""
     for dtype, tokens in itertools.product(DTYPES, (16, 32)):
         jacobians(sides=((dtype, True),), tokens=tokens)
+
+
+def jacobians_through_tokens(
+    sizes: Sequence[tuple[int, int, int, int]] = _THROUGH_TOKENS, dtypes: Sequence[torch.dtype] = (BF16, FP32)
+) -> None:
+    """Of few tokens and of many; float16 compiles to what bfloat16 does."""
+    for dtype, tokens in itertools.product(dtypes, (64, 256)):
+        jacobians(sizes, ((dtype, True),), tokens, "by_tokens")
 
 
 _VOCABULARIES = ((BF16, BF16), (BF16, FP32), (FP32, FP32), (FP16, FP32))  # float16 alone compiles to what bfloat16 does
@@ -160,5 +174,5 @@ def vocabularies(
 
 PROBLEMS: tuple[Callable[[], None], ...] = (
     *(outer_products, split_outer_products, mirrored, square_sums, incremental_svds),
-    *(jacobians, jacobians_of_wide_bases, jacobians_of_few_tokens, vocabularies),
+    *(jacobians, jacobians_of_wide_bases, jacobians_of_few_tokens, jacobians_through_tokens, vocabularies),
 )

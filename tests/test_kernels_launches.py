@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 TABLES = sorted(set(device.TABLES.values()))
 # Problems have bfloat16 for both halves where they compile to the same but for the matrix instruction's type.
 AS_BF16 = {"wide_output_kernel", "outer_product_kernel", "squares_kernel"}
-AS_BF16 |= {"exponentials_kernel", "means_kernel"}
+AS_BF16 |= {"exponentials_kernel", "means_kernel", "basis_columns_kernel", "similarities_kernel"}
+AS_BF16 |= {"remainder_similarities_kernel"}
 # Constants that follow from the size, not from a configuration: the columns that an example takes, and the like.
 OF_SIZE = {"BAND", "LAG", "PADDED"}
 
@@ -35,7 +36,8 @@ def configuration(launch):
         constants["K_"] = str(constants["K_"] != "0")
     widened = launch.constants.get("WIDEN", False)
     data = "bf16" if launch.function in AS_BF16 and launch.data == "fp16" and not widened else launch.data
-    constants.pop("DTYPE", None)
+    for name in ("DTYPE", "AS"):
+        constants.pop(name, None)
     options = (launch.num_warps, launch.num_stages, launch.enable_fp_fusion, launch.max_registers)
     return launch.function, data, tuple(sorted(constants.items())), options
 
@@ -56,6 +58,12 @@ def incremental_svds():
 def jacobians():
     outputs, narrow, kept = (1, 2, 7, 16, 33, 64), (2, 8, 33, 64), ((0, 0), (0, 30), (1, 10))
     launches.jacobians([(c, n, n - less, k) for c, n, (less, k) in itertools.product(outputs, narrow, kept)])
+
+
+def jacobians_through_tokens():
+    sizes = list(itertools.product((1, 3, 17, 32), (2, 64), (1, 2), (1, 7, 16, 32)))
+    for tokens in (1, 65, 300):
+        launches.jacobians(sizes, [(dtype, True) for dtype in DTYPES], tokens, "by_tokens")
 
 
 def vocabularies():
@@ -80,7 +88,15 @@ def what_no_problem_calls():
 @pytest.mark.parametrize("architecture", TABLES)
 @pytest.mark.parametrize(
     "ask",
-    [outer_products, square_sums, incremental_svds, jacobians, vocabularies, what_no_problem_calls],
+    [
+        outer_products,
+        square_sums,
+        incremental_svds,
+        jacobians,
+        jacobians_through_tokens,
+        vocabularies,
+        what_no_problem_calls,
+    ],
     ids=lambda function: function.__name__,
 )
 def test_other_sizes_launch_no_other_configuration(architecture, ask):

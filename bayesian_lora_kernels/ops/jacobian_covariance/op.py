@@ -61,7 +61,8 @@ def jacobian_gram(a: Tensor, g: Tensor, *, mask: Tensor | None = None, impl: str
     Source: Yang et al. 2024 (Laplace-LoRA), section 2.2, with unit covariance.
     """
     check_impl("jacobian_gram", impl)
-    _validate("jacobian_gram", a, g, mask)
+    if not _are_tensors(a, g, mask):
+        _validate("jacobian_gram", a, g, mask)
     with torch.no_grad():
         return _jacobian_gram(a, g, mask, impl)
 
@@ -94,9 +95,11 @@ def jacobian_covariance(
     """
     where = "jacobian_covariance"
     check_impl(where, impl)
-    _validate(where, a, g, mask)
+    parts = _bases_and_precisions(where, posterior)
+    if not _are_tensors(a, g, mask, *parts):
+        _validate(where, a, g, mask, *parts)
     with torch.no_grad():
-        return _jacobian_covariance(a, g, *_bases_and_precisions(where, a, g, posterior), mask, impl)
+        return _jacobian_covariance(a, g, *parts, mask, impl)
 
 
 def grouped_jacobian_covariance(
@@ -133,44 +136,39 @@ def grouped_jacobian_covariance(
     masks = [None] * len(a) if masks is None else masks
     for name, entries in (("g", g), ("posteriors", posteriors), ("masks", masks)):
         check_same_length(f"{where}: {name}", len(a), entries)
-    _validate_all(a, g, masks)
+    parts = [_bases_and_precisions(f"{where}: entry {i}", one) for i, one in enumerate(posteriors)]
+    lists = [list(column) for column in zip(*parts, strict=True)]
+    if not all(_are_tensors(*column) for column in (a, g, masks, *lists)):
+        _validate_all(a, g, masks, *lists)
     with torch.no_grad():
-        parts = [
-            _bases_and_precisions(f"{where}: entry {i}", *entry)
-            for i, entry in enumerate(zip(a, g, posteriors, strict=True))
-        ]
-        lists = [list(column) for column in zip(*parts, strict=True)]
         return _grouped_jacobian_covariance(list(a), list(g), *lists, list(masks), impl)
 
 
-def _bases_and_precisions(where: str, a: Tensor, g: Tensor, posterior: KroneckerPrecision) -> tuple[Tensor, ...]:
+def _bases_and_precisions(where: str, posterior: KroneckerPrecision) -> tuple[Tensor, ...]:
     """The two bases, and the posterior precision on the four blocks."""
     blocks = posterior.precision_blocks
     blocks = tuple(blocks() if callable(blocks) else blocks)
     if len(blocks) != 4:
         raise ValueError(f"{where}: posterior.precision_blocks: expected 4 tensors, got {len(blocks)}")
-    _validate_posterior(where, a, g, posterior.basis_s, posterior.basis_a, *blocks)
     return posterior.basis_s, posterior.basis_a, *blocks
 
 
-def _validate(where: str, a: Tensor, g: Tensor, mask: Tensor | None) -> None:
+def _are_tensors(*values: object) -> bool:
+    """Whether an operator takes them (None is no mask). It checks all else about them, once."""
+    return all(value is None or isinstance(value, Tensor) for value in values)
+
+
+def _validate(where: str, a: Tensor, g: Tensor, mask: Tensor | None, *posterior: Tensor) -> None:
     check_tensor(f"{where}: a", a, ("N", "T", "d_in"))
     examples, tokens, _ = a.shape
     check_tensor(f"{where}: g", g, (examples, "C", tokens, "d_out"))
     check_device(f"{where}: g", g, a.device)
     check_mask(f"{where}: mask", mask, a, (examples, tokens))
-
-
-def _validate_all(a: Sequence[Tensor], g: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
-    for i, (one_a, one_g, mask) in enumerate(zip(a, g, masks, strict=True)):
-        where = f"grouped_jacobian_covariance: entry {i}"
-        _validate(where, one_a, one_g, mask)
-        check_tensor(f"{where}: g", one_g, (*g[0].shape[:2], *one_g.shape[2:]))
-        check_device(f"{where}: a", one_a, a[0].device)
+    if posterior:
+        _validate_posterior(f"{where}: posterior", a, g, *posterior)
 
 
 def _validate_posterior(where: str, a: Tensor, g: Tensor, basis_s: Tensor, basis_a: Tensor, *blocks: Tensor) -> None:
-    where = f"{where}: posterior"
     check_tensor(f"{where}.basis_s", basis_s, (g.shape[3], "k_s"))
     check_tensor(f"{where}.basis_a", basis_a, (a.shape[2], "k_a"))
     for name, basis in (("basis_s", basis_s), ("basis_a", basis_a)):
@@ -184,27 +182,34 @@ def _validate_posterior(where: str, a: Tensor, g: Tensor, basis_s: Tensor, basis
         check_device(f"{where}.precision_blocks, {name}", block, a.device)
 
 
+def _validate_all(
+    a: Sequence[Tensor], g: Sequence[Tensor], masks: Sequence[Tensor | None], *posteriors: Sequence[Tensor]
+) -> None:
+    known: list[tuple[object, ...]] = []  # few: most modules are alike
+    for i, entry in enumerate(zip(a, g, masks, *posteriors, strict=True)):
+        like = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in entry)
+        if like in known:
+            continue
+        where = f"grouped_jacobian_covariance: entry {i}"
+        _validate(where, *entry)
+        check_tensor(f"{where}: g", g[i], (*g[0].shape[:2], *g[i].shape[2:]))
+        check_device(f"{where}: a", a[i], a[0].device)
+        known.append(like)
+
+
 def _allocate(a: Tensor, g: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], g.shape[1], g.shape[1]), dtype=accumulate_dtype(a, g))
 
 
-def _validate_and_allocate(a: Tensor, g: Tensor, mask: Tensor | None) -> Tensor:
-    _validate("jacobian_gram", a, g, mask)
-    return _allocate(a, g)
-
-
-def _validate_posterior_and_allocate(a: Tensor, g: Tensor, mask: Tensor | None, *posterior: Tensor) -> Tensor:
-    _validate("jacobian_covariance", a, g, mask)
-    _validate_posterior("jacobian_covariance", a, g, *posterior)
+def _validate_and_allocate(where: str, a: Tensor, g: Tensor, mask: Tensor | None, *posterior: Tensor) -> Tensor:
+    _validate(where, a, g, mask, *posterior)
     return _allocate(a, g)
 
 
 def _validate_all_and_allocate(
     a: Sequence[Tensor], g: Sequence[Tensor], masks: Sequence[Tensor | None], *posteriors: Sequence[Tensor]
 ) -> Tensor:
-    _validate_all(a, g, masks)
-    for i, posterior in enumerate(zip(*posteriors, strict=True)):
-        _validate_posterior(f"grouped_jacobian_covariance: entry {i}", a[i], g[i], *posterior)
+    _validate_all(a, g, masks, *posteriors)
     return _allocate(a[0], g[0]).to(accumulate_dtype(*a, *g))
 
 
@@ -214,14 +219,14 @@ def _validate_all_and_allocate(
     schema="(Tensor a, Tensor g, Tensor? mask, str impl) -> Tensor",
 )
 def _jacobian_gram(a: Tensor, g: Tensor, mask: Tensor | None, impl: str) -> Tensor:
-    out = _validate_and_allocate(a, g, mask)
+    out = _validate_and_allocate("jacobian_gram", a, g, mask)
     choose("jacobian_gram", impl, out, a, g, mask)(out, a, g, mask)
     return out
 
 
 @_jacobian_gram.register_fake
 def _(a: Tensor, g: Tensor, mask: Tensor | None, impl: str) -> Tensor:
-    return _validate_and_allocate(a, g, mask)
+    return _validate_and_allocate("jacobian_gram", a, g, mask)
 
 
 @custom_op(
@@ -245,7 +250,7 @@ def _jacobian_covariance(
     impl: str,
 ) -> Tensor:
     posterior = (basis_s, basis_a, kept, rest_a, rest_s, rest)
-    out = _validate_posterior_and_allocate(a, g, mask, *posterior)
+    out = _validate_and_allocate("jacobian_covariance", a, g, mask, *posterior)
     arguments = (out, a, g, *posterior, mask)
     choose("jacobian_covariance", impl, *arguments)(*arguments)
     return out
@@ -265,7 +270,7 @@ def _(
     impl: str,
 ) -> Tensor:
     posterior = (basis_s, basis_a, kept, rest_a, rest_s, rest)
-    return _validate_posterior_and_allocate(a, g, mask, *posterior)
+    return _validate_and_allocate("jacobian_covariance", a, g, mask, *posterior)
 
 
 @custom_op(

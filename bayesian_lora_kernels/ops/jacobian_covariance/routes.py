@@ -1,4 +1,4 @@
-"""Which of two ways to a Gram matrix of Jacobians costs less, by a count of multiply-adds per example.
+"""Which way to a Gram matrix of Jacobians costs less, by a count of multiply-adds per example; what the kernels refuse.
 
 With ``J_c = sum_t g_ct a_t^T``, C outputs, T tokens:
 
@@ -40,16 +40,6 @@ def prefer_tokens(tokens: int, d_in: int, d_out: int, outputs: int) -> bool:
     return by_tokens < multiply_adds_by_jacobian(tokens, d_in, d_out, outputs)
 
 
-def side_by_side(outputs: int, rows: int, most: int) -> tuple[int, int]:
-    """Outputs, and directions of the narrow side, that one program takes: powers of two, their product between 16 (a
-    matrix instruction's least) and ``most`` (or what all outputs need).
-    """
-    c = 1 << max(0, outputs - 1).bit_length()
-    o = 1 << max(0, rows - 1).bit_length()
-    o = min(o, max(1, most // c))
-    return c, max(o, 16 // c, 1)
-
-
 def kernel_refuses(
     out: Tensor,
     a: Tensor | Sequence[Tensor],
@@ -63,17 +53,15 @@ def kernel_refuses(
         return reason
     if out.shape[1] > _OUTPUTS:
         return f"{out.shape[1]} outputs, more than {_OUTPUTS}"
-    bases = rest[:2] if len(rest) > 1 else ()
-    if isinstance(a, Tensor):
-        entries = zip([a], [g], *([basis] for basis in bases), strict=True)
-    else:
-        entries = zip(a, g, *bases, strict=True)
-    for one_a, one_g, *one_bases in entries:
-        d_in, d_out = one_a.shape[2], one_g.shape[3]
+    single = isinstance(a, Tensor)
+    lists = ([a], [g]) if single else (a, g)
+    for basis in rest[:2] if len(rest) > 1 else ():
+        lists += ([basis] if single else basis,)  # type: ignore[assignment]
+    for d_in, d_out, *kept in {tuple(one.shape[-1] for one in entry) for entry in zip(*lists, strict=True)}:
         if min(d_in, d_out) > _NARROWEST_SIDE:
             return f"both sides are wider than {_NARROWEST_SIDE}: {d_in} and {d_out}"
-        if one_bases and one_bases[d_in >= d_out].shape[1] > _KEPT:
-            return f"{one_bases[d_in >= d_out].shape[1]} kept directions on the wide side, more than {_KEPT}"
+        if kept and kept[d_in >= d_out] > _KEPT:
+            return f"{kept[d_in >= d_out]} kept directions on the wide side, more than {_KEPT}"
     return None
 
 

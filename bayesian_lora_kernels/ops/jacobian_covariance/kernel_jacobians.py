@@ -1,8 +1,7 @@
 """Triton kernels for inner products of Jacobians in a Kronecker posterior covariance, without the Jacobians.
 
 One side of the module is *wide* (`width`, thousands; for LoRA A the input) and one *narrow* (its rank). Four launches
-serve any number of modules of equal shapes, found through a table of pointers `[entries, 4]` (wide, narrow, mask,
-basis):
+serve any number of modules of equal shapes, found through a table of pointers:
 
 1. `tile_bases_kernel`: the wide side's kept basis Q `[width, k]` cut into tiles of rows, each `Q_tile = U_tile R_tile`
    with orthonormal `U_tile [D, k]`.
@@ -36,22 +35,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Columns of the table of pointers.
-WIDE, NARROW, MASK, BASIS = (tl.constexpr(i) for i in range(4))
-FIELDS = tl.constexpr(4)
-
-
-@triton.jit
-def _entry_pointer(table, entry, field, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(table + entry * FIELDS + field).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+from .kernel_rows import BASIS, MASK, WIDE, counted, entry_pointer, store_gram
 
 
 @triton.jit
 def tile_bases_kernel(
-    table,  # [entries, 4]
+    table,  # [entries, FIELDS]
     bases,  # [entries, tiles * D_, K_] float32, zero beyond the kept columns
     mixing,  # [entries, tiles * K_, K_] float32
     width,
@@ -71,7 +60,7 @@ def tile_bases_kernel(
     entry = tl.program_id(1).to(tl.int64)
     o_k = tl.arange(0, K_).to(tl.int64)
     o_d = tile * D_ + tl.arange(0, D_)
-    basis = _entry_pointer(table, entry, BASIS, tl.float32, False)
+    basis = entry_pointer(table, entry, BASIS, tl.float32, False)
     p_q = basis + o_d[:, None] * stride_row + o_k[None, :] * stride_column
     q = tl.load(p_q, mask=(o_d < width)[:, None] & (o_k < columns)[None, :], other=0.0)  # [D_, K_]
     unit = tl.zeros([D_, K_], tl.float32)
@@ -88,73 +77,6 @@ def tile_bases_kernel(
         unit = tl.where((o_k == k)[None, :], (column / norm)[:, None], unit)
         tl.store(p_r + k, tl.sum(unit * whole[:, None], axis=0))
     tl.store(bases + ((entry * tiles * D_ + o_d)[:, None] * K_ + o_k[None, :]), unit)
-
-
-@triton.jit
-def narrow_rows_kernel(
-    table,  # [entries, 4]
-    maps,  # [entries, width, rows] float32
-    out,  # [3 if PLANES else 1, entries, examples, outputs, rows, tokens] bfloat16 if PLANES, else float32
-    plane,
-    outputs,
-    tokens,
-    width,
-    rows,
-    stride_n,
-    stride_c,
-    stride_t,
-    stride_d,
-    mask_stride_n,
-    mask_stride_t,
-    examples,
-    DTYPE: tl.constexpr,
-    MASKED: tl.constexpr,
-    MAPPED: tl.constexpr,
-    PLANES: tl.constexpr,
-    T_: tl.constexpr,
-    R_: tl.constexpr,
-):
-    """The narrow operand times the directions of its eigenbasis (`MAPPED`, else as it is), tokens last.
-
-    With `PLANES` as a sum of three bfloat16 numbers, which together have the 24 bits of a float32. Reads it once,
-    writes `4 rows` bytes (`6 rows`) and does `width rows` multiply-adds per token and output.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    token_blocks = tl.cdiv(tokens, T_)
-    block, pid = pid % token_blocks, pid // token_blocks
-    c, pid = pid % outputs, pid // outputs
-    n, entry = pid % examples, pid // examples
-    o_t = block * T_ + tl.arange(0, T_)
-    o_r = tl.arange(0, R_).to(tl.int64)
-    m_t = o_t < tokens
-    if MASKED:
-        mask = _entry_pointer(table, entry, MASK, tl.int8, False)
-        m_x = m_t & (tl.load(mask + n * mask_stride_n + o_t * mask_stride_t, mask=m_t, other=0) != 0)
-    else:
-        m_x = m_t
-    base = _entry_pointer(table, entry, NARROW, DTYPE, False) + n * stride_n + c * stride_c
-    p_x = base + o_t * stride_t
-    if MAPPED:
-        x = tl.zeros([T_, R_], tl.float32)
-        # Not a dot: for sm_100, Triton 3.6 makes one TF32 product of an "ieee" dot whose operand was widened or masked.
-        for d in range(tl.cast(width, tl.int64)):
-            b_x = tl.load(p_x + d * stride_d, mask=m_x, other=0.0).to(tl.float32)  # [T_]
-            b_m = tl.load(maps + (entry * width + d) * rows + o_r, mask=o_r < rows, other=0.0)  # [R_]
-            x += b_x[:, None] * b_m[None, :]
-    else:
-        p_row = p_x[:, None] + o_r[None, :] * stride_d  # [T_, R_]
-        x = tl.load(p_row, mask=m_x[:, None] & (o_r < width)[None, :], other=0.0).to(tl.float32)
-    p_out = out + (((entry * examples + n) * outputs + c) * rows + o_r)[None, :] * tokens + o_t[:, None]
-    m_out = m_t[:, None] & (o_r < rows)[None, :]
-    if PLANES:
-        high = x.to(tl.bfloat16)
-        x -= high.to(tl.float32)
-        middle = x.to(tl.bfloat16)
-        tl.store(p_out, high, mask=m_out)
-        tl.store(p_out + plane, middle, mask=m_out)
-        tl.store(p_out + 2 * plane, (x - middle.to(tl.float32)).to(tl.bfloat16), mask=m_out)
-    else:
-        tl.store(p_out, x, mask=m_out)
 
 
 @triton.jit
@@ -194,21 +116,8 @@ def _tile_terms(
 
 
 @triton.jit
-def _store_gram(gram, partial, slot, n, examples, outputs, C_: tl.constexpr, O_: tl.constexpr):
-    """To `partial [slots, examples, outputs, outputs]`, with unequal directions of the narrow side left out."""
-    if O_ > 1:
-        o_o = tl.arange(0, O_)
-        same = (o_o[:, None] == o_o[None, :])[None, :, None, :]
-        gram = tl.where(same, tl.reshape(gram, [C_, O_, C_, O_]), 0.0)
-        gram = tl.sum(tl.sum(gram, axis=3), axis=1)
-    o_c = tl.arange(0, C_)
-    p_out = partial + ((slot * examples + n) * outputs + o_c)[:, None] * outputs + o_c[None, :]
-    tl.store(p_out, gram, mask=(o_c < outputs)[:, None] & (o_c < outputs)[None, :])
-
-
-@triton.jit
 def wide_input_kernel(
-    table,  # [entries, 4]
+    table,  # [entries, FIELDS]
     narrow,  # as narrow_rows_kernel writes it
     plane,
     bases,  # [entries, tiles * D_, K_] float32
@@ -229,8 +138,6 @@ def wide_input_kernel(
     stride_n,
     stride_t,
     stride_d,
-    mask_stride_n,
-    mask_stride_t,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -265,9 +172,8 @@ def wide_input_kernel(
 
     p_x = narrow + (((entry * examples + n) * outputs + o_c) * rows + o_o)[:, None] * tokens + o_t[None, :]
     p_z = kept + ((((entry * examples + n) * rows + o_o) * outputs + o_c) * tiles)[:, None] * K_ + o_k[None, :]
-    a = _entry_pointer(table, entry, WIDE, DTYPE, ALIGNED) + n * stride_n
-    if MASKED:
-        p_mask = _entry_pointer(table, entry, MASK, tl.int8, False) + n * mask_stride_n
+    a = entry_pointer(table, entry, WIDE, DTYPE, ALIGNED) + n * stride_n
+    plane = tl.cast(plane, tl.int64)
 
     gram = tl.zeros([M_, M_], tl.float32)
     first = split * tiles_per_program
@@ -278,10 +184,8 @@ def wide_input_kernel(
         jacobian = tl.zeros([M_, D_], tl.float32)
         for start in range(0, tokens, T_):
             o_s = start + o_t
-            m_s = o_s < tokens
-            m_x = m_m[:, None] & m_s[None, :]
-            if MASKED:
-                m_s = m_s & (tl.load(p_mask + o_s * mask_stride_t, mask=m_s, other=0) != 0)
+            m_x = m_m[:, None] & (o_s < tokens)[None, :]
+            m_s = counted(table, entry, n, o_s, tokens, MASKED)
             b_a = tl.load(p_a + o_s[:, None] * stride_t, mask=m_s[:, None] & m_d[None, :], other=0.0)  # [T_, D_]
             if PLANES:
                 high = tl.load(p_x + start, mask=m_x, other=0.0)  # [M_, T_]
@@ -299,12 +203,12 @@ def wide_input_kernel(
         )
     if REST:
         slot = (entry * splits + split) * row_blocks + row_block
-        _store_gram(gram, partial, slot, n, examples, outputs, C_, O_)
+        store_gram(gram, partial, slot, n, examples, outputs, C_, O_)
 
 
 @triton.jit
 def wide_output_kernel(
-    table,  # [entries, 4]
+    table,  # [entries, FIELDS]
     narrow,  # [entries, examples, rows, tokens] float32
     bases,
     relative,
@@ -325,8 +229,6 @@ def wide_output_kernel(
     stride_c,
     stride_t,
     stride_d,
-    mask_stride_n,
-    mask_stride_t,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -353,9 +255,9 @@ def wide_output_kernel(
     m_c = o_c < outputs
     variance = tl.load(largest + entry)
 
-    g = _entry_pointer(table, entry, WIDE, DTYPE, ALIGNED) + n * stride_n
+    g = entry_pointer(table, entry, WIDE, DTYPE, ALIGNED) + n * stride_n
     if MASKED:
-        p_mask = _entry_pointer(table, entry, MASK, tl.int8, False) + n * mask_stride_n
+        p_mask = entry_pointer(table, entry, MASK, tl.int16, False) + n * tokens
 
     gram = tl.zeros([M_, M_], tl.float32)
     first = split * tiles_per_program
@@ -371,7 +273,7 @@ def wide_output_kernel(
             jacobian = tl.zeros([M_, D_], tl.float32)
             for t in range(tl.cast(tokens, tl.int64)):
                 if MASKED:
-                    counts = tl.load(p_mask + t * mask_stride_t + 0 * o_m) != 0  # [M_], all alike
+                    counts = tl.load(p_mask + t + 0 * o_m) != 0  # [M_], all alike
                     b_g = tl.load(p_g + t * stride_t, mask=m_g & counts[:, None], other=0.0)
                 else:
                     b_g = tl.load(p_g + t * stride_t, mask=m_g, other=0.0)
@@ -385,7 +287,7 @@ def wide_output_kernel(
             )
     if REST:
         slot = entry * splits + split
-        _store_gram(gram, partial, slot, n, examples, outputs, C_, O_)
+        store_gram(gram, partial, slot, n, examples, outputs, C_, O_)
 
 
 @triton.jit
