@@ -46,6 +46,12 @@ def square_sums():
     launches.square_sums((1, 8, 33))
 
 
+def weight_gradients():
+    sizes = list(itertools.product((1, 8, 17, 300), repeat=2))
+    for tokens in (0, 1, 100):
+        launches.weight_gradients(sizes, tokens)
+
+
 def incremental_svds():
     launches.incremental_svds((1, 16, 33, 65, 128))
 
@@ -77,7 +83,7 @@ def what_no_problem_calls():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "ask",
-    [outer_products, square_sums, incremental_svds, jacobians, vocabularies, what_no_problem_calls],
+    [outer_products, square_sums, weight_gradients, incremental_svds, jacobians, vocabularies, what_no_problem_calls],
     ids=lambda function: function.__name__,
 )
 def test_other_sizes_launch_no_other_configuration(architecture, ask):

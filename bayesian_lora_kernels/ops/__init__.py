@@ -15,6 +15,7 @@ from .vocabulary import (
     vocabulary_statistics,
     vocabulary_variance,
 )
+from .weight_gradient import grouped_weight_gradient
 
 __all__ = [
     "VocabularyStatistics",
@@ -23,6 +24,7 @@ __all__ = [
     "grouped_jacobian_covariance",
     "grouped_outer_product",
     "grouped_square_sum",
+    "grouped_weight_gradient",
     "incremental_svd",
     "jacobian_covariance",
     "jacobian_gram",
