@@ -43,7 +43,16 @@ META = torch.device("meta")
 EXAMPLES, TOKENS, CLASSES, RANK = 4, 24, 4, 8
 BUDGET = 2**40  # bytes: everything in one piece
 OURS = "bayesian_lora_kernels"
-VIEWS = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+VIEWS = {
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "lift_fresh",
+}
 WELL = {"all": True, "any": False}  # what flags are taken to say
 KINDS: dict[str, dict[str, Any]] = {
     "K-FAC": {"curvature": "kfac", "fisher": "mc"},
@@ -86,7 +95,8 @@ class Recorder(TorchDispatchMode):
             target = kwargs.get("device") if name == "_to_copy" else None
             if target is not None and torch.device(target).type == "cpu":
                 self.seen.waits["a copy"] += 1
-                return torch.ones(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+                dtype = kwargs.get("dtype") or args[0].dtype
+                return torch.full(args[0].shape, dtype != torch.bool, dtype=dtype)  # flags say that nothing is wrong
             if function.namespace == OURS and TRITON and (body := _triton(name)) is not None:
                 with self, _counted_kernels(self):
                     return body(*args, **kwargs)

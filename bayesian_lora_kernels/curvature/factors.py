@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.model.capture import LayerInput
+from bayesian_lora_kernels.model.deferred import AT_ONCE, AtOnce
 from bayesian_lora_kernels.model.masks import last_valid
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
@@ -18,6 +19,8 @@ from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 FRESH_COLUMNS = 10
 # An update of a low-rank factor costs some small decompositions whatever its number of rows: gather rows first.
 ROWS_PER_COLUMN = 12
+
+Rows = tuple[Tensor, Tensor | None]  # [M, d], and which of them count [M]; None: all
 
 
 def stream_columns(config: LaplaceConfig, width: int) -> int | None:
@@ -38,14 +41,15 @@ class FactorSum:
         self.columns = columns
         self.width = width
         self.matrix: Tensor | None = None  # [d, d], only its lower half; or [d, columns] with B B^T the estimate
-        self.trace = 0.0
+        self.trace: Tensor | None = None  # 0-d float64
         self._rows: list[tuple[Tensor, Tensor | None]] = []
 
     def clone(self) -> FactorSum:
         """An independent copy."""
         copy = FactorSum(self.width, self.columns)
         copy.matrix = None if self.matrix is None else self.matrix.clone()
-        copy.trace, copy._rows = self.trace, list(self._rows)
+        copy.trace = None if self.trace is None else self.trace.clone()
+        copy._rows = list(self._rows)
         return copy
 
     def gather(self, x: Tensor, mask: Tensor | None) -> bool:
@@ -69,7 +73,7 @@ class FactorSum:
 
     def finish(self, scale: float, config: LaplaceConfig) -> tuple[Tensor, Tensor]:
         """The factor times `scale`, and its tail eigenvalue."""
-        assert self.matrix is not None
+        assert self.matrix is not None and self.trace is not None
         zero = torch.zeros((), dtype=torch.float64, device=self.matrix.device)
         if self.columns is None:
             return self._finish_full(scale, config, zero)
@@ -98,35 +102,44 @@ class FactorSums:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.sums: dict[Hashable, FactorSum] = {}
 
-    def add(self, rows: Mapping[Hashable, tuple[Tensor, Tensor | None]]) -> list[Hashable]:
+    def add(self, rows: Mapping[Hashable, Rows], checks: AtOnce, error: Callable[[Hashable], Exception]) -> None:
         """Add `{key: (x [M, d], mask [M])}`.
 
-        Returns:
-            The keys whose counted entries are not all finite; nothing is added then.
+        Raises:
+            Exception: `error(key)`, when `checks` look, if counted entries are not all finite; if that is at once,
+                nothing has been added.
         """
         kept = {}
         for key, (x, mask) in rows.items():
             if mask is not None and x.device.type == "cpu":
                 x, mask = x[mask], None  # no synchronisation to avoid here: leave padding out altogether
             kept[key] = x, mask
-        squares = square_sums(kept)
-        not_finite = [key for key, square in squares.items() if not math.isfinite(square)]
-        if not_finite:
-            return not_finite
+        squares = checked_square_sums(kept, checks, error)
         full: list[tuple[FactorSum, Tensor, Tensor | None]] = []
         ready: list[FactorSum] = []
         for key, (x, mask) in kept.items():
             if key not in self.sums:
                 self.sums[key] = FactorSum(x.shape[1], stream_columns(self.config, x.shape[1]))
             total = self.sums[key]
-            total.trace += squares[key]
             if total.columns is None:
                 full.append((total, x, mask))
             elif total.gather(x, mask):
                 ready.append(total)
+        self._add_traces(squares)
         self._add_full(full)
-        self._update(ready)
-        return []
+        try:
+            self._update(ready)
+        except ValueError:
+            checks.end()  # an error that names the layer
+            raise
+
+    def _add_traces(self, squares: Mapping[Hashable, Tensor]) -> None:
+        known = [key for key in squares if self.sums[key].trace is not None]
+        if known:
+            traces = [trace for key in known if (trace := self.sums[key].trace) is not None]
+            torch._foreach_add_(traces, [squares[key] for key in known])
+        for key in squares.keys() - known:
+            self.sums[key].trace = squares[key]
 
     def _add_full(self, entries: Sequence[tuple[FactorSum, Tensor, Tensor | None]]) -> None:
         for total, x, _ in entries:
@@ -164,23 +177,30 @@ class FactorSums:
         return {key: self.sums[key].finish(scale, self.config) for key, scale in scales.items()}
 
 
-def square_sums(rows: Mapping[Hashable, tuple[Tensor, Tensor | None]]) -> dict[Hashable, float]:
-    """Sum of squares of the counted entries of each `(x [M, d], mask [M])`: not finite exactly if one of them is not.
+def checked_square_sums(
+    rows: Mapping[Hashable, Rows], checks: AtOnce, error: Callable[[Hashable], Exception]
+) -> dict[Hashable, Tensor]:
+    """Sum of squares of the counted entries of each `(x [M, d], mask [M])`, 0-d float64; one operation per device.
 
-    One operation and one synchronisation per device.
+    Raises:
+        Exception: `error(key)`, when `checks` look, if counted entries are not all finite.
     """
-    sums: dict[Hashable, float] = {}
+    sums: dict[Hashable, Tensor] = {}
     for device in dict.fromkeys(x.device for x, _ in rows.values()):
         here = {key: entry for key, entry in rows.items() if entry[0].device == device}
         found = ops.grouped_square_sum([x for x, _ in here.values()], masks=[mask for _, mask in here.values()])
-        sums |= zip(here, found.tolist(), strict=True)
+        sums |= zip(here, found.unbind(), strict=True)
+        checks.add(~torch.isfinite(found), functools.partial(_error_of, list(here), error))
     return sums
 
 
-def check_finite(what: str, names: Sequence[str], where: str = "") -> None:
-    """Raises ValueError that names the first of the layers whose input or gradient is not finite, if there is one."""
-    if names:
-        raise ValueError(f"{names[0]}: its {what} is not finite (NaN or infinity){where}")
+def _error_of(keys: Sequence[Hashable], error: Callable[[Hashable], Exception], index: int) -> Exception:
+    return error(keys[index])
+
+
+def not_finite(name: str, what: str, where: str = "") -> ValueError:
+    """Of the layer whose input or gradient it is."""
+    return ValueError(f"{name}: its {what} is not finite (NaN or infinity){where}")
 
 
 class KroneckerSums:
@@ -194,14 +214,18 @@ class KroneckerSums:
         self.config = config
         self._sums = FactorSums(config)
         self._group: dict[str, int] = {}
-        self._counts: dict[int, int] = {}
+        self._counts: dict[int, list[int | Tensor]] = {}  # rows of each batch; what a mask counts stays on its device
 
-    def add_inputs(self, inputs: Mapping[str, LayerInput]) -> list[str]:
-        """Add one batch's inputs; returns the layers whose input is not finite."""
+    def add_inputs(self, inputs: Mapping[str, LayerInput], checks: AtOnce = AT_ONCE, where: str = "") -> None:
+        """Add one batch's inputs.
+
+        Raises:
+            ValueError: for a layer whose input is not finite, when `checks` look; it ends with `where`.
+        """
         self._regroup(inputs)
         rows: dict[Hashable, tuple[Tensor, Tensor | None]] = {}
         names: dict[Hashable, str] = {}
-        counts: dict[int, int] = {}  # of the masks, which most layers share
+        counts: dict[int, Tensor] = {}  # of the masks, which most layers share
         for name, (a, mask, _) in inputs.items():
             group = self._group[name]
             if ("a", group) in names:
@@ -209,28 +233,39 @@ class KroneckerSums:
             names["a", group] = name
             x, counted = rows["a", group] = token_rows(a, mask, self.config.tokens, mean=True)
             if counted is not None and id(mask) not in counts:
-                counts[id(mask)] = int(counted.sum())
-            self._counts[group] = self._counts.get(group, 0) + (len(x) if counted is None else counts[id(mask)])
-        return [names[key] for key in self._sums.add(rows)]
+                counts[id(mask)] = counted.sum()
+            self._counts.setdefault(group, []).append(len(x) if counted is None else counts[id(mask)])
+        self._sums.add(rows, checks, lambda key: not_finite(names[key], "input", where))
 
-    def add_gradients(self, gradients: Mapping[str, Tensor], inputs: Mapping[str, LayerInput]) -> list[str]:
-        """Add one backward pass's output gradients; returns the layers whose gradient is not finite."""
+    def add_gradients(
+        self,
+        gradients: Mapping[str, Tensor],
+        inputs: Mapping[str, LayerInput],
+        checks: AtOnce = AT_ONCE,
+        where: str = "",
+    ) -> None:
+        """Add one backward pass's output gradients.
+
+        Raises:
+            ValueError: for a layer whose gradient is not finite, when `checks` look; it ends with `where`.
+        """
         names: dict[Hashable, str] = {("s", name): name for name in gradients}
         rows: dict[Hashable, tuple[Tensor, Tensor | None]] = {
             key: token_rows(gradients[name], inputs[name].mask, self.config.tokens, mean=False)
             for key, name in names.items()
         }
-        return [names[key] for key in self._sums.add(rows)]
+        self._sums.add(rows, checks, lambda key: not_finite(names[key], "output gradient", where))
 
     @property
     def input_rows(self) -> dict[str, int]:
         """How many rows (tokens, or examples) the A of each layer is the mean of."""
-        return {name: self._counts[group] for name, group in self._group.items()}
+        of_group = _summed(self._counts)
+        return {name: of_group[group] for name, group in self._group.items()}
 
     def factors(self) -> dict[str, KroneckerFactors]:
         """The finished factors: A a mean over tokens (or examples), S a sum. Shared inputs share their tensor."""
         scales: dict[Hashable, float] = {("s", name): 1.0 for name in self._group}
-        scales |= {("a", group): 1.0 / max(self._counts[group], 1) for group in set(self._group.values())}
+        scales |= {("a", self._group[name]): 1.0 / max(rows, 1) for name, rows in self.input_rows.items()}
         finished = self._sums.finish(scales)
         result = {}
         for name, group in self._group.items():
@@ -250,11 +285,21 @@ class KroneckerSums:
             group = before
             if before is None or before in placed.values():  # new, or others kept the old group: take a copy along
                 group = max(self._counts, default=-1) + 1
-                self._counts[group] = self._counts.get(before, 0) if before is not None else 0
+                self._counts[group] = list(self._counts.get(before, ())) if before is not None else []
                 if before is not None:
                     self._sums.sums["a", group] = self._sums.sums["a", before].clone()
             assert group is not None
             placed[before, now] = self._group[name] = group
+
+
+def _summed(counts: Mapping[int, Sequence[int | Tensor]]) -> dict[int, int]:
+    """Sums of numbers of which some are on a device; there is one synchronisation per device."""
+    tensors = {id(n): n for numbers in counts.values() for n in numbers if isinstance(n, Tensor)}
+    known: dict[int, int] = {}
+    for device in dict.fromkeys(n.device for n in tensors.values()):
+        here = {key: n for key, n in tensors.items() if n.device == device}
+        known |= zip(here, torch.stack(list(here.values())).tolist(), strict=True)
+    return {key: sum(known[id(n)] if isinstance(n, Tensor) else n for n in numbers) for key, numbers in counts.items()}
 
 
 def token_rows(x: Tensor, mask: Tensor | None, tokens: str, *, mean: bool) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.curvature.eigenvalues import EigenvalueSum
-from bayesian_lora_kernels.curvature.factors import KroneckerSums, check_finite
+from bayesian_lora_kernels.curvature.factors import KroneckerSums
 from bayesian_lora_kernels.curvature.passes import Passes
 from bayesian_lora_kernels.model.jacobians import Jacobians
 from bayesian_lora_kernels.posterior.curvature import Curvature, joined_spectra, register
@@ -63,9 +63,9 @@ class KroneckerCurvature(Curvature):
         sums = KroneckerSums(data.config)
         for index, recorded in data.captures("curvature"):
             data.check_clear(index)
-            check_finite("input", sums.add_inputs(recorded.inputs), f" in batch {index}")
+            sums.add_inputs(recorded.inputs, data.checks, f" in batch {index}")
             for gradients in data.backward(recorded):
-                check_finite("output gradient", sums.add_gradients(gradients, recorded.inputs), f" in batch {index}")
+                sums.add_gradients(gradients, recorded.inputs, data.checks, f" in batch {index}")
         factors = cls.finish_factors(sums, data.n_examples)
         data.check_called(factors)
         return factors

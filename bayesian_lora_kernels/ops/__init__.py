@@ -5,6 +5,7 @@ implementations.
 from .dispatch import backends, set_default_impl
 from .incremental_svd import grouped_incremental_svd, incremental_svd
 from .jacobian_covariance import grouped_jacobian_covariance, jacobian_covariance, jacobian_gram
+from .masked_gradient import grouped_masked_gradient
 from .outer_product import grouped_outer_product, mirror_lower, outer_product
 from .small_eigh import small_eigh
 from .square_sum import grouped_square_sum
@@ -22,6 +23,7 @@ __all__ = [
     "backends",
     "grouped_incremental_svd",
     "grouped_jacobian_covariance",
+    "grouped_masked_gradient",
     "grouped_outer_product",
     "grouped_square_sum",
     "grouped_weight_gradient",
