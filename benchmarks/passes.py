@@ -40,7 +40,7 @@ from bayesian_lora_kernels.predictive.logits import LogitPredictor
 from . import launches
 
 META = torch.device("meta")
-EXAMPLES, TOKENS, CLASSES, RANK = 4, 24, 4, 8
+EXAMPLES, TOKENS, CLASSES, RANK = 4, 96, 4, 8
 BUDGET = 2**40  # bytes: everything in one piece
 OURS = "bayesian_lora_kernels"
 VIEWS = {
@@ -54,6 +54,7 @@ VIEWS = {
     "lift_fresh",
 }
 WELL = {"all": True, "any": False}  # what flags are taken to say
+ALL = {torch.bool: False, torch.int64: 2**40}  # copied to the host: flags of what is wrong, and counts of what is kept
 KINDS: dict[str, dict[str, Any]] = {
     "K-FAC": {"curvature": "kfac", "fisher": "mc"},
     "K-FAC of rank 8": {"curvature": "kfac", "fisher": "mc", "rank": 8, "rank_threshold": 48},
@@ -96,7 +97,7 @@ class Recorder(TorchDispatchMode):
             if target is not None and torch.device(target).type == "cpu":
                 self.seen.waits["a copy"] += 1
                 dtype = kwargs.get("dtype") or args[0].dtype
-                return torch.full(args[0].shape, dtype != torch.bool, dtype=dtype)  # flags say that nothing is wrong
+                return torch.full(args[0].shape, ALL.get(dtype, 1), dtype=dtype)
             if function.namespace == OURS and TRITON and (body := _triton(name)) is not None:
                 with self, _counted_kernels(self):
                     return body(*args, **kwargs)
@@ -190,7 +191,7 @@ def recording() -> Iterator[Recorder]:
         mock.patch.object(Forward, "__call__", quiet_forward),
         mock.patch.object(Capture, "raw_backward", quiet_backward),
         mock.patch.object(_config, "meta_nonzero_assume_all_nonzero", True),
-        mock.patch.object(torch, "Generator", lambda device=None: _NoGenerator()),
+        mock.patch.object(torch, "Generator", return_value=_NoGenerator()),
         recorder,
     ):
         yield recorder

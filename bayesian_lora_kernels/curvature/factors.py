@@ -14,7 +14,7 @@ from bayesian_lora_kernels.model.capture import LayerInput
 from bayesian_lora_kernels.model.deferred import AT_ONCE, AtOnce
 from bayesian_lora_kernels.model.masks import last_valid
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
-from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
+from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, descending_eigh, in_batches
 
 FRESH_COLUMNS = 10
 # An update of a low-rank factor costs some small decompositions whatever its number of rows: gather rows first.
@@ -71,28 +71,6 @@ class FactorSum:
         """Whether rows have been gathered that no update has seen."""
         return bool(self._rows)
 
-    def finish(self, scale: float, config: LaplaceConfig) -> tuple[Tensor, Tensor]:
-        """The factor times `scale`, and its tail eigenvalue."""
-        assert self.matrix is not None and self.trace is not None
-        zero = torch.zeros((), dtype=torch.float64, device=self.matrix.device)
-        if self.columns is None:
-            return self._finish_full(scale, config, zero)
-        assert config.rank is not None
-        kept = self.matrix[:, : config.rank] * scale**0.5
-        tail = (self.trace * scale - kept.double().square().sum()).clamp_min(0)
-        return kept.contiguous(), tail / (self.width - config.rank) if config.tail else zero
-
-    def _finish_full(self, scale: float, config: LaplaceConfig, zero: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.matrix is not None
-        matrix = ops.mirror_lower(self.matrix) * scale
-        if config.rank is None or self.width <= config.rank_threshold or config.rank >= self.width:
-            return matrix, zero
-        # Summed in full only because that was the cheaper way to the same low-rank factor.
-        values, vectors = torch.linalg.eigh(matrix.double())
-        values, vectors = values[-config.rank :].flip(0).clamp_min(0), vectors[:, -config.rank :].flip(1)
-        tail = (matrix.double().diagonal().sum() - values.sum()).clamp_min(0) / (self.width - config.rank)
-        return (vectors * values.sqrt()).to(matrix.dtype), tail if config.tail else zero
-
 
 class FactorSums:
     """All the sums of a model, updated together: a few grouped operations per batch, however many sums there are."""
@@ -142,17 +120,15 @@ class FactorSums:
             self.sums[key].trace = squares[key]
 
     def _add_full(self, entries: Sequence[tuple[FactorSum, Tensor, Tensor | None]]) -> None:
-        for total, x, _ in entries:
-            if total.matrix is None:
-                total.matrix = x.new_zeros(total.width, total.width, dtype=accumulate_dtype(x))
-        for device in dict.fromkeys(x.device for _, x, _ in entries):
-            here = [entry for entry in entries if entry[1].device == device]
-            ops.grouped_outer_product(
-                [x for _, x, _ in here],
-                masks=[mask for _, _, mask in here],
-                outs=[total.matrix for total, _, _ in here if total.matrix is not None],
-                lower=True,
-            )
+        for device, new in dict.fromkeys((x.device, total.matrix is None) for total, x, _ in entries):
+            here = [entry for entry in entries if (entry[1].device, entry[0].matrix is None) == (device, new)]
+            xs, masks = [x for _, x, _ in here], [mask for _, _, mask in here]
+            if new:
+                for (total, _, _), matrix in zip(here, ops.grouped_outer_product(xs, masks=masks), strict=True):
+                    total.matrix = matrix
+            else:
+                outs = [total.matrix for total, _, _ in here if total.matrix is not None]
+                ops.grouped_outer_product(xs, masks=masks, outs=outs, lower=True)
 
     def _update(self, totals: Sequence[FactorSum]) -> None:
         rows = [(total, *total.take_rows()) for total in totals]
@@ -174,7 +150,44 @@ class FactorSums:
     def finish(self, scales: Mapping[Hashable, float]) -> dict[Hashable, tuple[Tensor, Tensor]]:
         """`{key: (factor, tail)}`, every factor multiplied by its scale."""
         self._update([total for total in self.sums.values() if total.waiting])
-        return {key: self.sums[key].finish(scale, self.config) for key, scale in scales.items()}
+        groups: dict[tuple[object, ...], list[Hashable]] = {}
+        for key in scales:
+            total = self.sums[key]
+            assert total.matrix is not None
+            matrix = total.matrix
+            groups.setdefault((total.columns, matrix.shape, matrix.dtype, matrix.device), []).append(key)
+        found: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        for keys in groups.values():
+            for part in in_batches(keys, self.sums[keys[0]].width ** 2):
+                found |= zip(part, self._finished(part, [scales[key] for key in part]), strict=True)
+        return {key: found[key] for key in scales}
+
+    def _finished(self, keys: Sequence[Hashable], scales: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+        """Of sums of one shape."""
+        totals = [self.sums[key] for key in keys]
+        matrices = [total.matrix for total in totals if total.matrix is not None]
+        traces = torch.stack([total.trace for total in totals if total.trace is not None])
+        scale = torch.tensor(scales, dtype=torch.float64).to(matrices[0].device)
+        rank, width = self.config.rank, totals[0].width
+        if totals[0].columns is not None:
+            assert rank is not None
+            kept = torch.stack([matrix[:, :rank] for matrix in matrices]) * scale.sqrt().to(matrices[0])[:, None, None]
+            sums = kept.double().square().sum(dim=(1, 2))
+            return list(zip(kept, self._tails(traces * scale - sums, width), strict=True))
+        lower = torch.stack(matrices).tril()
+        full = (lower + lower.tril(-1).mT) * scale.to(lower)[:, None, None]
+        if rank is None or width <= self.config.rank_threshold or rank >= width:
+            return list(zip(full, torch.zeros_like(traces), strict=True))
+        # Summed in full only because that was the cheaper way to the same low-rank factor.
+        values, vectors = descending_eigh(full.double())
+        values = values[:, :rank].clamp_min(0)
+        tails = self._tails(full.double().diagonal(dim1=1, dim2=2).sum(dim=1) - values.sum(dim=1), width)
+        return list(zip((vectors[:, :, :rank] * values.sqrt()[:, None, :]).to(full), tails, strict=True))
+
+    def _tails(self, left: Tensor, width: int) -> Tensor:
+        """The eigenvalue that stands for what is left of the traces `[L]`."""
+        assert self.config.rank is not None
+        return left.clamp_min(0) / (width - self.config.rank) if self.config.tail else torch.zeros_like(left)
 
 
 def checked_square_sums(
@@ -198,7 +211,7 @@ def _error_of(keys: Sequence[Hashable], error: Callable[[Hashable], Exception], 
     return error(keys[index])
 
 
-def not_finite(name: str, what: str, where: str = "") -> ValueError:
+def not_finite(name: Hashable, what: str, where: str = "") -> ValueError:
     """Of the layer whose input or gradient it is."""
     return ValueError(f"{name}: its {what} is not finite (NaN or infinity){where}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -153,8 +154,8 @@ class Passes:
             for gradients in self.backward(recorded, weight_gradients=names):
                 gradients |= recorded.without_gradient()
                 rows: dict[Hashable, Rows] = {name: (gradients[name].flatten(start_dim=1), None) for name in names}
-                where = f" in batch {index}"
-                checked_square_sums(rows, self.checks, lambda name: not_finite(str(name), "gradient", where))
+                error = functools.partial(not_finite, what="gradient", where=f" in batch {index}")
+                checked_square_sums(rows, self.checks, error)
                 yield gradients
         self.check_called(called)
 

@@ -422,6 +422,6 @@ def _formed(arrived: Sequence[_Arrived]) -> Iterator[tuple[str, Tensor]]:
 
 def _padding_counts(names: Sequence[str], index: int) -> ValueError:
     return ValueError(
-        f"{names[index]}: padding counts: the logits depend on positions that the attention mask excludes, in this batch and "
-        "not in those before it. Let the model leave masked positions out, or pass batches without padding"
+        f"{names[index]}: padding counts: the logits depend on positions that the attention mask excludes, in this "
+        "batch and not in those before it. Let the model leave masked positions out, or pass batches without padding"
     )

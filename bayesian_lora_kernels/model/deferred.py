@@ -1,4 +1,4 @@
-"""When the host looks at numbers of the device: at once, or a batch later, so that it never waits for the work ahead."""
+"""When the host looks at numbers of the device: at once, or a batch later, so that it need not wait for them."""
 
 from __future__ import annotations
 

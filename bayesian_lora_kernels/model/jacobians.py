@@ -30,7 +30,7 @@ def _cotangent(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
 
 
 def _new_columns(gradient: Tensor, count: int) -> Tensor:
-    """`[N, count, ...]` for `count` gradients `[N, ...]`; on a GPU each has its place in one piece, to be copied fast."""
+    """`[N, count, ...]` for `count` gradients `[N, ...]`; on a GPU each has a place in one piece, to be copied fast."""
     n, rest = len(gradient), gradient.shape[1:]
     if gradient.device.type == "cpu":
         return gradient.new_empty(n, count, *rest)
