@@ -6,6 +6,7 @@ Source: George et al. 2018, "Fast approximate natural gradient descent in a Kron
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class EigenvalueSums:
     def __init__(
         self, bases: Mapping[str, tuple[Eigenbasis, Eigenbasis]], factors: Mapping[str, KroneckerFactors], tail: bool
     ):
-        alike: dict[tuple[object, ...], list[str]] = {}
+        alike: dict[tuple[Any, ...], list[str]] = {}
         for name, (s, a) in bases.items():
             truncated = tuple(not tail and f.shape[0] > f.shape[1] for f in (factors[name].s, factors[name].a))
             kind = s.vectors.shape, a.vectors.shape, truncated, a.vectors.dtype, a.vectors.device
@@ -39,8 +40,8 @@ class EigenvalueSums:
             step = max(1, limit // max(1, shape_s.numel() + shape_a.numel()))
             for start in range(0, len(names), step):
                 part = names[start : start + step]
-                s, a = (_stacked([bases[name][side].vectors for name in part]) for side in (0, 1))
-                self._groups.append(_Group(part, s, a, *truncated))
+                basis_s, basis_a = (_stacked([bases[name][side].vectors for name in part]) for side in (0, 1))
+                self._groups.append(_Group(part, basis_s, basis_a, *truncated))
 
     def add(self, gradients: Mapping[str, Tensor]) -> None:
         """Add per-example weight gradients `[N, d_out, d_in]` of one Fisher column; of some layers, or all."""
@@ -64,8 +65,9 @@ class _Group:
         self.n_s, self.n_a = (basis.shape[1] - basis.shape[2] for basis in (basis_s, basis_a))
         self.measure_s, self.measure_a = self.n_s > 0 and not truncated_s, self.n_a > 0 and not truncated_a
         k_s, k_a = basis_s.shape[2], basis_a.shape[2]
-        count, options = len(names), {"dtype": torch.float64, "device": basis_a.device}
-        self.sums = Blocks(*(torch.zeros(count, *shape, **options) for shape in ((k_s, k_a), (k_s,), (k_a,), ())))
+        sizes: tuple[tuple[int, ...], ...] = ((k_s, k_a), (k_s,), (k_a,), ())
+        new = basis_a.new_zeros
+        self.sums = Blocks(*(new((len(names), *size), dtype=torch.float64) for size in sizes))
 
     def add(self, gradients: Mapping[str, Tensor]) -> None:
         like = next((gradients[name] for name in self.names if name in gradients), None)

@@ -343,7 +343,7 @@ class Capture:
         for device in dict.fromkeys(one.g.device for one in arrived):
             here = [one for one in arrived if one.g.device == device]
             if device.type == "cpu":
-                here = [one for one in here if one.g[~one.mask].any()]
+                here = [one for one in here if one.mask is not None and one.g[~one.mask].any()]
             if here:
                 gs, inputs, masks = ([getattr(one, part) for one in here] for part in ("g", "a", "mask"))
                 names = [one.name for one in here]

@@ -154,12 +154,10 @@ def kronecker_eigenvalues(bases: Mapping[str, tuple[Eigenbasis, Eigenbasis]]) ->
         groups.setdefault((len(s.values), len(a.values), s.values.device), []).append(name)
     found: dict[str, Blocks] = {}
     for names in groups.values():
-        s, s_tail, a, a_tail = (
-            torch.stack([getattr(bases[name][side], part) for name in names])
-            for side in (0, 1)
-            for part in ("values", "tail")
-        )
-        blocks = (s[:, :, None] * a[:, None, :], s * a_tail[:, None], a * s_tail[:, None], s_tail * a_tail)
+        values_s, values_a = (torch.stack([bases[name][side].values for name in names]) for side in (0, 1))
+        tails_s, tails_a = (torch.stack([bases[name][side].tail for name in names]) for side in (0, 1))
+        kept = values_s[:, :, None] * values_a[:, None, :]
+        blocks = (kept, values_s * tails_a[:, None], values_a * tails_s[:, None], tails_s * tails_a)
         found |= zip(names, map(Blocks, *(block.unbind() for block in blocks)), strict=True)
     return {name: found[name] for name in bases}
 

@@ -131,8 +131,8 @@ def grouped_weight_gradient(
     classes: dict[tuple[object, ...], list[int]] = {}
     for i, (g, a, mask) in enumerate(zip(gs, inputs, masks, strict=True)):
         if outs[i].numel():
-            kind = _variant(g, a, mask), g.shape, a.shape, g.stride(), a.stride()
-            classes.setdefault(kind, []).append(i)
+            of_class = _variant(g, a, mask), g.shape, a.shape, g.stride(), a.stride()
+            classes.setdefault(of_class, []).append(i)
     if not classes:
         return
     with on_device(outs[0]):
