@@ -82,6 +82,16 @@ def square_sums(widths: Sequence[int] = (32, 4096)) -> None:
         kernel.grouped_square_sum(_empty(1, dtype=torch.float64), [x], [mask])
 
 
+def weight_gradients(sizes: Sequence[tuple[int, int]] = ((4096, 8), (8, 4096), (200, 72)), tokens: int = 112) -> None:
+    """LoRA B, LoRA A and a wide layer, in either layout; float16 compiles to what bfloat16 does."""
+    from bayesian_lora_kernels.ops.weight_gradient import kernel
+
+    for dtype, (d_out, d_in), strided in itertools.product((BF16, FP32), sizes, (False, True)):
+        g = _rows(18 * tokens, d_out - strided, dtype, strided).unflatten(0, (18, tokens))
+        a, mask = _empty(18, tokens, d_in, dtype=dtype), _empty(18, tokens, dtype=torch.bool)
+        kernel.grouped_weight_gradient([_empty(18, g.shape[2], d_in)], [g], [a], [mask])
+
+
 def incremental_svds(columns: Sequence[int] = (16, 30, 64, 128)) -> None:
     """Two streams of many rows, in either layout, and of few."""
     from bayesian_lora_kernels.ops.incremental_svd import kernel
@@ -173,6 +183,6 @@ def vocabularies(
 
 
 PROBLEMS: tuple[Callable[[], None], ...] = (
-    *(outer_products, split_outer_products, mirrored, square_sums, incremental_svds),
+    *(outer_products, split_outer_products, mirrored, square_sums, weight_gradients, incremental_svds),
     *(jacobians, jacobians_of_wide_bases, jacobians_of_few_tokens, jacobians_through_tokens, vocabularies),
 )

@@ -51,6 +51,12 @@ def square_sums():
     launches.square_sums((1, 8, 33))
 
 
+def weight_gradients():
+    sizes = list(itertools.product((1, 8, 17, 300), repeat=2))
+    for tokens in (0, 1, 100):
+        launches.weight_gradients(sizes, tokens)
+
+
 def incremental_svds():
     launches.incremental_svds((1, 16, 33, 65, 128))
 
@@ -91,6 +97,7 @@ def what_no_problem_calls():
     [
         outer_products,
         square_sums,
+        weight_gradients,
         incremental_svds,
         jacobians,
         jacobians_through_tokens,

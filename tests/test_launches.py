@@ -47,4 +47,4 @@ def test_operations_do_not_grow_with_the_number_of_modules(settings):
     assert fit["grouped_square_sum"] == passes
     assert fit["grouped_outer_product_accumulate"] == passes
     assert fit["grouped_incremental_svd"] == (passes if settings else 0)
-    assert predict == {"grouped_jacobian_covariance": 1}
+    assert predict == {"grouped_weight_gradient": 3, "grouped_jacobian_covariance": 1}  # of 3 classes

@@ -34,6 +34,7 @@ def arguments():
         "grouped_outer_product": ([x, few], [mask, None], [1.0, 2.0], "auto"),
         "grouped_outer_product_accumulate": ([out, out.clone()], [x, few], [mask, None], [1.0, 2.0], "auto"),
         "grouped_square_sum": ([x, few], [mask, None], "auto"),
+        "grouped_weight_gradient": ([g[:, 0], g[:, 1]], [a, a], [mask_nt, None], "auto"),
         "grouped_incremental_svd": ([basis, basis[:, :0]], [x, few], [mask, None], numbers, [6, 5], 2, "auto"),
         "jacobian_gram": (a, g, None, "auto"),
         "jacobian_covariance": (a, g, *posterior, mask_nt, "auto"),
@@ -58,6 +59,7 @@ def test_compiles_without_a_graph_break(backend):
         second = ops.mirror_lower(ops.outer_product(x, out=out, lower=True))
         grouped = ops.grouped_outer_product([x, 2 * x], masks=[mask, None], outs=[first, out])
         squares = ops.grouped_square_sum([x, x[:3]], masks=[mask, None])
+        gradients = ops.grouped_weight_gradient([g[:, 0], g[:, 1]], [a, a], masks=[mask[:10].reshape(2, 5), None])
         basis = ops.incremental_svd(None, x, columns=6, mask=mask, fresh=2)
         bases = ops.grouped_incremental_svd([basis, None], [x, x[:3]], columns=6)
         posterior = Posterior(basis_s, basis_a, blocks)
@@ -67,7 +69,7 @@ def test_compiles_without_a_graph_break(backend):
         probs = ops.vocabulary_probs(a[0], a, logsumexp=lse, softcap=9.0) + ops.vocabulary_variance(a[0], a.mT)
         statistics = ops.vocabulary_statistics(a[0], a, targets=mask[:2].long())
         eigen = ops.small_eigh(out[None])
-        return first, second, *grouped, squares, basis, *bases, gram, *eigen, probs, *statistics
+        return first, second, *grouped, squares, *gradients, basis, *bases, gram, *eigen, probs, *statistics
 
     def inputs():
         torch.manual_seed(1)

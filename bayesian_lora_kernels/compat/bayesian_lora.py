@@ -18,7 +18,7 @@ from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.compat.lazy_jacobian import LazyJacobian
 from bayesian_lora_kernels.compat.untouched import BoxedForward, boxed
 from bayesian_lora_kernels.config import LaplaceConfig
-from bayesian_lora_kernels.curvature.factors import KroneckerSums, check_finite
+from bayesian_lora_kernels.curvature.factors import KroneckerSums
 from bayesian_lora_kernels.curvature.likelihood import Classification
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, model_device
@@ -145,7 +145,7 @@ def calculate_kronecker_factors(
                 raise ValueError(f"forward_call: expected logits [N, C], got {list(recorded.logits.shape)}")
             if not published:
                 likelihood.check_logits(recorded.logits)
-            check_finite("input", sums.add_inputs(recorded.inputs))
+            sums.add_inputs(recorded.inputs)
             for name in recorded.inputs:
                 rows[name] = rows.get(name, 0) + len(recorded.logits)
             cotangents = _sampled_mean_loss(recorded.logits)
@@ -155,7 +155,7 @@ def calculate_kronecker_factors(
                 )
             for cotangent, last in cotangents:
                 gradients = recorded.backward(cotangent, retain_graph=not last)
-                check_finite("output gradient", sums.add_gradients(gradients, recorded.inputs))
+                sums.add_gradients(gradients, recorded.inputs)
             batches += 1
     if not batches:
         raise ValueError("loader: expected at least one batch, got none")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +11,16 @@ from torch import Tensor
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.model.capture import LayerInput
+from bayesian_lora_kernels.model.deferred import AT_ONCE, AtOnce
 from bayesian_lora_kernels.model.masks import last_valid
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
-from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
+from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, descending_eigh, in_batches
 
 FRESH_COLUMNS = 10
 # An update of a low-rank factor costs some small decompositions whatever its number of rows: gather rows first.
 ROWS_PER_COLUMN = 12
+
+Rows = tuple[Tensor, Tensor | None]  # [M, d], and which of them count [M]; None: all
 
 
 def stream_columns(config: LaplaceConfig, width: int) -> int | None:
@@ -48,14 +51,15 @@ class FactorSum:
         self.columns = columns
         self.width = width
         self.matrix: Tensor | None = None  # [d, d], only its lower half; or [d, columns] with B B^T the estimate
-        self.trace = 0.0
+        self.trace: Tensor | None = None  # 0-d float64
         self._rows: list[tuple[Tensor, Tensor | None]] = []
 
     def clone(self) -> FactorSum:
         """An independent copy."""
         copy = FactorSum(self.width, self.columns)
         copy.matrix = None if self.matrix is None else self.matrix.clone()
-        copy.trace, copy._rows = self.trace, list(self._rows)
+        copy.trace = None if self.trace is None else self.trace.clone()
+        copy._rows = list(self._rows)
         return copy
 
     def gather(self, x: Tensor, mask: Tensor | None) -> bool:
@@ -77,28 +81,6 @@ class FactorSum:
         """Whether rows have been gathered that no update has seen."""
         return bool(self._rows)
 
-    def finish(self, scale: float, config: LaplaceConfig) -> tuple[Tensor, Tensor]:
-        """The factor times `scale`, and its tail eigenvalue."""
-        assert self.matrix is not None
-        zero = torch.zeros((), dtype=torch.float64, device=self.matrix.device)
-        if self.columns is None:
-            return self._finish_full(scale, config, zero)
-        assert config.rank is not None
-        kept = self.matrix[:, : config.rank] * scale**0.5
-        tail = (self.trace * scale - kept.double().square().sum()).clamp_min(0)
-        return kept.contiguous(), tail / (self.width - config.rank) if config.tail else zero
-
-    def _finish_full(self, scale: float, config: LaplaceConfig, zero: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.matrix is not None
-        matrix = ops.mirror_lower(self.matrix) * scale
-        if config.rank is None or self.width <= config.rank_threshold or config.rank >= self.width:
-            return matrix, zero
-        # Summed in full only because that was the cheaper way to the same low-rank factor.
-        values, vectors = torch.linalg.eigh(matrix.double())
-        values, vectors = values[-config.rank :].flip(0).clamp_min(0), vectors[:, -config.rank :].flip(1)
-        tail = (matrix.double().diagonal().sum() - values.sum()).clamp_min(0) / (self.width - config.rank)
-        return (vectors * values.sqrt()).to(matrix.dtype), tail if config.tail else zero
-
 
 class FactorSums:
     """All the sums of a model, updated together: a few grouped operations per batch, however many sums there are."""
@@ -108,48 +90,55 @@ class FactorSums:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.sums: dict[Hashable, FactorSum] = {}
 
-    def add(self, rows: Mapping[Hashable, tuple[Tensor, Tensor | None]]) -> list[Hashable]:
+    def add(self, rows: Mapping[Hashable, Rows], checks: AtOnce, error: Callable[[Hashable], Exception]) -> None:
         """Add `{key: (x [M, d], mask [M])}`.
 
-        Returns:
-            The keys whose counted entries are not all finite; nothing is added then.
+        Raises:
+            Exception: `error(key)`, when `checks` look, if counted entries are not all finite; if that is at once,
+                nothing has been added.
         """
         kept = {}
         for key, (x, mask) in rows.items():
             if mask is not None and x.device.type == "cpu":
                 x, mask = x[mask], None  # no synchronisation to avoid here: leave padding out altogether
             kept[key] = x, mask
-        squares = square_sums(kept)
-        not_finite = [key for key, square in squares.items() if not math.isfinite(square)]
-        if not_finite:
-            return not_finite
+        squares = checked_square_sums(kept, checks, error)
         full: list[tuple[FactorSum, Tensor, Tensor | None]] = []
         ready: list[FactorSum] = []
         for key, (x, mask) in kept.items():
             if key not in self.sums:
                 self.sums[key] = FactorSum(x.shape[1], stream_columns(self.config, x.shape[1]))
             total = self.sums[key]
-            total.trace += squares[key]
             if total.columns is None:
                 full.append((total, x, mask))
             elif total.gather(x, mask):
                 ready.append(total)
+        self._add_traces(squares)
         self._add_full(full)
-        self._update(ready)
-        return []
+        try:
+            self._update(ready)
+        except ValueError:
+            checks.end()  # an error that names the layer
+            raise
+
+    def _add_traces(self, squares: Mapping[Hashable, Tensor]) -> None:
+        known = [key for key in squares if self.sums[key].trace is not None]
+        if known:
+            traces = [trace for key in known if (trace := self.sums[key].trace) is not None]
+            torch._foreach_add_(traces, [squares[key] for key in known])
+        for key in squares.keys() - known:
+            self.sums[key].trace = squares[key]
 
     def _add_full(self, entries: Sequence[tuple[FactorSum, Tensor, Tensor | None]]) -> None:
-        for total, x, _ in entries:
-            if total.matrix is None:
-                total.matrix = x.new_zeros(total.width, total.width, dtype=accumulate_dtype(x))
-        for device in dict.fromkeys(x.device for _, x, _ in entries):
-            here = [entry for entry in entries if entry[1].device == device]
-            ops.grouped_outer_product(
-                [x for _, x, _ in here],
-                masks=[mask for _, _, mask in here],
-                outs=[total.matrix for total, _, _ in here if total.matrix is not None],
-                lower=True,
-            )
+        for device, new in dict.fromkeys((x.device, total.matrix is None) for total, x, _ in entries):
+            here = [entry for entry in entries if (entry[1].device, entry[0].matrix is None) == (device, new)]
+            xs, masks = [x for _, x, _ in here], [mask for _, _, mask in here]
+            if new:
+                for (total, _, _), matrix in zip(here, ops.grouped_outer_product(xs, masks=masks), strict=True):
+                    total.matrix = matrix
+            else:
+                outs = [total.matrix for total, _, _ in here if total.matrix is not None]
+                ops.grouped_outer_product(xs, masks=masks, outs=outs, lower=True)
 
     def _update(self, totals: Sequence[FactorSum]) -> None:
         rows = [(total, *total.take_rows()) for total in totals]
@@ -171,26 +160,70 @@ class FactorSums:
     def finish(self, scales: Mapping[Hashable, float]) -> dict[Hashable, tuple[Tensor, Tensor]]:
         """`{key: (factor, tail)}`, every factor multiplied by its scale."""
         self._update([total for total in self.sums.values() if total.waiting])
-        return {key: self.sums[key].finish(scale, self.config) for key, scale in scales.items()}
+        groups: dict[tuple[object, ...], list[Hashable]] = {}
+        for key in scales:
+            total = self.sums[key]
+            assert total.matrix is not None
+            matrix = total.matrix
+            groups.setdefault((total.columns, matrix.shape, matrix.dtype, matrix.device), []).append(key)
+        found: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        for keys in groups.values():
+            for part in in_batches(keys, self.sums[keys[0]].width ** 2):
+                found |= zip(part, self._finished(part, [scales[key] for key in part]), strict=True)
+        return {key: found[key] for key in scales}
+
+    def _finished(self, keys: Sequence[Hashable], scales: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+        """Of sums of one shape."""
+        totals = [self.sums[key] for key in keys]
+        matrices = [total.matrix for total in totals if total.matrix is not None]
+        traces = torch.stack([total.trace for total in totals if total.trace is not None])
+        scale = torch.tensor(scales, dtype=torch.float64).to(matrices[0].device)
+        rank, width = self.config.rank, totals[0].width
+        if totals[0].columns is not None:
+            assert rank is not None
+            kept = torch.stack([matrix[:, :rank] for matrix in matrices]) * scale.sqrt().to(matrices[0])[:, None, None]
+            sums = kept.double().square().sum(dim=(1, 2))
+            return list(zip(kept, self._tails(traces * scale - sums, width), strict=True))
+        lower = torch.stack(matrices).tril()
+        full = (lower + lower.tril(-1).mT) * scale.to(lower)[:, None, None]
+        if rank is None or width <= self.config.rank_threshold or rank >= width:
+            return list(zip(full, torch.zeros_like(traces), strict=True))
+        # Summed in full only because that was the cheaper way to the same low-rank factor.
+        values, vectors = descending_eigh(full.double())
+        values = values[:, :rank].clamp_min(0)
+        tails = self._tails(full.double().diagonal(dim1=1, dim2=2).sum(dim=1) - values.sum(dim=1), width)
+        return list(zip((vectors[:, :, :rank] * values.sqrt()[:, None, :]).to(full), tails, strict=True))
+
+    def _tails(self, left: Tensor, width: int) -> Tensor:
+        """The eigenvalue that stands for what is left of the traces `[L]`."""
+        assert self.config.rank is not None
+        return left.clamp_min(0) / (width - self.config.rank) if self.config.tail else torch.zeros_like(left)
 
 
-def square_sums(rows: Mapping[Hashable, tuple[Tensor, Tensor | None]]) -> dict[Hashable, float]:
-    """Sum of squares of the counted entries of each `(x [M, d], mask [M])`: not finite exactly if one of them is not.
+def checked_square_sums(
+    rows: Mapping[Hashable, Rows], checks: AtOnce, error: Callable[[Hashable], Exception]
+) -> dict[Hashable, Tensor]:
+    """Sum of squares of the counted entries of each `(x [M, d], mask [M])`, 0-d float64; one operation per device.
 
-    One operation and one synchronisation per device.
+    Raises:
+        Exception: `error(key)`, when `checks` look, if counted entries are not all finite.
     """
-    sums: dict[Hashable, float] = {}
+    sums: dict[Hashable, Tensor] = {}
     for device in dict.fromkeys(x.device for x, _ in rows.values()):
         here = {key: entry for key, entry in rows.items() if entry[0].device == device}
         found = ops.grouped_square_sum([x for x, _ in here.values()], masks=[mask for _, mask in here.values()])
-        sums |= zip(here, found.tolist(), strict=True)
+        sums |= zip(here, found.unbind(), strict=True)
+        checks.add(~torch.isfinite(found), functools.partial(_error_of, list(here), error))
     return sums
 
 
-def check_finite(what: str, names: Sequence[str], where: str = "") -> None:
-    """Raises ValueError that names the first of the layers whose input or gradient is not finite, if there is one."""
-    if names:
-        raise ValueError(f"{names[0]}: its {what} is not finite (NaN or infinity){where}")
+def _error_of(keys: Sequence[Hashable], error: Callable[[Hashable], Exception], index: int) -> Exception:
+    return error(keys[index])
+
+
+def not_finite(name: Hashable, what: str, where: str = "") -> ValueError:
+    """Of the layer whose input or gradient it is."""
+    return ValueError(f"{name}: its {what} is not finite (NaN or infinity){where}")
 
 
 class KroneckerSums:
@@ -204,14 +237,18 @@ class KroneckerSums:
         self.config = config
         self._sums = FactorSums(config)
         self._group: dict[str, int] = {}
-        self._counts: dict[int, int] = {}
+        self._counts: dict[int, list[int | Tensor]] = {}  # rows of each batch; what a mask counts stays on its device
 
-    def add_inputs(self, inputs: Mapping[str, LayerInput]) -> list[str]:
-        """Add one batch's inputs; returns the layers whose input is not finite."""
+    def add_inputs(self, inputs: Mapping[str, LayerInput], checks: AtOnce = AT_ONCE, where: str = "") -> None:
+        """Add one batch's inputs.
+
+        Raises:
+            ValueError: for a layer whose input is not finite, when `checks` look; it ends with `where`.
+        """
         self._regroup(inputs)
         rows: dict[Hashable, tuple[Tensor, Tensor | None]] = {}
         names: dict[Hashable, str] = {}
-        counts: dict[int, int] = {}  # of the masks, which most layers share
+        counts: dict[int, Tensor] = {}  # of the masks, which most layers share
         for name, (a, mask, _) in inputs.items():
             group = self._group[name]
             if ("a", group) in names:
@@ -219,28 +256,39 @@ class KroneckerSums:
             names["a", group] = name
             x, counted = rows["a", group] = token_rows(a, mask, self.config.tokens, mean=True)
             if counted is not None and id(mask) not in counts:
-                counts[id(mask)] = int(counted.sum())
-            self._counts[group] = self._counts.get(group, 0) + (len(x) if counted is None else counts[id(mask)])
-        return [names[key] for key in self._sums.add(rows)]
+                counts[id(mask)] = counted.sum()
+            self._counts.setdefault(group, []).append(len(x) if counted is None else counts[id(mask)])
+        self._sums.add(rows, checks, lambda key: not_finite(names[key], "input", where))
 
-    def add_gradients(self, gradients: Mapping[str, Tensor], inputs: Mapping[str, LayerInput]) -> list[str]:
-        """Add one backward pass's output gradients; returns the layers whose gradient is not finite."""
+    def add_gradients(
+        self,
+        gradients: Mapping[str, Tensor],
+        inputs: Mapping[str, LayerInput],
+        checks: AtOnce = AT_ONCE,
+        where: str = "",
+    ) -> None:
+        """Add one backward pass's output gradients.
+
+        Raises:
+            ValueError: for a layer whose gradient is not finite, when `checks` look; it ends with `where`.
+        """
         names: dict[Hashable, str] = {("s", name): name for name in gradients}
         rows: dict[Hashable, tuple[Tensor, Tensor | None]] = {
             key: token_rows(gradients[name], inputs[name].mask, self.config.tokens, mean=False)
             for key, name in names.items()
         }
-        return [names[key] for key in self._sums.add(rows)]
+        self._sums.add(rows, checks, lambda key: not_finite(names[key], "output gradient", where))
 
     @property
     def input_rows(self) -> dict[str, int]:
         """How many rows (tokens, or examples) the A of each layer is the mean of."""
-        return {name: self._counts[group] for name, group in self._group.items()}
+        of_group = _summed(self._counts)
+        return {name: of_group[group] for name, group in self._group.items()}
 
     def factors(self) -> dict[str, KroneckerFactors]:
         """The finished factors: A a mean over tokens (or examples), S a sum. Shared inputs share their tensor."""
         scales: dict[Hashable, float] = {("s", name): 1.0 for name in self._group}
-        scales |= {("a", group): 1.0 / max(self._counts[group], 1) for group in set(self._group.values())}
+        scales |= {("a", self._group[name]): 1.0 / max(rows, 1) for name, rows in self.input_rows.items()}
         finished = self._sums.finish(scales)
         result = {}
         for name, group in self._group.items():
@@ -260,11 +308,21 @@ class KroneckerSums:
             group = before
             if before is None or before in placed.values():  # new, or others kept the old group: take a copy along
                 group = max(self._counts, default=-1) + 1
-                self._counts[group] = self._counts.get(before, 0) if before is not None else 0
+                self._counts[group] = list(self._counts.get(before, ())) if before is not None else []
                 if before is not None:
                     self._sums.sums["a", group] = self._sums.sums["a", before].clone()
             assert group is not None
             placed[before, now] = self._group[name] = group
+
+
+def _summed(counts: Mapping[int, Sequence[int | Tensor]]) -> dict[int, int]:
+    """Sums of numbers of which some are on a device; there is one synchronisation per device."""
+    tensors = {id(n): n for numbers in counts.values() for n in numbers if isinstance(n, Tensor)}
+    known: dict[int, int] = {}
+    for device in dict.fromkeys(n.device for n in tensors.values()):
+        here = {key: n for key, n in tensors.items() if n.device == device}
+        known |= zip(here, torch.stack(list(here.values())).tolist(), strict=True)
+    return {key: sum(known[id(n)] if isinstance(n, Tensor) else n for n in numbers) for key, numbers in counts.items()}
 
 
 def token_rows(x: Tensor, mask: Tensor | None, tokens: str, *, mean: bool) -> tuple[Tensor, Tensor | None]:

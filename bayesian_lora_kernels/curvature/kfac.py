@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels import ops
-from bayesian_lora_kernels.curvature.eigenvalues import EigenvalueSum
-from bayesian_lora_kernels.curvature.factors import KroneckerSums, check_finite
+from bayesian_lora_kernels.curvature.eigenvalues import EigenvalueSums
+from bayesian_lora_kernels.curvature.factors import KroneckerSums
 from bayesian_lora_kernels.curvature.passes import Passes
 from bayesian_lora_kernels.model.jacobians import Jacobians
 from bayesian_lora_kernels.posterior.curvature import Curvature, joined_spectra, register
@@ -24,7 +24,9 @@ from bayesian_lora_kernels.posterior.kronecker import (
     KroneckerDecomposition,
     KroneckerFactors,
     KroneckerPosterior,
+    eigenbases,
     kronecker_eigenvalues,
+    under_prior,
 )
 from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.posterior.stored import Stored
@@ -49,7 +51,7 @@ class KroneckerCurvature(Curvature):
     def measure(cls, data: Passes) -> KroneckerCurvature:
         """One pass for the factors."""
         factors = cls.measure_factors(data)
-        bases = {name: one.bases() for name, one in factors.items()}
+        bases = eigenbases(factors)
         values = cls.measure_eigenvalues(data, factors, bases)
         layers = {}
         for layer in data.layers:
@@ -63,9 +65,9 @@ class KroneckerCurvature(Curvature):
         sums = KroneckerSums(data.config)
         for index, recorded in data.captures("curvature"):
             data.check_clear(index)
-            check_finite("input", sums.add_inputs(recorded.inputs), f" in batch {index}")
+            sums.add_inputs(recorded.inputs, data.checks, f" in batch {index}")
             for gradients in data.backward(recorded):
-                check_finite("output gradient", sums.add_gradients(gradients, recorded.inputs), f" in batch {index}")
+                sums.add_gradients(gradients, recorded.inputs, data.checks, f" in batch {index}")
         factors = cls.finish_factors(sums, data.n_examples)
         data.check_called(factors)
         return factors
@@ -83,7 +85,7 @@ class KroneckerCurvature(Curvature):
         bases: Mapping[str, tuple[Eigenbasis, Eigenbasis]],
     ) -> dict[str, Blocks]:
         """The curvature's eigenvalues in the bases of S and A: here the products of theirs."""
-        return {name: kronecker_eigenvalues(s, a) for name, (s, a) in bases.items()}
+        return kronecker_eigenvalues(bases)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
@@ -96,7 +98,7 @@ class KroneckerCurvature(Curvature):
 
     def prepare(self, prior: Prior) -> dict[str, KroneckerPosterior]:
         """The Gaussian of every layer."""
-        return {name: one.with_prior(prior[name]) for name, one in self._layers.items()}
+        return under_prior(self._layers, prior)
 
     def covariance(self, jacobians: Jacobians, prior: Prior, prepared: Mapping[str, KroneckerPosterior]) -> Tensor:
         """The sum over layers of their contractions, one grouped operation per device."""
@@ -129,12 +131,12 @@ class KroneckerCurvature(Curvature):
                 **one.curvature._asdict(),
                 "s": factors.s,
                 "tail_s": factors.tail_s,
-                "tail_a": factors.tail_a.clone(),  # layers with one input share it; safetensors wants each its own
+                "tail_a": factors.tail_a,
             }
-            tensors |= {f"{name}.{key}": value for key, value in parts.items()}
             owner = shared.setdefault(id(factors.a), name)
             if owner == name:
-                tensors[f"{name}.a"] = factors.a
+                parts["a"] = factors.a
+            tensors |= {f"{name}.{key}": value.clone() for key, value in parts.items()}  # they may share their memory
             described[name] = {"input_factor": owner}
         return tensors, described
 
@@ -181,9 +183,8 @@ class EigenvalueCorrectedCurvature(KroneckerCurvature):
         bases: Mapping[str, tuple[Eigenbasis, Eigenbasis]],
     ) -> dict[str, Blocks]:
         """Second moments of the gradients along the bases."""
-        sums = {name: EigenvalueSum(s, a, factors[name], data.config.tail) for name, (s, a) in bases.items()}
+        sums = EigenvalueSums(bases, factors, data.config.tail)
         for _, recorded in data.captures("eigenvalues", weight_gradients=True):
-            for gradients in data.backward(recorded, weight_gradients=list(sums)):
-                for name, gradient in gradients.items():
-                    sums[name].add(gradient)
-        return {name: total.eigenvalues() for name, total in sums.items()}
+            for gradients in data.backward(recorded, weight_gradients=list(bases)):
+                sums.add(gradients)
+        return sums.eigenvalues()

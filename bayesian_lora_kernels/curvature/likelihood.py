@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bayesian_lora_kernels.model.deferred import AT_ONCE, AtOnce
 from bayesian_lora_kernels.model.forward import IGNORED_LABEL
 
 MAX_EXACT_COLUMNS = 16
@@ -24,8 +25,12 @@ class Likelihood(ABC):
         """Raises ValueError if logits of this shape mean nothing."""
 
     @abstractmethod
-    def check_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Labels in the form that the other methods take. Raises ValueError for a wrong shape, dtype or range."""
+    def check_labels(self, logits: Tensor, labels: Tensor, checks: AtOnce = AT_ONCE) -> Tensor:
+        """Labels in the form that the other methods take.
+
+        Raises:
+            ValueError: for a wrong shape or dtype; when `checks` look, for a wrong range.
+        """
 
     @abstractmethod
     def log_likelihood(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
@@ -108,7 +113,7 @@ class Classification(Likelihood):
                 "as a reward model's, is likelihood='regression'"
             )
 
-    def check_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def check_labels(self, logits: Tensor, labels: Tensor, checks: AtOnce = AT_ONCE) -> Tensor:
         """See `Likelihood.check_labels`."""
         n_classes = logits.shape[-1]
         if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
@@ -120,8 +125,12 @@ class Classification(Likelihood):
         wrong = (labels < 0) | (labels >= n_classes)
         if labels.ndim == 2:  # only a position can go without a label: an example that does is not part of the data
             wrong &= labels != IGNORED_LABEL
-        if wrong.any():
-            raise ValueError(f"labels: expected class indices from 0 to {n_classes - 1}, got {int(labels[wrong][0])}")
+        checks.add(
+            wrong.any().reshape(1),
+            lambda _: ValueError(
+                f"labels: expected class indices from 0 to {n_classes - 1}, got {int(labels[wrong][0])}"
+            ),
+        )
         return labels
 
     def log_likelihood(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
@@ -130,7 +139,7 @@ class Classification(Likelihood):
         if mask is not None:
             counted = counted & mask
         log_probs = _wide(logits.detach()).log_softmax(dim=-1)
-        picked = log_probs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        picked = log_probs.gather(-1, _index(labels, log_probs)).squeeze(-1)
         return picked.masked_fill(~counted, 0).sum(dtype=torch.float64)
 
     def exact_rank(self, n_logits: int) -> int:
@@ -153,20 +162,20 @@ class Classification(Likelihood):
 
     def sampled(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """See `Likelihood.sampled`."""
+        # As `torch.multinomial` draws one, which would wait for the device to see that the probabilities are some.
         probs = logits.softmax(dim=-1)
-        drawn = torch.multinomial(probs.reshape(-1, probs.shape[-1]), 1, generator=generator).reshape(probs.shape[:-1])
-        return self.score(logits, drawn)
+        return self.score(logits, (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1))
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
         """See `Likelihood.score`."""
-        one_hot = torch.zeros_like(logits).scatter_(-1, labels.clamp_min(0).unsqueeze(-1), 1)
+        one_hot = torch.zeros_like(logits).scatter_(-1, _index(labels, logits), 1)
         return (one_hot - logits.softmax(dim=-1)).masked_fill((labels == IGNORED_LABEL).unsqueeze(-1), 0)
 
 
 class Regression(Likelihood):
     """Independent Gaussians of unit variance around the logits; labels are `[N, C]` (or `[N]` for one logit)."""
 
-    def check_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def check_labels(self, logits: Tensor, labels: Tensor, checks: AtOnce = AT_ONCE) -> Tensor:
         """See `Likelihood.check_labels`."""
         if labels.shape == logits.shape[:-1] and logits.shape[-1] == 1:
             labels = labels.unsqueeze(-1)
@@ -174,8 +183,8 @@ class Regression(Likelihood):
             raise ValueError(
                 f"labels: expected targets of shape {list(logits.shape)} like the logits, got {list(labels.shape)}"
             )
-        if not torch.isfinite(labels).all():
-            raise ValueError("labels: expected finite targets, got NaN or infinity")
+        finite = torch.isfinite(labels).all().reshape(1)
+        checks.add(~finite, lambda _: ValueError("labels: expected finite targets, got NaN or infinity"))
         return labels
 
     def log_likelihood(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
@@ -202,6 +211,11 @@ class Regression(Likelihood):
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {"classification": Classification, "regression": Regression}
+
+
+def _index(labels: Tensor, logits: Tensor) -> Tensor:
+    """Of labels that may turn out to be wrong, or none: an index out of range would break a GPU's context."""
+    return labels.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.config import LaplaceConfig
-from bayesian_lora_kernels.curvature.factors import check_finite, square_sums
+from bayesian_lora_kernels.curvature.factors import Rows, checked_square_sums, not_finite
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
+from bayesian_lora_kernels.model.deferred import Deferred
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring
@@ -48,6 +49,7 @@ class Passes:
     Attributes:
         layers: to measure.
         config: settings of the fit.
+        checks: of numbers, which are looked at a batch later where the host would have to wait.
         n_examples: in the data, after the first pass.
         log_likelihood: of the labels, summed over the data, after the first pass; None without labels.
 
@@ -74,6 +76,7 @@ class Passes:
         self.likelihood = LIKELIHOODS[config.likelihood]()
         self._totals: _Totals | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
+        self.checks = Deferred()
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +113,7 @@ class Passes:
         Raises:
             ValueError: for an empty loader, bad labels, logits that are not finite; the batch is named.
         """
-        totals = _Totals()
+        totals, self.checks = _Totals(), Deferred()
         for index, given in enumerate(tqdm(self.loader, desc=what, unit="batch", disable=not self.progress)):
             try:
                 batch = Batch.of(given, self.device)
@@ -118,11 +121,15 @@ class Passes:
                     continue
                 step = examples_within(self.config.memory_budget, batch, self.layers, weight_gradients=weight_gradients)
                 for _, recorded in captures(self.layers, self.forward, batch, step, all_labels=True):
+                    self.checks.prefix = f"batch {index}: "
                     self._count(recorded, totals)
+                    self.checks.prefix = ""
                     yield index, recorded
             except (ValueError, TypeError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"batch {index}: {error}") from error
+            self.checks.end_batch()
+        self.checks.end()
         if totals.n_examples == 0:
             raise ValueError("loader: expected at least one batch with at least one example, got none")
         if int(totals.positions) == 0:
@@ -146,9 +153,9 @@ class Passes:
             called |= recorded.inputs.keys()
             for gradients in self.backward(recorded, weight_gradients=names):
                 gradients |= recorded.without_gradient()
-                squares = square_sums({name: (gradients[name].flatten(start_dim=1), None) for name in names})
-                bad = [name for name in names if not math.isfinite(squares[name])]
-                check_finite("gradient", bad, f" in batch {index}")
+                rows: dict[Hashable, Rows] = {name: (gradients[name].flatten(start_dim=1), None) for name in names}
+                error = functools.partial(not_finite, what="gradient", where=f" in batch {index}")
+                checked_square_sums(rows, self.checks, error)
                 yield gradients
         self.check_called(called)
 
@@ -165,7 +172,9 @@ class Passes:
             samples=self.config.fisher_samples,
             generator=self._generators[logits.device],
         ):
-            yield recorded.backward(cotangent, weight_gradients=weight_gradients, retain_graph=not last)
+            yield recorded.backward(
+                cotangent, weight_gradients=weight_gradients, retain_graph=not last, checks=self.checks
+            )
 
     def check_clear(self, index: int) -> None:
         """Whether it is known of every layer which of its rows are padding, as a factor of the inputs demands.
@@ -195,15 +204,16 @@ class Passes:
 
     def _count(self, recorded: Capture, totals: _Totals) -> None:
         logits, mask, labels, _ = recorded.result
-        if not torch.isfinite(logits if mask is None else logits[mask]).all():
-            raise ValueError("the logits are not finite (NaN or infinity)")
+        bad = ~torch.isfinite(logits.detach())
+        bad = (bad if mask is None else bad & mask[..., None]).any().reshape(1)
+        self.checks.add(bad, lambda _: ValueError("the logits are not finite (NaN or infinity)"))
         self.likelihood.check_logits(logits)
         totals.n_examples += len(logits)
         totals.positions = totals.positions + (len(logits) if mask is None else mask.sum())
         if labels is None:
             totals.labelled = False
             return
-        labels = self.likelihood.check_labels(logits, labels)
+        labels = self.likelihood.check_labels(logits, labels, self.checks)
         recorded.result = recorded.result._replace(labels=labels)
         added = self.likelihood.log_likelihood(logits, labels, mask)
         totals.log_likelihood = added if totals.log_likelihood is None else totals.log_likelihood + added

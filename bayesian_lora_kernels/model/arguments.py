@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bayesian_lora_kernels.model.host import on_host
+
 NOT_SERVED = {
     "adapter_names": "one posterior is that of one adapter's weights, but each example would use an adapter of its "
     "own; predict the examples of each adapter by themselves, after model.set_adapter(...)",
@@ -54,7 +56,7 @@ def _is_text(value: Any) -> bool:
 
 def is_left_padded(mask: Tensor) -> bool:
     """Whether some example of a mask `[N, T]` starts with padding."""
-    return not bool(mask[:, 0].bool().all())
+    return not bool(on_host(mask)[:, 0].bool().all())
 
 
 def decoder_inputs(base: nn.Module, labels: Tensor) -> Tensor:

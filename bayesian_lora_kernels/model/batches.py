@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.model.containers import items_of, map_tensors, rebuilt
+from bayesian_lora_kernels.model.host import both, on_host, to_device
 from bayesian_lora_kernels.model.packed_images import cut_packed, packed_keys
 from bayesian_lora_kernels.model.reading import MASK_KEYS, has_names, inputs_and_labels, parsed, size_of
 
@@ -57,7 +58,7 @@ class Batch:
             return batch
 
         def move(tensor: Tensor) -> Tensor:
-            moved = tensor.to(device=device)
+            moved = to_device(tensor, device)
             return moved.clone() if moved.is_inference() else moved
 
         with torch.inference_mode(False):
@@ -82,9 +83,10 @@ class Batch:
             ValueError: if an example has no valid token at all.
         """
         found = {key: self.inputs.get(key) for key in MASK_KEYS} if isinstance(self.inputs, Mapping) else {}
-        masks = {key: mask.bool() for key, mask in found.items() if isinstance(mask, Tensor) and mask.ndim == 2}
+        known = {key: mask for key, mask in found.items() if isinstance(mask, Tensor) and mask.ndim == 2}
+        masks = {key: both(Tensor.bool, mask) for key, mask in known.items()}
         for key, valid in masks.items():
-            empty = ~valid.any(dim=1)
+            empty = ~on_host(valid).any(dim=1)
             if empty.any():
                 raise ValueError(
                     f"{key}: expected at least one valid token per example, example {int(empty.nonzero()[0])} of the "

@@ -7,16 +7,19 @@ granted of a model is checked in `checks.py`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.model.batches import Batch
+from bayesian_lora_kernels.model.deferred import AT_ONCE, AtOnce
 from bayesian_lora_kernels.model.forward import Forward, ForwardResult
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.layouts import Layout
@@ -24,7 +27,7 @@ from bayesian_lora_kernels.model.masks import Scopes, TokenMask
 from bayesian_lora_kernels.model.measuring import hooked, undo_when_measured
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 
-NOTHING = 8  # times the machine's precision
+WAITING_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # of output gradients that wait for a grouped operation
 Receive = Callable[[str, int, Tensor], None]
 T = TypeVar("T")
 
@@ -61,6 +64,24 @@ class Call(NamedTuple):
     version: int
     key: tuple[Any, ...]
     masks: tuple[TokenMask, ...]
+
+
+class _Arrived(NamedTuple):
+    """The gradient of one call of a layer.
+
+    Attributes:
+        name: of the layer.
+        call: its number.
+        g: `[N, t, d_out]`.
+        a: the input, `[N, t, d_in]`.
+        mask: `[N, t]`.
+    """
+
+    name: str
+    call: int
+    g: Tensor
+    a: Tensor
+    mask: Tensor | None
 
 
 class _Mailbox:
@@ -230,6 +251,7 @@ class Capture:
         n, findings = len(self.logits), self.forward.findings
         self.inputs, self._spans = {}, {}
         shared: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
+        masks_of: dict[tuple[Any, ...], Tensor | None] = {}
         for name, calls in self.calls.items():
             if not calls:
                 continue
@@ -251,68 +273,81 @@ class Capture:
             self._spans[name] = [(one, *span) for one, span in zip(layouts, itertools.pairwise(ends), strict=True)]
             if key not in shared:
                 tokens = [layout.tokens(call.a, n) for layout, call in zip(layouts, calls, strict=True)]
-                masks = [
-                    head_mask if head_mask is not None else findings.mask(name, i, call.masks, call.a.shape, layout, n)
-                    for i, (call, layout) in enumerate(zip(calls, layouts, strict=True))
-                ]
+                described = (
+                    tokens[0].device,
+                    *((part[1:], call.a.shape[:-1]) for part, call in zip(key, calls, strict=True)),
+                )
+                if described not in masks_of:  # one tensor for all layers whose tokens are the same
+                    masks = [
+                        findings.mask(name, i, call.masks, call.a.shape, layout, n) if head_mask is None else head_mask
+                        for i, (call, layout) in enumerate(zip(calls, layouts, strict=True))
+                    ]
+                    masks_of[described] = _joined(masks, tokens)
                 a = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
-                shared[key] = (layer.extend_input(a), _joined(masks, tokens))
+                shared[key] = (layer.extend_input(a), masks_of[described])
             self.inputs[name] = LayerInput(*shared[key], key)
 
     def backward(
-        self, cotangent: Tensor, *, weight_gradients: Collection[str] = (), retain_graph: bool = True
+        self,
+        cotangent: Tensor,
+        *,
+        weight_gradients: Collection[str] = (),
+        retain_graph: bool = True,
+        checks: AtOnce = AT_ONCE,
     ) -> dict[str, Tensor]:
         """Gradients of `<cotangent, logits>` with respect to the layers' outputs, for every example at once.
 
         Args:
             cotangent: of the shape of the logits. Examples do not interact, so one pass serves all of them.
-            weight_gradients: layers of which the per-example weight gradient `sum_t g_t a_t^T` is wanted instead; it
-                is formed as the gradients arrive, so that wide output gradients live only for a moment.
+            weight_gradients: layers of which the per-example weight gradient `sum_t g_t a_t^T` is wanted instead; they
+                are formed as the gradients arrive, a few at a time, so that wide output gradients do not pile up.
             retain_graph: whether another backward pass follows.
+            checks: when to look whether what a mask leaves out had a gradient.
 
         Returns:
-            `{name: [N, T, d_out]}`, tokens as in `inputs`, zero where the mask is False; or `[N, d_out, d_in]` float32
-            (float64 for a float64 model) for `weight_gradients`.
+            `{name: [N, T, d_out]}`, tokens as in `inputs`, anything where the mask is False; or `[N, d_out, d_in]`
+            float32 (float64 for a float64 model) for `weight_gradients`.
         """
         parts: dict[str, dict[int, Tensor]] = {name: {} for name in self.inputs}
-        dropped: list[tuple[str, int, Tensor]] = []
+        arrived: list[_Arrived] = []
 
         def receive(name: str, call: int, g: Tensor) -> None:
             a, mask, _ = self.inputs[name]
             layout, start, stop = self._spans[name][call]
             g = layout.tokens(self.layers[name].used_rows(g.detach()), len(self.logits))
-            if mask is not None:
-                kept = mask[:, start:stop, None]
-                if self.forward.checks.mode != "off" and (g.device.type != "cpu" or bool(g[~kept[..., 0]].any())):
-                    rounding = NOTHING * torch.finfo(g.dtype).eps * g.abs().amax()
-                    dropped.append((name, start, g.masked_fill(kept, 0).abs().amax(dim=2) > rounding))
-                g = g.masked_fill(~kept, 0)
-            if name in weight_gradients:
-                gradient = _weight_gradient(g, a[:, start:stop], None if mask is None else mask[:, start:stop])
+            mask = None if mask is None else mask[:, start:stop]
+            arrived.append(_Arrived(name, call, g, a[:, start:stop], mask))
+            if sum(one.g.numel() for one in arrived) >= WAITING_ELEMENTS.get(g.device.type, WAITING_ELEMENTS["cuda"]):
+                take()
+
+        def take() -> None:
+            if self.forward.checks.mode != "off":
+                self._check_left_out([one for one in arrived if one.mask is not None], checks)
+            for one in arrived:
+                if one.name not in weight_gradients:
+                    parts[one.name][one.call] = one.g
+            for name, gradient in _formed([one for one in arrived if one.name in weight_gradients]):
                 parts[name][0] = parts[name][0] + gradient if 0 in parts[name] else gradient
-            else:
-                parts[name][call] = g
+            arrived.clear()
 
         self.raw_backward(cotangent, receive, (), retain_graph)
-        self._check_dropped(dropped)
+        take()
         return {name: self._assemble(name, calls, name in weight_gradients) for name, calls in parts.items()}
 
-    def _check_dropped(self, dropped: Sequence[tuple[str, int, Tensor]]) -> None:
+    def _check_left_out(self, arrived: Sequence[_Arrived], checks: AtOnce) -> None:
         """Whether what was masked had no input where it had a gradient: else leaving it out would leave something out.
 
-        Args:
-            dropped: layer, first token of a call, and whether its masked tokens had a gradient `[N, t]`.
+        Raises:
+            ValueError: when `checks` look, for the first layer where it is not so.
         """
-        if not dropped or not torch.stack([counts.any().to(dropped[0][2].device) for _, _, counts in dropped]).any():
-            return
-        for name, start, counts in dropped:
-            a = self.inputs[name].a[:, start : start + counts.shape[1]]
-            if (counts & (a != 0).any(dim=2)).any():
-                raise ValueError(
-                    f"{name}: padding counts: the logits depend on positions that the attention mask excludes, in this "
-                    "batch and not in those before it. Let the model leave masked positions out, or pass batches "
-                    "without padding"
-                )
+        for device in dict.fromkeys(one.g.device for one in arrived):
+            here = [one for one in arrived if one.g.device == device]
+            if device.type == "cpu":
+                here = [one for one in here if one.mask is not None and one.g[~one.mask].any()]
+            if here:
+                gs, inputs, masks = ([getattr(one, part) for one in here] for part in ("g", "a", "mask"))
+                names = [one.name for one in here]
+                checks.add(ops.grouped_masked_gradient(gs, inputs, masks), functools.partial(_padding_counts, names))
 
     def without_gradient(self) -> dict[str, Tensor]:
         """Weight gradients `[N, d_out, d_in]` of the layers that were not called: zero."""
@@ -376,8 +411,17 @@ def _joined(masks: Sequence[Tensor | None], tokens: Sequence[Tensor]) -> Tensor 
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _weight_gradient(g: Tensor, a: Tensor, mask: Tensor | None) -> Tensor:
-    dtype = accumulate_dtype(g, a)
-    if mask is not None:
-        a = a.masked_fill(~mask[:, :, None], 0)
-    return torch.bmm(g.to(dtype).mT, a.to(dtype))
+def _formed(arrived: Sequence[_Arrived]) -> Iterator[tuple[str, Tensor]]:
+    """The weight gradients of calls, one grouped operation per device."""
+    for device in dict.fromkeys(one.g.device for one in arrived):
+        here = [one for one in arrived if one.g.device == device]
+        columns = [one.g for one in here], [one.a for one in here]
+        found = ops.grouped_weight_gradient(*columns, masks=[one.mask for one in here])
+        yield from zip([one.name for one in here], found, strict=True)
+
+
+def _padding_counts(names: Sequence[str], index: int) -> ValueError:
+    return ValueError(
+        f"{names[index]}: padding counts: the logits depend on positions that the attention mask excludes, in this "
+        "batch and not in those before it. Let the model leave masked positions out, or pass batches without padding"
+    )

@@ -19,6 +19,7 @@ from bayesian_lora_kernels.model.alone import check_alone
 from bayesian_lora_kernels.model.arguments import is_left_padded
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture, NotByExample
+from bayesian_lora_kernels.model.host import on_host
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.layouts import Layout, layouts
 from bayesian_lora_kernels.model.masks import MASK
@@ -35,7 +36,7 @@ def kind_of(batch: Batch, all_labels: bool) -> Any:
     for key, value in several.items() if isinstance(several, Mapping) else enumerate(several):
         columns.append((key, value.ndim, value.dtype) if isinstance(value, Tensor) else (key, type(value)))
         if isinstance(key, str) and MASK in key and isinstance(value, Tensor) and value.ndim == 2:
-            padding.append((key, bool(value.all()), is_left_padded(value)))
+            padding.append((key, bool(on_host(value).all()), is_left_padded(value)))
     shape = labels.ndim if isinstance(labels, Tensor) and all_labels else None
     return all_labels, batch.size == 1, shape, tuple(columns), tuple(padding)
 

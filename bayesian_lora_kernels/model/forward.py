@@ -19,6 +19,7 @@ from bayesian_lora_kernels.model.arguments import decoder_inputs, is_left_padded
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.findings import Checks, Findings, Way
 from bayesian_lora_kernels.model.head import OutputHead, find_head
+from bayesian_lora_kernels.model.host import both, on_host
 from bayesian_lora_kernels.model.masks import before_pads, last_valid, parameters_of
 from bayesian_lora_kernels.model.measuring import hooked
 from bayesian_lora_kernels.model.reading import DECODER_MASK, MASK_KEYS
@@ -85,6 +86,7 @@ class Forward:
         self.head = None if function else find_head(model, self.base)
         self.before_cap = False
         self.class_token_ids: Tensor | None = None
+        self._class_ids: dict[torch.device, Tensor] = {}
         if class_token_ids is not None:
             self.class_token_ids = _check_class_ids(class_token_ids, self.head, function)
         self.accepted = set(parameters_of(self.base))
@@ -204,7 +206,7 @@ class Forward:
                 raise ValueError(f"forward: expected the model's logits to be [N, T, V], got {list(logits.shape)}")
             logits = choose(logits)
         if self.class_token_ids is not None:
-            logits = logits[..., self.class_token_ids.to(logits.device)]
+            logits = logits[..., self._class_ids_on(logits.device)]
         if every:
             return ForwardResult(logits, chosen["mask"], chosen["labels"], chosen["mask"] if in_head else None)
         return ForwardResult(logits[:, 0], None, labels)
@@ -222,6 +224,12 @@ class Forward:
             ways += [replace(way, cuts_positions=False) for way in (now, *ways)]
         return ways
 
+    def _class_ids_on(self, device: torch.device) -> Tensor:
+        assert self.class_token_ids is not None
+        if device not in self._class_ids:
+            self._class_ids[device] = self.class_token_ids.to(device)
+        return self._class_ids[device]
+
     @property
     def seq2seq(self) -> bool:
         """Whether the model has an encoder beside its decoder."""
@@ -235,7 +243,7 @@ class Forward:
                 f"attention_mask: expected [N, T], got {list(mask.shape)}, which does not say which token of an "
                 "example is its last; pass a mask [N, T], or forward=..."
             )
-        return mask.bool() if isinstance(mask, Tensor) else None
+        return both(Tensor.bool, mask) if isinstance(mask, Tensor) else None
 
     def model_inputs(self, inputs: Mapping[str, Any], targets: Tensor | None = None) -> dict[str, Any]:
         """Keyword arguments of the model: the batch's columns, no cache, position ids that skip padding on the left.
@@ -272,14 +280,13 @@ class Forward:
                     "(for the first token of an answer, [N, 1] of decoder_start_token_id)"
                 )
             kwargs["decoder_input_ids"] = decoder_inputs(self.base, targets)
-            valid = (targets != IGNORED_LABEL).flip(1).cumsum(dim=1).flip(1) > 0
+            valid = both(_up_to_the_last_label, targets)
         elif isinstance(ids, Tensor) and ids.ndim == 2:
             pad = getattr(self.base.config, "pad_token_id", None)
-            valid = before_pads(ids, pad)
+            valid = both(lambda ids: before_pads(ids, pad), ids)
         else:
             return
-        valid[:, 0] = True
-        if DECODER_MASK in self.accepted and kwargs.get(DECODER_MASK) is None and not valid.all():
+        if DECODER_MASK in self.accepted and kwargs.get(DECODER_MASK) is None and not on_host(valid).all():
             kwargs[DECODER_MASK] = valid.long()
 
 
@@ -364,13 +371,25 @@ def _labelled_positions(labels: Tensor, mask: Tensor | None, shift: int) -> tupl
     Padding predicts nothing: the first token of a text has no label that counts, on whichever side its padding is.
     """
     targets = labels[:, shift:]
-    labelled = targets != IGNORED_LABEL
     if mask is not None and mask.shape == labels.shape:
-        labelled &= mask[:, : labels.shape[1] - shift].to(labels.device)
-    count = max(int(labelled.sum(dim=1).max()), 1)
+        labelled = both(_labelled, targets, mask[:, : labels.shape[1] - shift])
+    else:
+        labelled = both(_labelled, targets)
+    count = max(int(on_host(labelled).sum(dim=1).max()), 1)
     order = torch.argsort(labelled.to(torch.int8), dim=1, descending=True, stable=True)[:, :count]
     valid = labelled.gather(1, order)
     return order, valid, targets.gather(1, order)
+
+
+def _labelled(targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    labelled = targets != IGNORED_LABEL
+    return labelled if mask is None else labelled & mask.to(labelled.device)
+
+
+def _up_to_the_last_label(targets: Tensor) -> Tensor:
+    valid = (targets != IGNORED_LABEL).flip(1).cumsum(dim=1).flip(1) > 0
+    valid[:, 0] = True
+    return valid
 
 
 def model_device(model: nn.Module) -> torch.device:

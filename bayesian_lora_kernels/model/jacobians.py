@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.model.capture import Capture, LayerInput
+from bayesian_lora_kernels.model.deferred import AT_ONCE, AtOnce
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
+from bayesian_lora_kernels.ops.masking import zero_masked
 
 
 def unit_cotangents(logits: Tensor, indices: Tensor | Sequence[int]) -> Iterator[Tensor]:
@@ -27,6 +29,14 @@ def _cotangent(logits: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     return cotangent.scatter_add_(1, indices, values.to(logits).expand(n, -1)).reshape(logits.shape)
 
 
+def _new_columns(gradient: Tensor, count: int) -> Tensor:
+    """`[N, count, ...]` for `count` gradients `[N, ...]`; on a GPU each has a place in one piece, to be copied fast."""
+    n, rest = len(gradient), gradient.shape[1:]
+    if gradient.device.type == "cpu":
+        return gradient.new_empty(n, count, *rest)
+    return gradient.new_empty(count, n, *rest).transpose(0, 1)
+
+
 class Jacobians:
     """`J [N, C, d_out, d_in]` of every layer, from one backward pass for each of the C logits, or contrasts of logits.
 
@@ -42,9 +52,18 @@ class Jacobians:
         indices: `[N, L]`, which of the K logits of each example.
         whole: whether every Jacobian itself is kept.
         contrasts: `[L, C]`, the sums of these logits whose Jacobians are wanted; None: each by itself, C = L.
+        checks: see `Capture.backward`.
     """
 
-    def __init__(self, recorded: Capture, indices: Tensor, whole: bool = False, contrasts: Tensor | None = None):
+    def __init__(
+        self,
+        recorded: Capture,
+        indices: Tensor,
+        whole: bool = False,
+        contrasts: Tensor | None = None,
+        checks: AtOnce = AT_ONCE,
+    ):
+        self.checks = checks
         self.shape = len(indices), (indices if contrasts is None else contrasts).shape[1]
         self.inputs: dict[str, LayerInput] = dict(recorded.inputs)
         self._formed = {name for name, (a, _, _) in self.inputs.items() if whole or a.shape[2] < a.shape[1]}
@@ -58,14 +77,15 @@ class Jacobians:
 
     def _run(self, recorded: Capture, cotangents: Iterator[Tensor]) -> dict[str, Tensor]:
         """One backward pass for each cotangent, summed over the batch: examples do not interact."""
-        n, count = self.shape
+        count = self.shape[1]
         collected: dict[str, Tensor] = {}
         for c, cotangent in enumerate(cotangents):
-            gradients = recorded.backward(cotangent, weight_gradients=self._formed, retain_graph=c + 1 < count)
-            for name, gradient in gradients.items():
-                if name not in collected:
-                    collected[name] = gradient.new_empty(n, count, *gradient.shape[1:])
-                collected[name][:, c] = gradient
+            gradients = recorded.backward(
+                cotangent, weight_gradients=self._formed, retain_graph=c + 1 < count, checks=self.checks
+            )
+            if not collected:
+                collected = {name: _new_columns(gradient, count) for name, gradient in gradients.items()}
+            torch._foreach_copy_([collected[name][:, c] for name in gradients], list(gradients.values()))
         return collected
 
     def matrix(self, layer: str) -> Tensor:
@@ -77,7 +97,7 @@ class Jacobians:
             return gradients
         a, mask, _ = self.inputs[layer]
         dtype = accumulate_dtype(a, gradients)
-        a = a if mask is None else a.masked_fill(~mask[:, :, None], 0)
+        a, gradients = zero_masked(a, mask), zero_masked(gradients.transpose(1, 2), mask).transpose(1, 2)
         return gradients.to(dtype).mT @ a.to(dtype)[:, None]
 
     def contraction(self, layer: str) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bayesian_lora_kernels.model.host import both, on_host
 from bayesian_lora_kernels.model.layouts import Layout
 
 MASK, MEMORY_MASK, MEMORY = "attention_mask", "encoder_attention_mask", "encoder_hidden_states"
@@ -38,7 +39,7 @@ class TokenMask:
     @staticmethod
     def of(valid: Tensor) -> TokenMask:
         """With one look at the numbers."""
-        return TokenMask(valid, not bool(valid.all()))
+        return TokenMask(valid, not bool(on_host(valid).all()))
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ class Scopes:
             return None
         known = self._read.get(id(value))
         if known is None:
-            valid = value if value.dtype == torch.bool else value != 0
-            plain = value.dtype == torch.bool or bool((valid == value).all())
-            valid = ~valid if inverted else valid
+            valid, numbers = both(lambda mask: mask != 0, value), on_host(value)
+            plain = value.dtype == torch.bool or bool(((numbers != 0) == numbers).all())
+            valid = both(torch.logical_not, valid) if inverted else valid
             known = self._read[id(value)] = (value, TokenMask.of(valid) if plain else None)
         return known[1]
 
@@ -130,8 +131,8 @@ def _guess(given: Mapping[str, Any], pad: int | None) -> TokenMask | None:
     """The mask of a stack that is told of none: every token counts, but for a run of pad tokens at the end."""
     ids, vectors = given.get("input_ids"), given.get("inputs_embeds")
     if isinstance(ids, Tensor) and ids.ndim == 2:
-        valid = before_pads(ids, pad)
-        return TokenMask(valid, not bool(valid.all()), guessed=True)
+        valid = both(lambda ids: before_pads(ids, pad), ids)
+        return TokenMask(valid, not bool(on_host(valid).all()), guessed=True)
     if isinstance(vectors, Tensor) and vectors.ndim == 3:
         return TokenMask(torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device), padded=False)
     return None

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesian_lora_kernels.model.capture import NOTHING, Call, Capture
+from bayesian_lora_kernels.model.capture import Call, Capture
 from bayesian_lora_kernels.model.layouts import Layout
 from bayesian_lora_kernels.model.masks import MASK, RELATIONS, Scopes, TokenMask, by_example, parameters_of
 from bayesian_lora_kernels.model.measuring import hooked
 from bayesian_lora_kernels.model.probe import Probe, lowest_dtype, noting, tolerance_of
+from bayesian_lora_kernels.ops.masked_gradient.reference import ROUNDINGS
 
 
 def find_masks(recorded: Capture, probe: Probe) -> None:
@@ -84,7 +85,7 @@ def _leaks(recorded: Capture, probe: Probe, name: str, call: int, layout: Layout
     size = layout.tokens(g, n).abs().amax(dim=2)
     a = layout.tokens(layer.extend_input(recorded.calls[name][call].a), n)
     masked = ~mask.to(size.device)
-    with_gradient = size > NOTHING * torch.finfo(probe.dtypes[name]).eps * size.max()
+    with_gradient = size > ROUNDINGS * torch.finfo(probe.dtypes[name]).eps * size.max()
     return bool((masked & with_gradient & (a != 0).any(dim=2)).any())
 
 

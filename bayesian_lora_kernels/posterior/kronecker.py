@@ -8,16 +8,22 @@ thus splits into four blocks, and K-FAC and EKFAC differ only in the numbers tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.posterior.prior import as_precision
+from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.posterior.prior import Prior, as_precision
 from bayesian_lora_kernels.surroundings import in_own_surroundings
+
+SMALL = 128  # a matrix that `ops.small_eigh` takes
+BATCH_ELEMENTS = 2**25  # of factors that are decomposed together, in float64
+
+Key = TypeVar("Key")
 
 
 class Blocks(NamedTuple):
@@ -62,18 +68,9 @@ class KroneckerFactors:
         """Trace of `A (x) S`, tails included: 0-d float64."""
         return _factor_trace(self.a, self.tail_a) * _factor_trace(self.s, self.tail_s)
 
-    def bases(self) -> tuple[Eigenbasis, Eigenbasis]:
-        """The eigendecompositions of S and A."""
-        return eigenbasis(self.s, self.tail_s), eigenbasis(self.a, self.tail_a)
-
-    def decomposed(self) -> KroneckerDecomposition:
-        """`A (x) S` in its eigenbases."""
-        s, a = self.bases()
-        return KroneckerDecomposition(s.vectors, a.vectors, kronecker_eigenvalues(s, a))
-
 
 def _is_full(factor: Tensor) -> bool:
-    return factor.shape[0] == factor.shape[1]
+    return factor.shape[-2] == factor.shape[-1]
 
 
 def _factor_trace(factor: Tensor, tail: Tensor) -> Tensor:
@@ -91,39 +88,105 @@ class Eigenbasis(NamedTuple):
     tail: Tensor
 
 
-def eigenbasis(factor: Tensor, tail: Tensor) -> Eigenbasis:
-    """Eigendecomposition of one factor, without the directions that are numerically zero.
+def eigenbases(factors: Mapping[str, KroneckerFactors]) -> dict[str, tuple[Eigenbasis, Eigenbasis]]:
+    """The eigendecompositions of S and A of every layer; layers with one input share that of A.
+
+    Factors of one shape go through together.
+    """
+    pairs = [pair for f in factors.values() for pair in ((f.s, f.tail_s), (f.a, f.tail_a))]
+    sides = {(id(factor), id(tail)): (factor, tail) for factor, tail in pairs}
+    groups: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+    for key, (factor, _) in sides.items():
+        groups.setdefault((factor.shape, factor.dtype, factor.device), []).append(key)
+    found: dict[tuple[int, int], Eigenbasis] = {}
+    for (shape, _, _), keys in groups.items():
+        for part in in_batches(keys, math.prod(shape)):
+            stacked, tails = (torch.stack([sides[key][side] for key in part]) for side in (0, 1))
+            found |= zip(part, _eigenbases(stacked, tails), strict=True)
+    return {name: (found[id(f.s), id(f.tail_s)], found[id(f.a), id(f.tail_a)]) for name, f in factors.items()}
+
+
+def _eigenbases(factors: Tensor, tails: Tensor) -> list[Eigenbasis]:
+    """Eigendecompositions of factors `[L, d, k]`, without the directions that are numerically zero.
 
     A factor made from fewer rows than its width has a null space whose basis is arbitrary; it becomes part of the
     complement, so that nothing computed later depends on that arbitrary choice.
     """
-    wide = factor.double()
-    if _is_full(factor):
-        values, vectors = torch.linalg.eigh((wide + wide.T) / 2)
+    wide, full = factors.double(), _is_full(factors)
+    eps, tiny = torch.finfo(factors.dtype).eps, torch.finfo(torch.float64).tiny
+    if full:
+        values, vectors = descending_eigh((wide + wide.mT) / 2)
         # The rounding of the accumulation, not of this float64 decomposition, decides what is zero.
-        floor = values.amax().clamp_min(0) * factor.shape[0] * torch.finfo(factor.dtype).eps
+        rounding = eps
     else:
-        norms = torch.linalg.vector_norm(wide, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-        unit = wide / norms  # scaled columns keep the small eigenvalues of a graded matrix accurate
-        values, mixing = torch.linalg.eigh((unit.T @ unit) * norms[:, None] * norms[None, :])
-        vectors = (wide @ mixing) / values.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-        floor = values.amax().clamp_min(0) * factor.shape[0] * torch.finfo(factor.dtype).eps ** 2
-    kept = values > floor
-    values, vectors = values[kept].flip(0), vectors[:, kept].flip(1)
-    if not _is_full(factor):
-        vectors = torch.linalg.qr(vectors)[0]
+        norms = torch.linalg.vector_norm(wide, dim=1).clamp_min(tiny)  # [L, k]
+        unit = wide / norms[:, None, :]  # scaled columns keep the small eigenvalues of a graded matrix accurate
+        values, mixing = descending_eigh((unit.mT @ unit) * norms[:, :, None] * norms[:, None, :])
+        vectors = (wide @ mixing) / values.clamp_min(tiny).sqrt()[:, None, :]
+        rounding = eps**2
+    kept = values > values.amax(dim=1, keepdim=True).clamp_min(0) * factors.shape[1] * rounding  # the first of them
+    counts = kept.sum(dim=1).tolist()
+    if not full:
+        vectors = torch.linalg.qr(torch.where(kept[:, None, :], vectors, 0.0))[0]
     # A direction outside everything the factor saw has eigenvalue tail; for a full factor that is zero.
-    return Eigenbasis(vectors.to(factor.dtype), values, tail.double().clamp_min(0))
+    columns = zip(vectors.to(factors.dtype).contiguous(), values, tails.double().clamp_min(0), counts, strict=True)
+    return [Eigenbasis(q[:, :count].contiguous(), e[:count], tail) for q, e, tail, count in columns]
 
 
-def kronecker_eigenvalues(s: Eigenbasis, a: Eigenbasis) -> Blocks:
-    """K-FAC's curvature eigenvalues: products of the factors' eigenvalues, in float64."""
-    return Blocks(
-        kept=s.values[:, None] * a.values[None, :],
-        rest_a=s.values * a.tail,
-        rest_s=a.values * s.tail,
-        rest=s.tail * a.tail,
-    )
+def in_batches(keys: Sequence[Key], elements: int) -> Iterator[Sequence[Key]]:
+    """As many at a time as have `BATCH_ELEMENTS` together, if each has `elements`; at least one."""
+    step = max(1, BATCH_ELEMENTS // max(1, elements))
+    return (keys[start : start + step] for start in range(0, len(keys), step))
+
+
+def descending_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, and eigenvectors of symmetric matrices `[L, n, n]`."""
+    if matrices.shape[-1] <= SMALL:
+        return ops.small_eigh(matrices)
+    values, vectors = torch.linalg.eigh(matrices)
+    return values.flip(-1), vectors.flip(-1)
+
+
+def kronecker_eigenvalues(bases: Mapping[str, tuple[Eigenbasis, Eigenbasis]]) -> dict[str, Blocks]:
+    """K-FAC's curvature eigenvalues: products of those of the factors S and A, in float64; of one size together."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, (s, a) in bases.items():
+        groups.setdefault((len(s.values), len(a.values), s.values.device), []).append(name)
+    found: dict[str, Blocks] = {}
+    for names in groups.values():
+        values_s, values_a = (torch.stack([bases[name][side].values for name in names]) for side in (0, 1))
+        tails_s, tails_a = (torch.stack([bases[name][side].tail for name in names]) for side in (0, 1))
+        kept = values_s[:, :, None] * values_a[:, None, :]
+        blocks = (kept, values_s * tails_a[:, None], values_a * tails_s[:, None], tails_s * tails_a)
+        found |= zip(names, map(Blocks, *(block.unbind() for block in blocks)), strict=True)
+    return {name: found[name] for name in bases}
+
+
+def decomposed(factors: Mapping[str, KroneckerFactors]) -> dict[str, KroneckerDecomposition]:
+    """`A (x) S` of every layer in its eigenbases."""
+    bases = eigenbases(factors)
+    values = kronecker_eigenvalues(bases)
+    return {name: KroneckerDecomposition(s.vectors, a.vectors, values[name]) for name, (s, a) in bases.items()}
+
+
+def under_prior(layers: Mapping[str, KroneckerDecomposition], prior: Prior) -> dict[str, KroneckerPosterior]:
+    """The posterior of every layer, with the precisions of all of them computed together."""
+    found = {}
+    devices = dict.fromkeys(layer.basis_a.device for layer in layers.values())
+    for device in devices:
+        here = {name: layer for name, layer in layers.items() if layer.basis_a.device == device}
+        numbers = torch.stack([prior[name] for name in here]).to(device)
+        blocks = [block.reshape(-1) for layer in here.values() for block in layer.curvature]
+        sizes = [block.numel() for block in blocks]
+        of_layer = [sum(sizes[i : i + 4]) for i in range(0, len(sizes), 4)]
+        repeats = torch.tensor(of_layer).to(device)
+        sums = torch.cat(blocks) + numbers.repeat_interleave(repeats, output_size=sum(sizes))
+        pieces = iter(sums.split(sizes))
+        for (name, layer), number in zip(here.items(), numbers.unbind(), strict=True):
+            posterior = found[name] = layer.with_prior(number)
+            own = Blocks(*(next(pieces).reshape(block.shape) for block in layer.curvature))
+            vars(posterior)["precision_blocks"] = own
+    return {name: found[name] for name in layers}
 
 
 @dataclass(frozen=True)
@@ -191,7 +254,8 @@ class KroneckerPosterior(KroneckerDecomposition):
                 raise ValueError(
                     f"KroneckerFactors.{name}: expected [d, d] or [d, k] with k < d, got {list(factor.shape)}"
                 )
-        return factors.decomposed().with_prior(as_precision(prior_precision, factors.a.device))
+        (layer,) = decomposed({"": factors}).values()
+        return layer.with_prior(as_precision(prior_precision, factors.a.device))
 
     @cached_property
     def precision_blocks(self) -> Blocks:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
+from bayesian_lora_kernels.model.deferred import Deferred
 from bayesian_lora_kernels.model.forward import Forward
+from bayesian_lora_kernels.model.host import to_device
 from bayesian_lora_kernels.model.jacobians import Jacobians
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring
@@ -73,11 +76,12 @@ class LogitPredictor:
         step = examples_within(self.memory_budget, batch, self.layers, outputs=count or 8, weight_gradients=self.whole)
         if not self.whole:  # the exact curvature goes over all of its rows for every piece
             step = min(step, frugal_examples(batch, self.layers))
-        parts = []
+        parts, checks = [], Deferred()
         with measuring(self.model):
             for rows, recorded in captures(self.layers, self.forward, batch, step):
                 chosen = outputs[rows] if isinstance(outputs, Tensor) and outputs.ndim == 2 else outputs
-                parts.append(self._piece(recorded, chosen, posteriors, differences))
+                parts.append(self._piece(recorded, chosen, posteriors, differences, checks))
+            checks.end()
         means = torch.cat([mean for mean, _, _ in parts])
         covariances = [torch.cat([part[1][i] for part in parts]) for i in range(len(posteriors))]
         indices = parts[0][2]
@@ -86,7 +90,12 @@ class LogitPredictor:
         return means, covariances, indices
 
     def _piece(
-        self, recorded: Capture, outputs: Outputs, posteriors: Sequence[Posterior], differences: bool
+        self,
+        recorded: Capture,
+        outputs: Outputs,
+        posteriors: Sequence[Posterior],
+        differences: bool,
+        checks: Deferred,
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         logits = recorded.logits
         if logits.ndim != 2:
@@ -94,22 +103,17 @@ class LogitPredictor:
                 f"predict: expected forward to return logits [N, C], got {list(logits.shape)}; with a token dimension, "
                 "return the logits of one position per example"
             )
-        if not torch.isfinite(logits).all():
-            raise ValueError("predict: the logits are not finite (NaN or infinity)")
+        bad = ~torch.isfinite(logits.detach()).all().reshape(1)
+        checks.add(bad, lambda _: ValueError("predict: the logits are not finite (NaN or infinity)"))
         indices, per_example = choose_logits(logits.detach(), outputs)
         count = per_example.shape[1]
         if differences and count < 2:
             raise ValueError("differences: expected at least 2 logits, got 1, of which there is no difference")
         columns = contrasts(count, logits) if differences else None
-        jacobians = Jacobians(recorded, per_example, self.whole, columns)
+        jacobians = Jacobians(recorded, per_example, self.whole, columns, checks)
         covariances = [posterior.covariance(jacobians) for posterior in posteriors]
-        finite = torch.isfinite(covariances[0]).flatten(1).all(dim=1)
-        if not finite.all():
-            raise ValueError(
-                f"predict: the covariance of example {int((~finite).nonzero()[0])} of {len(finite)} is not finite (NaN "
-                "or infinity), because the model's gradients are not: numbers that overflow in half precision, or "
-                "attention over rows that are masked altogether (another attn_implementation may do without)"
-            )
+        bad = ~torch.isfinite(covariances[0]).flatten(1).all(dim=1)
+        checks.add(bad, functools.partial(_not_finite, len(bad)))
         dtype = accumulate_dtype(logits)
         mean = logits.detach().gather(1, per_example).to(dtype)
         if columns is not None:
@@ -117,6 +121,14 @@ class LogitPredictor:
             back = columns.to(covariances[0]) / columns.to(covariances[0]).square().sum(dim=0)
             covariances = [back @ covariance @ back.T for covariance in covariances]
         return mean, [covariance.to(logits.device, dtype) for covariance in covariances], indices
+
+
+def _not_finite(size: int, example: int) -> ValueError:
+    return ValueError(
+        f"predict: the covariance of example {example} of {size} is not finite (NaN or infinity), because the model's "
+        "gradients are not: numbers that overflow in half precision, or attention over rows that are masked altogether "
+        "(another attn_implementation may do without)"
+    )
 
 
 def choose_logits(logits: Tensor, outputs: Outputs) -> tuple[Tensor | None, Tensor]:
@@ -137,7 +149,7 @@ def choose_logits(logits: Tensor, outputs: Outputs) -> tuple[Tensor | None, Tens
             raise ValueError(f"outputs: expected 1 to {available} most probable logits, got {outputs}")
         indices = per_example = logits.topk(outputs, dim=1).indices
     elif isinstance(outputs, (Tensor, list, tuple)):
-        indices = torch.as_tensor(outputs, device=logits.device)
+        indices = torch.as_tensor(outputs)
         if (
             indices.is_floating_point()
             or indices.dtype == torch.bool
@@ -152,6 +164,7 @@ def choose_logits(logits: Tensor, outputs: Outputs) -> tuple[Tensor | None, Tens
             raise ValueError(
                 f"outputs: expected indices from 0 to {available - 1}, got {int(indices.min())} to {int(indices.max())}"
             )
+        indices = to_device(indices, logits.device)
         per_example = indices.expand(n, -1) if indices.ndim == 1 else indices
     else:
         raise TypeError(

@@ -1,0 +1,84 @@
+"""Public ``grouped_masked_gradient``: checks, allocation, dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import check_device, check_mask, check_same_length, check_tensor, describe
+from ..dispatch import Implementation, check_impl, choose, register
+from ..registration import custom_op
+
+_NAME = "grouped_masked_gradient"
+_FOLDER = "bayesian_lora_kernels.ops.masked_gradient"
+
+
+register(_NAME, "reference", Implementation(f"{_FOLDER}.reference", _NAME))
+
+
+def grouped_masked_gradient(
+    gs: Sequence[Tensor], inputs: Sequence[Tensor], masks: Sequence[Tensor], *, impl: str = "auto"
+) -> Tensor:
+    """Whether tokens that a mask leaves out count after all, for many modules at once.
+
+    They do if an element of their gradient is larger than the rounding of the module's largest, and their input is not
+    zero: the gradient of the weight then has a term that the mask would take away.
+
+    Args:
+        gs: at least one ``[N, T, d_out]``, gradients of a module's output, not empty, float16, bfloat16, float32 or
+            float64, any strides, all on one device.
+        inputs: one ``[N, T, d_in]`` per module, its input, likewise.
+        masks: one ``[N, T]`` bool tensor per module, True = the token counts.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
+
+    Returns:
+        ``[len(gs)]`` bool. False where a gradient is not finite: nothing is known then.
+
+    Raises:
+        TypeError, ValueError: no module, lists of different lengths, an unknown ``impl``; with the entry's number, what
+            is no tensor or has a wrong dtype, shape or device.
+        RuntimeError: an explicit ``impl`` cannot run; the message says why.
+    """
+    check_impl(_NAME, impl)
+    if not isinstance(gs, (list, tuple)) or not gs:
+        raise ValueError(f"{_NAME}: expected gs to be a list of at least one tensor, got {describe(gs)}")
+    check_same_length(f"{_NAME}: inputs", len(gs), inputs)
+    check_same_length(f"{_NAME}: masks", len(gs), masks)
+    _validate(gs, inputs, masks)
+    with torch.no_grad():
+        return _grouped_masked_gradient(list(gs), list(inputs), list(masks), impl)
+
+
+def _validate(gs: Sequence[Tensor], inputs: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    for i, (g, a, mask) in enumerate(zip(gs, inputs, masks, strict=True)):
+        entry = f"{_NAME}: entry {i}"
+        check_tensor(f"{entry}: g", g, ("N", "T", "d_out"))
+        check_tensor(f"{entry}: a", a, (*g.shape[:2], "d_in"))
+        check_device(f"{entry}: g", g, gs[0].device)
+        check_device(f"{entry}: a", a, gs[0].device)
+        check_mask(f"{entry}: mask", mask, g, g.shape[:2])
+        if mask is None or g.numel() == 0:
+            raise ValueError(f"{entry}: expected a mask and a gradient that is not empty, got {describe(g)}")
+
+
+def _validate_and_allocate(gs: Sequence[Tensor], inputs: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    _validate(gs, inputs, masks)
+    return masks[0].new_empty(len(gs))
+
+
+@custom_op(
+    f"bayesian_lora_kernels::{_NAME}",
+    mutates_args=(),
+    schema="(Tensor[] gs, Tensor[] inputs, Tensor[] masks, str impl) -> Tensor",
+)
+def _grouped_masked_gradient(gs: list[Tensor], inputs: list[Tensor], masks: list[Tensor], impl: str) -> Tensor:
+    out = _validate_and_allocate(gs, inputs, masks)
+    choose(_NAME, impl, out, gs, inputs, masks)(out, gs, inputs, masks)
+    return out
+
+
+@_grouped_masked_gradient.register_fake
+def _(gs: list[Tensor], inputs: list[Tensor], masks: list[Tensor], impl: str) -> Tensor:
+    return _validate_and_allocate(gs, inputs, masks)
