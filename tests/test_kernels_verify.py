@@ -67,7 +67,7 @@ def test_a_problem_of_each_operation_is_solved(claim):
     """The first of each suite, by the machinery that dispatch asks."""
     suite, variants = attribute(claim.evidence.suite), attribute(claim.evidence.variants)
     with torch.no_grad():
-        problem, found = next(iter(catalogue(suite, variants, Runtime(CPU))))
+        problem, found = next(iter(catalogue(suite.problems(CPU), variants, Runtime(CPU))))
         assert found, problem.name
         verdict = judge([problem], suite, attribute(claim.function), attribute(claim.reference), Runtime(CPU))
     assert verdict.passed, verdict
@@ -99,7 +99,9 @@ def test_what_a_call_takes_is_in_the_catalogue(operation, make):
     """Else a unit would be inconclusive for ever, and the reference run."""
     claim = next(claim for claim in CLAIMS if claim.operation == operation)
     suite, variants = attribute(claim.evidence.suite), attribute(claim.evidence.variants)
-    covered = set(itertools.chain.from_iterable(some for _, some in catalogue(suite, variants, Runtime(CPU))))
+    covered = set(
+        itertools.chain.from_iterable(some for _, some in catalogue(suite.problems(CPU), variants, Runtime(CPU)))
+    )
     draw = random.Random(0)
     for _ in range(200):
         taken = set(map(str, variants(*make(draw))))

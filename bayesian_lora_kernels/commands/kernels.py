@@ -86,4 +86,4 @@ def _variants(claim: Claim, device: torch.device) -> list[str]:
     """Every variant that a problem of the claim's suite takes."""
     with torch.no_grad():
         suite, variants = attribute_once(claim.evidence.suite), attribute_once(claim.evidence.variants)
-        return sorted({one for _, some in catalogue(suite, variants, Runtime(device)) for one in some})
+        return sorted({one for _, some in catalogue(suite.problems(device), variants, Runtime(device)) for one in some})

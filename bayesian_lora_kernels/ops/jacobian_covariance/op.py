@@ -11,13 +11,19 @@ from torch import Tensor
 from ..checks import accumulate_dtype, check_device, check_mask, check_same_length, check_tensor, describe
 from ..dispatch import Implementation, check_impl, choose, register
 from ..registration import custom_op
+from ..verify.verifier import Evidence
 from .routes import kernel_refuses, kernel_suits
 
-_REFERENCE = "bayesian_lora_kernels.ops.jacobian_covariance.reference"
-_TRITON = "bayesian_lora_kernels.ops.jacobian_covariance.kernel_launch"
-for _name in ("jacobian_covariance", "grouped_jacobian_covariance", "jacobian_gram"):
-    register(_name, "reference", Implementation(_REFERENCE, _name))
-    register(_name, "triton", Implementation(_TRITON, _name, kernel_refuses, kernel_suits))
+_FOLDER = "bayesian_lora_kernels.ops.jacobian_covariance"
+_TRITON = f"{_FOLDER}.kernel_launch"
+for _name, _suite in (
+    ("jacobian_covariance", "ALONE"),
+    ("grouped_jacobian_covariance", "GROUPED"),
+    ("jacobian_gram", "GRAM"),
+):
+    _evidence = Evidence(f"{_FOLDER}.problems:{_suite}", f"{_TRITON}:variants")
+    register(_name, "reference", Implementation(f"{_FOLDER}.reference", _name))
+    register(_name, "triton", Implementation(_TRITON, _name, kernel_refuses, kernel_suits, _evidence))
 
 
 class KroneckerPrecision(Protocol):

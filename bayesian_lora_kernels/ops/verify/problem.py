@@ -86,17 +86,22 @@ def _never(arguments: Arguments) -> bool:
     return False
 
 
+def _nothing(variant: str) -> Iterable[Problem]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Suite:
     """What there is to know of an operation in order to verify an implementation of it.
 
     Args:
-        problems: of every kind of call, for a device.
+        problems: of the usual kinds of call, for a device.
         comparable: after a call, the tensors of its arguments that are determined, to be compared.
         limit: of the error of those, which is that of ``error``.
         sample: a smaller call with some entries of a grouped one; shares its tensors.
         outputs: how many of the arguments, from the first, are written.
         accumulates: whether a call adds to what its outputs hold.
+        near: more problems that may take a variant, by its name, where there are too many kinds for a list.
     """
 
     problems: Callable[[torch.device], Iterable[Problem]]
@@ -105,6 +110,7 @@ class Suite:
     sample: Callable[[Arguments], Arguments] = _everything
     outputs: int = 1
     accumulates: Callable[[Arguments], bool] = _never
+    near: Callable[[str], Iterable[Problem]] = _nothing
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
