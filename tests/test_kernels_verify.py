@@ -116,3 +116,29 @@ def test_every_triton_operation_is_verified():
     ]
     assert not without
     assert {claim.operation for claim in CLAIMS} <= set(ops.__all__)
+
+
+def random_jacobian(draw):
+    dtype = draw.choice([torch.float32, torch.float16])
+    wide, narrow = draw.choice([300, 1024]), draw.choice([2, 4, 8, 16, 24, 64])
+    outputs, tokens, kept = draw.choice([1, 2, 3, 4, 8, 30]), draw.choice([8, 100, 256]), draw.choice([0, 10, 32, 50])
+    d_in, d_out = (wide, narrow) if draw.random() < 0.5 else (narrow, wide)
+    k_in, k_out = (min(kept, d_in), d_out) if d_in > d_out else (d_in, min(kept, d_out))
+    stride = draw.choice([1, 1, 2])
+    a = torch.empty(2, tokens, stride * d_in, dtype=dtype)[..., ::stride]
+    g = torch.empty(2, outputs, tokens, stride * d_out, dtype=dtype)[..., ::stride]
+    mask = draw.choice([None, torch.ones(2, tokens, dtype=torch.bool)])
+    bases = torch.empty(d_out, k_out), torch.empty(d_in, k_in)
+    blocks = [torch.ones(shape) for shape in ((k_out, k_in), (k_out,), (k_in,), ())]
+    return torch.empty(2, outputs, outputs), *([one] for one in (a, g, *bases, *blocks, mask))
+
+
+def test_problems_near_a_variant_take_it():
+    """Of the Jacobian covariance, which has too many variants for a list."""
+    claim = next(claim for claim in CLAIMS if claim.operation == "grouped_jacobian_covariance")
+    suite, variants = attribute(claim.evidence.suite), attribute(claim.evidence.variants)
+    draw = random.Random(0)
+    for _ in range(25):
+        for taken in map(str, variants(*random_jacobian(draw))):
+            near = catalogue(suite.near(taken), variants, Runtime(CPU))
+            assert next((problem for problem, some in near if taken in some), None) is not None, taken

@@ -454,3 +454,34 @@ def test_every_claim_can_be_looked_up():
         for path in (one.function, one.reference, one.evidence.suite, one.evidence.variants):
             assert verifier.attribute(path) is not None
     assert {one.operation for one in dispatch.claims()} <= set(ops.backends()["reference"]["operations"])
+
+
+def test_a_sample_that_goes_another_way_is_not_compared(store):
+    """The whole call is, so that nothing runs that was not judged."""
+    seen = []
+
+    def narrow(arguments):
+        return arguments[0][:9, :9], arguments[1][:, :9], arguments[2]
+
+    def watched(out, x, mask):
+        seen.append(x.shape[1])
+        planted.right(out, x, mask)
+
+    suite = planted.Suite(planted.SUITE.problems, planted.SUITE.comparable, planted.SUITE.limit, sample=narrow)
+    verifier._attributes.update({"planted:OTHER": suite, "planted:watched": watched})
+    one = Verifier(store, lambda request: Verdict("passed"))
+    evidence = Evidence("planted:OTHER", "planted:variants")
+    assert one.refuses(Claim("gram", "triton", "planted:watched", "planted:reference", evidence), call()) is None
+    assert set(seen) == {40}
+
+
+def test_without_memory_to_compare_the_reference_runs_and_the_next_call_tries_again(store, monkeypatch):
+    one = Verifier(store, in_process)
+
+    def greedy(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setitem(verifier._attributes, "planted:right", greedy)
+    assert "no memory to compare" in one.refuses(claim("right"), call())
+    monkeypatch.setitem(verifier._attributes, "planted:right", planted.right)
+    assert one.refuses(claim("right"), call()) is None

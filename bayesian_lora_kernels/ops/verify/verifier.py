@@ -32,7 +32,7 @@ MODES = ("auto", "0", "trust")
 IDLE_SECONDS = 30.0
 # The reference takes over where it is faster by this factor.
 FASTER = 1.1
-_REPEATS = 3
+_REPEATS, _SECONDS = 4, 2.0  # most calls that are timed, and how long they may take together
 _TIMED_BYTES = 1 << 28  # of outputs that are copied to measure times
 _SLOWER_THAN_REFERENCE = "the reference was measured to be faster for calls of this size"
 
@@ -101,7 +101,7 @@ class Verifier:
             with self._lock:
                 reason = self._settle(claim, list(map(str, variants)), arguments, device, size, trusted)
                 if reason is None:
-                    return "a counted entry is not finite, so that this call proves nothing"
+                    return "this call proves nothing: an entry is not finite, or there is no memory to compare"
                 self._settled[key] = reason
         return self._settled[key] or None
 
@@ -151,24 +151,27 @@ class Verifier:
             if not verdict.passed:
                 return f"{unit}: {verdict}"
         fresh = [v for v in variants if not getattr(self.store.verdict(claim.unit(v)), "shadowed", False)]
-        if fresh and (reason := self._shadow(claim, fresh, arguments, device)) != "":
+        if fresh and (reason := self._shadow(claim, variants, arguments, device)) != "":
             return reason
         return self._timed(claim, variants, arguments, device, size)
 
     def _shadow(self, claim: Claim, variants: Sequence[str], arguments: Arguments, device: torch.device) -> str | None:
         """Compare with the reference on a sample of the call; both round, so that twice the limit is allowed."""
         suite: Suite = attribute_once(claim.evidence.suite)
-        runtime = Runtime(device)
         sample = suite.sample(arguments)
-        found, expected = _with_own_outputs(sample, suite), _with_own_outputs(sample, suite)
+        if set(map(str, attribute_once(claim.evidence.variants)(*sample))) != set(variants):
+            sample = arguments  # fewer modules would go another way
         limit = 2 * suite.limit(sample)
-        attribute_once(claim.reference)(*expected)
-        truth = suite.comparable(expected)
-        if not all(bool(one.isfinite().all()) for one in truth):
-            return None
         try:
+            found, expected = _with_own_outputs(sample, suite), _with_own_outputs(sample, suite)
+            attribute_once(claim.reference)(*expected)
+            truth = suite.comparable(expected)
+            if not all(bool(one.isfinite().all()) for one in truth):
+                return None
             attribute_once(claim.function)(*found)
-            runtime.synchronize()
+            Runtime(device).synchronize()
+        except torch.OutOfMemoryError:
+            return None
         except Exception as exception:
             if not is_of_the_launch(exception):
                 raise
@@ -197,15 +200,10 @@ class Verifier:
         outputs = sum(x.nbytes for x in tensors_in(arguments[: suite.outputs]))
         undecided = torch.are_deterministic_algorithms_enabled() or machine.one_of_many()
         if choice is None and not undecided and outputs <= _TIMED_BYTES:
-            runtime = Runtime(device)
-            times = {}
-            for name, path in ((claim.name, claim.function), ("reference", claim.reference)):
-                function, own = attribute_once(path), _with_own_outputs(arguments, suite)
-                times[name] = _best(function, own, runtime)
-            ours = times[claim.name]
-            choice = "reference" if ours > FASTER * times["reference"] else claim.name
-            choice = self.store.keep_choice(call, choice)
-            logger.info("%s: %s, %.3g ms against %.3g ms", call, choice, 1e3 * ours, 1e3 * times["reference"])
+            own = _with_own_outputs(arguments, suite)
+            ours, theirs = (_best(attribute_once(path), own, device) for path in (claim.function, claim.reference))
+            choice = self.store.keep_choice(call, "reference" if ours > FASTER * theirs else claim.name)
+            logger.info("%s: %s, %.3g ms against %.3g ms", call, choice, 1e3 * ours, 1e3 * theirs)
         return _SLOWER_THAN_REFERENCE if choice == "reference" else ""
 
 
@@ -265,10 +263,15 @@ def _with_own_outputs(arguments: Arguments, suite: Suite) -> Arguments:
     return (*copies, *arguments[suite.outputs :])
 
 
-def _best(function: Function, arguments: Arguments, runtime: Runtime) -> float:
-    """Seconds of the fastest of a few calls; the first is not counted."""
-    function(*arguments)
-    return min(runtime.seconds(lambda: function(*arguments)) for _ in range(_REPEATS))
+def _best(function: Function, arguments: Arguments, device: torch.device) -> float:
+    """Seconds of the fastest of a few calls; infinite without memory for one."""
+    runtime, times = Runtime(device), [float("inf")]
+    try:
+        while len(times) <= _REPEATS and sum(times[1:]) < _SECONDS:
+            times.append(runtime.seconds(lambda: function(*arguments)))
+    except torch.OutOfMemoryError:
+        return float("inf")
+    return min(times)
 
 
 def _bucket(arguments: Arguments) -> int:
