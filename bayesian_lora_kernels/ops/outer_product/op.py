@@ -26,10 +26,6 @@ def _on_gpu(outs: Sequence[Tensor], *others: Any) -> bool:
     return all(out.is_cuda for out in outs)
 
 
-def _refuses_one(out: Tensor) -> str | None:
-    return triton_refuses(out)
-
-
 def _is_on_gpu(out: Tensor) -> bool:
     return out.is_cuda
 
@@ -40,7 +36,9 @@ for _operation in ("outer_product", "grouped_outer_product"):
         _operation, "triton", Implementation(f"{_FOLDER}.kernel_launch", "grouped_outer_product", _refuses, _on_gpu)
     )
 register("mirror_lower", "reference", Implementation(f"{_FOLDER}.reference", "mirror_lower"))
-register("mirror_lower", "triton", Implementation(f"{_FOLDER}.kernel_launch", "mirror_lower", _refuses_one, _is_on_gpu))
+register(
+    "mirror_lower", "triton", Implementation(f"{_FOLDER}.kernel_launch", "mirror_lower", triton_refuses, _is_on_gpu)
+)
 
 
 def outer_product(
