@@ -28,11 +28,14 @@ def per_layout(function: Callable[..., Result]) -> Callable[..., Result]:
     @functools.wraps(function)
     def remembered(*arguments: Hashable | Sequence[Hashable]) -> Result:
         key = tuple([_layouts(one) if isinstance(one, (list, tuple)) else one for one in arguments])
-        if key not in results:
-            if len(results) >= REMEMBERED:
-                results.clear()
-            results[key] = function(*arguments)
-        return results[key]
+        try:
+            return results[key]
+        except KeyError:  # another thread may clear them at any time: nothing is looked up twice
+            result = function(*arguments)
+        if len(results) >= REMEMBERED:
+            results.clear()
+        results[key] = result
+        return result
 
     return remembered
 

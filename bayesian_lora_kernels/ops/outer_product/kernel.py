@@ -82,7 +82,7 @@ def outer_product_kernel(
         _scale_and_store(row_ptr, b_sum, p, width, VECTORS, ACCUMULATE, MIRROR, PACK, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def sum_splits_kernel(
     table_ptr,  # [modules, 10] int64
     parts_ptr,  # [splits, modules, tiles, BD, BD] float32

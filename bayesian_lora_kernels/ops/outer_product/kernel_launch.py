@@ -201,7 +201,8 @@ def grouped_outer_product(
         for group in plan.groups:
             here = slice(first, first + group.modules)
             candidates = _configurations(group, architecture(device))
-            chosen = choose_configuration(("outer_product", architecture(device), *group), candidates, attempt)
+            like = group._replace(rows=triton.next_power_of_2(group.rows))
+            chosen = choose_configuration(("outer_product", architecture(device), *like), candidates, attempt)
             _launch(group, chosen, whole[here], accumulate, lower)
             first += group.modules
 

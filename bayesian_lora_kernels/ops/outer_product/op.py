@@ -27,10 +27,6 @@ def _on_gpu(outs: Sequence[Tensor], *others: Any) -> bool:
     return all(out.is_cuda for out in outs)
 
 
-def _refuses_one(out: Tensor) -> str | None:
-    return triton_refuses(out)
-
-
 def _is_on_gpu(out: Tensor) -> bool:
     return out.is_cuda
 
@@ -42,7 +38,7 @@ for _operation in ("outer_product", "grouped_outer_product"):
     register(_operation, "reference", Implementation(f"{_FOLDER}.reference", "grouped_outer_product"))
     register(_operation, "triton", Implementation(_LAUNCH, "grouped_outer_product", _refuses, _on_gpu, _GROUPED))
 register("mirror_lower", "reference", Implementation(f"{_FOLDER}.reference", "mirror_lower"))
-register("mirror_lower", "triton", Implementation(_LAUNCH, "mirror_lower", _refuses_one, _is_on_gpu, _MIRROR))
+register("mirror_lower", "triton", Implementation(_LAUNCH, "mirror_lower", triton_refuses, _is_on_gpu, _MIRROR))
 
 
 def outer_product(
