@@ -146,15 +146,15 @@ def test_grouped_streams_are_those_of_single_calls():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_launch_touches_as_two_do(monkeypatch, masked):
-    from bayesian_lora_kernels.ops.incremental_svd import kernel
+    from bayesian_lora_kernels.ops.incremental_svd import kernel, plan
 
-    fused = kernel.Configuration(16, 32, 16, 32, 4, 2, fused=True)
-    plain = kernel.Configuration(16, 32, 16, 32, 4, 2)
+    fused = plan.Configuration(16, 32, 16, 32, 4, 2, fused=True)
+    plain = plan.Configuration(16, 32, 16, 32, 4, 2)
     xs = [torch.randn(40, 48, device=DEVICE), torch.randn(20, 24, device=DEVICE), torch.randn(50, 40, device=DEVICE)]
     masks = [torch.rand(x.shape[0], device=DEVICE) < 0.7 if masked else None for x in xs]
     results = []
     for one in (plain, fused):
-        monkeypatch.setattr(kernel, "configurations", lambda *arguments, one=one: (one,))
+        monkeypatch.setattr(kernel, "choose_configuration", lambda *arguments, one=one: one)
         state = torch.Generator().manual_seed(0)
         bases = [None] * 3
         options = dict(columns=8, fresh=4, masks=masks, generator=state, impl="triton")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,11 @@ def check_tensor(
     )
     if not fits:
         raise ValueError(f"{where}: expected shape {_shape(shape)}, got {describe(value)}")
+
+
+def are_tensors(values: Iterable[object], *others: type) -> bool:
+    """Whether all are tensors, or of one of the other types: quick where all is well."""
+    return all(issubclass(kind, (Tensor, *others)) for kind in {type(value) for value in values})
 
 
 def check_device(where: str, value: Tensor, device: torch.device) -> None:

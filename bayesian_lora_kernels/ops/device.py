@@ -101,16 +101,16 @@ def widened(masks: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def triton_refuses(*tensors: Tensor) -> str | None:
     """Why the Triton kernels cannot take these tensors (device, float64), or None."""
-    for tensor in tensors:
-        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreting()):
-            return f"it takes tensors on a CUDA device, these lie on {tensor.device}"
-        if tensor.dtype == torch.float64:
+    for device, dtype in {(tensor.device, tensor.dtype): None for tensor in tensors}:
+        if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+            return f"it takes tensors on a CUDA device, these lie on {device}"
+        if dtype == torch.float64:
             return "it sums in float32, and the input is float64"
-        if tensor.device.type == "cuda":
+        if device.type == "cuda":
             if interpreting():
                 return "TRITON_INTERPRET=1 is set, and the interpreter takes CPU tensors"
-            if reason := gpu_refuses(tensor.device):
+            if reason := gpu_refuses(device):
                 return reason
-    if any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing():
-        return "a CUDA graph is being captured, and it would keep this call's table of pointers"
+            if torch.cuda.is_current_stream_capturing():
+                return "a CUDA graph is being captured, and it would keep this call's table of pointers"
     return None
