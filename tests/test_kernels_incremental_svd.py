@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayesian_lora_kernels import ops
 
@@ -146,21 +148,94 @@ def test_grouped_streams_are_those_of_single_calls():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_launch_touches_as_two_do(monkeypatch, masked):
-    from bayesian_lora_kernels.ops.incremental_svd import kernel
+    from bayesian_lora_kernels.ops.incremental_svd import kernel, plan
 
-    fused = kernel.Configuration(16, 32, 16, 32, 4, 2, fused=True)
-    plain = kernel.Configuration(16, 32, 16, 32, 4, 2)
+    fused = plan.Configuration(16, 32, 16, 32, 4, 2, fused=True)
+    plain = plan.Configuration(16, 32, 16, 32, 4, 2)
     xs = [torch.randn(40, 48, device=DEVICE), torch.randn(20, 24, device=DEVICE), torch.randn(50, 40, device=DEVICE)]
     masks = [torch.rand(x.shape[0], device=DEVICE) < 0.7 if masked else None for x in xs]
     results = []
     for one in (plain, fused):
-        monkeypatch.setattr(kernel, "configurations", lambda *arguments, one=one: (one,))
+        monkeypatch.setattr(kernel, "choose_configuration", lambda *arguments, one=one: one)
         state = torch.Generator().manual_seed(0)
         bases = [None] * 3
         options = dict(columns=8, fresh=4, masks=masks, generator=state, impl="triton")
         results.append(ops.grouped_incremental_svd(bases, xs, **options))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+def test_more_than_64_columns():
+    """Where small matrices are multiplied in pieces of their columns."""
+    x = torch.randn(90, 70, device=DEVICE)
+    basis = run([x], columns=70)
+    truth = x.double().T @ x.double()
+    assert (basis.double() @ basis.double().T - truth).norm() <= 1e-5 * truth.norm()
+
+
+def test_nan_in_a_counted_row_shows(monkeypatch):
+    from bayesian_lora_kernels.ops.incremental_svd import kernel
+
+    # PyTorch's eigensolver does not take NaN.
+    monkeypatch.setattr(kernel, "_nystrom_eigh", lambda core, gram: core * gram)
+    (x,) = stream("1/i", 80, 1)
+    x[7, 3] = float("nan")
+    assert run([x]).isnan().all()
+
+
+class Launches(TorchDispatchMode):
+    """Names PyTorch's operations but for those that allocate or look at memory another way."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, name = function(*args, **(kwargs or {})), function.overloadpacket.__name__
+        # `to` may be a view, or a copy.
+        looks = function.is_view and (name != "to" or result.data_ptr() == args[0].data_ptr())
+        if function.namespace == "aten" and not looks and not re.search("empty|detach", name):
+            self.seen.append(name)
+        return result
+
+
+@pytest.mark.skipif(ON_GPU, reason="kernels are recorded in place of being launched")
+@pytest.mark.parametrize(("masked", "first", "most"), [(0, 0, 32), (1, 0, 37), (0, 1, 38), (1, 1, 43)])
+def test_launches_do_not_grow_with_the_streams(monkeypatch, masked, first, most):
+    from bayesian_lora_kernels.ops.incremental_svd import kernel, op
+    from benchmarks.launches import launched
+
+    seen = []
+
+    def counted(function):
+        def run(*arguments):
+            with Launches(seen):  # that around the operation does not see what is in it
+                return function(*arguments)
+
+        return run
+
+    def nystrom_eigh(core, gram):  # one launch of the native extension
+        seen.append("nystrom_eigh")
+        return torch.zeros_like(core)
+
+    choose, choose_all_rows = op.choose, op.choose_all_rows
+    monkeypatch.setattr(op, "choose", lambda *arguments: counted(choose(*arguments)))
+    monkeypatch.setattr(op, "choose_all_rows", counted(choose_all_rows))
+
+    def count(streams):
+        xs = [torch.randn(40, 32) for _ in range(streams)]
+        bases = [None if first else torch.randn(32, 8) for _ in xs]
+        masks = [torch.arange(40) % 3 > 0] * streams if masked else None
+        seen.clear()
+
+        def call():
+            monkeypatch.setattr(kernel, "_nystrom_eigh", nystrom_eigh)
+            with Launches(seen):
+                ops.grouped_incremental_svd(bases, xs, columns=8, masks=masks, impl="triton")
+
+        return len(launched("sm_90", call)) + len(seen)
+
+    assert count(3) == count(224) <= most
 
 
 def test_what_it_cannot_take_is_said():

@@ -1,7 +1,7 @@
 """Triton kernels around the touch of X: test columns, Gram matrices and products with l x l matrices in float64.
 
 They read B and Y (``[d, l]``) and Z (``[M, l]``), a few percent of X. Every kernel is grouped: program axis 0 is the
-module, axis 1 a part of its rows. A module is a row of the table (``fields``); scratch of all modules lies in common
+module, axis 1 a part of its rows. A module is a row of the table; scratch of all modules lies in common
 tensors of ``BL`` columns, ``BL`` the power of two that holds l, with zeros in the columns past l.
 """
 
@@ -12,16 +12,12 @@ import triton.language as tl
 
 from . import sparse_signs
 
-# Columns of the table, int64. Loaded in place everywhere: the compiler forgets hints on the result of a call.
-FIELDS = (
-    *("x", "mask", "basis", "out", "rows", "signs", "height", "width", "stride_xm", "stride_xd", "stride_mask"),
-    *("basis_columns", "stride_b0", "stride_b1", "stride_o0", "stride_o1", "columns", "kept", "first_m", "first_d"),
-    "out_columns",
-)
-NUMBER_OF_FIELDS = tl.constexpr(len(FIELDS))
-X, MASK, BASIS, OUT, ROWS, SIGNS, HEIGHT, WIDTH = (tl.constexpr(i) for i in range(8))
-STRIDE_XM, STRIDE_XD, STRIDE_MASK, BASIS_COLUMNS, STRIDE_B0, STRIDE_B1 = (tl.constexpr(i) for i in range(8, 14))
-STRIDE_O0, STRIDE_O1, COLUMNS, KEPT, FIRST_M, FIRST_D, OUT_COLUMNS = (tl.constexpr(i) for i in range(14, 21))
+# Columns of the table, int64: addresses, then what `plan` knows. Loaded in place everywhere: the compiler forgets hints
+# on the result of a call. The mask is int16 without gaps; so are rows and signs, and the result.
+NUMBER_OF_FIELDS = tl.constexpr(18)
+X, MASK, BASIS, OUT, ROWS, SIGNS, HEIGHT, WIDTH, STRIDE_XM, STRIDE_XD = (tl.constexpr(i) for i in range(10))
+BASIS_COLUMNS, STRIDE_B0, STRIDE_B1, OUT_COLUMNS, COLUMNS, KEPT = (tl.constexpr(i) for i in range(10, 16))
+FIRST_M, FIRST_D = tl.constexpr(16), tl.constexpr(17)
 NONZEROS_PER_COLUMN = tl.constexpr(sparse_signs.NONZEROS_PER_COLUMN)
 # A column of the basis counts as filled above this share of the largest squared norm: float32's eps, squared.
 _FILLED = tl.constexpr(1.4210854715202004e-14)
@@ -142,9 +138,10 @@ def gram_kernel(
     P_IS_BASIS: tl.constexpr,
     SAME: tl.constexpr,
     BN: tl.constexpr,
+    BC: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """``P^T Q`` over a part of the rows, exact products summed in float64."""
+    """``P^T Q`` over a part of the rows, exact products summed in float64; program axis 2 is BC columns of Q."""
     module, part = tl.program_id(0), tl.program_id(1)
     row_ptr = table_ptr + module.to(tl.int64) * NUMBER_OF_FIELDS
     count = tl.load(row_ptr + (HEIGHT if OVER_M else WIDTH))
@@ -154,7 +151,8 @@ def gram_kernel(
         basis_ptr = tl.load(row_ptr + BASIS).to(tl.pointer_type(tl.float32))
         basis_columns = tl.load(row_ptr + BASIS_COLUMNS)
         stride_b0, stride_b1 = tl.load(row_ptr + STRIDE_B0), tl.load(row_ptr + STRIDE_B1)
-    b_sum = tl.zeros([BL, BL], dtype=tl.float64)
+    o_c = tl.program_id(2) * BC + tl.arange(0, BC)
+    b_sum = tl.zeros([BL, BC], dtype=tl.float64)
     step = tl.num_programs(1) * BN
     for start in range(part * BN, count, step):
         o_n = (start + tl.arange(0, BN)).to(tl.int64)
@@ -167,11 +165,12 @@ def gram_kernel(
             b_p = tl.load(p_ptr + o_scratch, mask=m_n, other=0.0)
         b_p = b_p.to(tl.float64)
         b_q = b_p
-        if not SAME:
-            b_q = tl.load(q_ptr + o_scratch, mask=m_n, other=0.0).to(tl.float64)
+        if not SAME or BC < BL:
+            o_q = (first + o_n[:, None]) * BL + o_c[None, :]
+            b_q = tl.load((p_ptr if SAME else q_ptr) + o_q, mask=m_n, other=0.0).to(tl.float64)
         b_sum = tl.dot(tl.trans(b_p), b_q, b_sum, input_precision="ieee", out_dtype=tl.float64)
     o_part = (module.to(tl.int64) * tl.num_programs(1) + part) * BL * BL
-    tl.store(parts_ptr + o_part + o_l[:, None] * BL + o_l[None, :], b_sum)
+    tl.store(parts_ptr + o_part + o_l[:, None] * BL + o_c[None, :], b_sum)
 
 
 @triton.jit
@@ -210,6 +209,42 @@ def orthonormalise_kernel(table_ptr, gram_ptr, w_ptr, DROPPED: tl.constexpr, BL:
     tl.store(w_ptr + o_square, w * inverse_0[:, None])
 
 
+@triton.jit(do_not_specialize=["columns"])
+def significant_kernel(
+    w_ptr,  # [modules, columns, columns] float64
+    gram_ptr,  # [modules, BL, BL] float64, Y^T Y
+    whole_ptr,  # [modules, BL, BL] float64
+    columns,
+    EPS: tl.constexpr,
+    BC: tl.constexpr,
+    BL: tl.constexpr,
+):
+    """``W`` with zeros up to BL, and where a column of ``Y W`` would hold nothing but rounding: it is smaller than the
+    rounding errors of the columns of Y that it combines. One program per module and BC columns.
+    """
+    module = tl.program_id(0).to(tl.int64)
+    o_l, o_i = tl.arange(0, BL), tl.arange(0, 16)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    m_c = (o_c < columns)[None, :]
+    w_ptr += module * columns * columns
+    gram_ptr += module * BL * BL
+    b_w = tl.load(w_ptr + o_l[:, None] * columns + o_c[None, :], mask=(o_l < columns)[:, None] & m_c, other=0.0)
+    squares = tl.zeros([BC], dtype=tl.float64)  # of the columns of Y W
+    terms = tl.zeros([BC], dtype=tl.float64)
+    for start in range(0, BL, 16):
+        o_r = start + o_i
+        p_w = w_ptr + o_r[:, None] * columns + o_c[None, :]
+        b_rows = tl.load(p_w, mask=(o_r < columns)[:, None] & m_c, other=0.0)  # [16, BC]
+        b_gram = tl.load(gram_ptr + o_r[:, None] * BL + o_l[None, :])  # [16, BL]
+        squares += tl.sum(b_rows * tl.dot(b_gram, b_w, input_precision="ieee", out_dtype=tl.float64), axis=0)
+        norms = tl.sqrt(tl.load(gram_ptr + o_r * (BL + 1)))  # of the columns of Y
+        terms += tl.sum(norms[:, None] * tl.abs(b_rows), axis=0)
+    # So written that NaN is not dropped.
+    dropped = tl.sqrt(tl.where(squares < 0.0, 0.0, squares)) <= EPS * terms
+    p_whole = whole_ptr + module * BL * BL + o_l[:, None] * BL + o_c[None, :]
+    tl.store(p_whole, tl.where(dropped[None, :], 0.0, b_w))
+
+
 @triton.jit
 def apply_kernel(
     table_ptr,
@@ -219,27 +254,32 @@ def apply_kernel(
     rounded_ptr,  # [sum of widths, BL] float32: what q_ptr got, unless TO_OUT
     TO_OUT: tl.constexpr,
     BN: tl.constexpr,
+    BC: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """``P W`` in float64, rounded to the dtype of its destination: scratch, or the result of the operation."""
+    """``P W`` in float64, rounded to the dtype of its destination: scratch, or the result of the operation.
+
+    Program axis 2 is a piece of BC columns of W: all of them would not fit the shared memory of every GPU.
+    """
     module = tl.program_id(0)
     row_ptr = table_ptr + module.to(tl.int64) * NUMBER_OF_FIELDS
     width, first_d = tl.load(row_ptr + WIDTH), tl.load(row_ptr + FIRST_D)
     o_l = tl.arange(0, BL)
-    b_w = tl.load(w_ptr + module.to(tl.int64) * BL * BL + o_l[:, None] * BL + o_l[None, :])  # [BL, BL]
+    o_c = tl.program_id(2) * BC + tl.arange(0, BC)
+    b_w = tl.load(w_ptr + module.to(tl.int64) * BL * BL + o_l[:, None] * BL + o_c[None, :])  # [BL, BC]
     step = tl.num_programs(1) * BN
     for start in range(tl.program_id(1) * BN, width, step):
         o_d = (start + tl.arange(0, BN)).to(tl.int64)
         m_d = (o_d < width)[:, None]
-        o_scratch = (first_d + o_d[:, None]) * BL + o_l[None, :]
-        b_p = tl.load(p_ptr + o_scratch, mask=m_d, other=0.0).to(tl.float64)
+        b_p = tl.load(p_ptr + (first_d + o_d[:, None]) * BL + o_l[None, :], mask=m_d, other=0.0).to(tl.float64)
         b_q = tl.dot(b_p, b_w, input_precision="ieee", out_dtype=tl.float64).to(tl.float32)
         if TO_OUT:
             out_ptr = tl.load(row_ptr + OUT).to(tl.pointer_type(tl.float32))
-            stride_o0, stride_o1 = tl.load(row_ptr + STRIDE_O0), tl.load(row_ptr + STRIDE_O1)
-            m_l = (o_l < tl.load(row_ptr + OUT_COLUMNS))[None, :]
-            tl.store(out_ptr + o_d[:, None] * stride_o0 + o_l[None, :] * stride_o1, b_q, mask=m_d & m_l)
+            out_columns = tl.load(row_ptr + OUT_COLUMNS)
+            p_out = out_ptr + o_d[:, None] * out_columns + o_c[None, :]
+            tl.store(p_out, b_q, mask=m_d & (o_c < out_columns)[None, :])
         else:
             b_rounded = b_q.to(q_ptr.dtype.element_ty)
+            o_scratch = (first_d + o_d[:, None]) * BL + o_c[None, :]
             tl.store(q_ptr + o_scratch, b_rounded, mask=m_d)
             tl.store(rounded_ptr + o_scratch, b_rounded.to(tl.float32), mask=m_d)

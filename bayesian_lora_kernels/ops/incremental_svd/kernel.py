@@ -8,6 +8,7 @@ then NaN.
 Launches, for all streams of a dtype and padded width together: norms, fresh columns, stack, Gram, Gram-Schmidt, Omega;
 R, the touch (Z, Y), C, K; ``nystrom_eigh`` (one launch where the native extension has it), B. First batches go through
 the touch twice, as in the reference. Batches with at most as many rows as columns are a few products in PyTorch each.
+Which streams go together, and how the kernels are compiled for them, is what ``plan.py`` says.
 
 Bytes and operations per stream, X of M rows and d columns of b bytes, L = l padded to a power of two: X twice, ``2 M
 d b`` (once where the second reading finds it in the L2 cache, see ``touch.py``) plus ``160 d b`` for the fresh
@@ -19,115 +20,35 @@ ms at 3 TB/s; the rest 1.6 GB, 0.5 ms; products 0.36 TFLOP, 0.5 ms on tensor cor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
 from .. import native
-from ..device import architecture, in_vectors, int64_table, multiprocessors, on_device
+from ..device import architecture, on_device, widened
 from ..kernel_types import TYPES
+from ..layouts import addresses, device_table
 from ..masking import zero_masked
 from ..tuning import choose_configuration
 from . import columns as around
 from . import nystrom, reference
+from .plan import Configuration, Group, plan, variants
 from .touch import back_project_kernel, project_kernel, touch_kernel
 
-WIDEST = 128  # columns of B before and after
+__all__ = ["grouped_incremental_svd", "variants"]
+
 # Parts of the rows in the kernels around the touch; their sums are added in order.
 _PARTS = 8
 # Rows per step of the kernels around the touch, by padded width, and warps: all that fits the registers.
 _STEP = {16: 64, 32: 64, 64: 32, 128: 16}
 _WARPS = {16: 4, 32: 4, 64: 8, 128: 8}
 _APPLY_STEP = {16: 64, 32: 64, 64: 32, 128: 32}
+_APPLY_COLUMNS = {16: 16, 32: 32, 64: 64, 128: 32}
 _SMALL_WARPS = {16: 4, 32: 4, 64: 8, 128: 16}
 # Squared distance of a unit column from those before it, below which it is the rounding of float32.
 _DROPPED = 1e-14
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """Rows of X per projection, columns of X per step of it and per product, rows per step of that; fused: one
-    launch. ``max_registers``: without it the assembler spills to fit one program more.
-    """
-
-    block_m: int
-    block_k: int
-    block_d: int
-    step_m: int
-    num_warps: int
-    num_stages: int
-    fused: bool = False
-    max_registers: int | None = None
-
-
-def configurations(
-    name: str, dtype: torch.dtype, block: int, programs: int, contiguous: bool = True
-) -> tuple[Configuration, ...]:
-    """Candidates for an architecture, dtype, padded width, how many blocks of 64 rows there are, and layout; the
-    known-good first.
-
-    Blocks of 64 rows and 128 columns read Omega and Z an eighth and a quarter as often as X. Where they would leave
-    multiprocessors idle, blocks of 16 and 32 take their place. ``sm_90`` and ``sm_100`` have room for deeper pipelines.
-    Elements loaded one by one take an address each: smaller steps, or registers spill.
-    """
-    stages = 3 if name == "sm_80" else 4
-    if programs < 132:
-        return (Configuration(16, 64, 32, 32, 4, 3),)
-    if block == 128 or not contiguous:
-        return (Configuration(64, 32, 64, 32 if contiguous else 16, 8, 3),)
-    if dtype == torch.float32:
-        return (Configuration(64, 32, 64, 32, 4, 3),)
-    if dtype == torch.float16:  # multiplied in float32 with Z, which float16 might not hold
-        return (Configuration(64, 64, 64, 32, 4, 3, max_registers=128 if block <= 32 else 255),)
-    return (
-        Configuration(64, 128, 128, 64, 8 if block == 64 else 4, stages),
-        Configuration(128, 64, 128, 64, 8, stages),
-        Configuration(64, 64 if block == 64 else 128, 64, 64, 8 if block == 64 else 4, stages, fused=True),
-    )
-
-
-@dataclass(frozen=True)
-class _Class:
-    dtype: torch.dtype
-    block: int
-    contiguous: bool
-    has_mask: bool
-
-
-@dataclass
-class _Stream:
-    out: Tensor
-    basis: Tensor
-    x: Tensor
-    mask: Tensor | None
-    rows: Tensor
-    signs: Tensor
-    fresh: int
-
-    def kind(self) -> _Class:
-        widest = max(16, self.out.shape[1], self.basis.shape[1])
-        return _Class(self.x.dtype, triton.next_power_of_2(widest), in_vectors(self.x), self.mask is not None)
-
-    def fields(self, first_m: int, first_d: int) -> tuple[int, ...]:
-        columns = min(self.out.shape)
-        fresh = self.fresh if self.fresh <= columns else columns // 2
-        pointers = (self.x, self.mask, self.basis, self.out, self.rows, self.signs)
-        return (
-            *(0 if tensor is None else tensor.data_ptr() for tensor in pointers),
-            *self.x.shape,
-            *self.x.stride(),
-            0 if self.mask is None else self.mask.stride(0),
-            self.basis.shape[1],
-            *self.basis.stride(),
-            *self.out.stride(),
-            columns,
-            columns - fresh,
-            first_m,
-            first_d,
-            self.out.shape[1],
-        )
+_EPS = torch.finfo(torch.float32).eps
 
 
 def grouped_incremental_svd(
@@ -139,19 +60,16 @@ def grouped_incremental_svd(
     signs: Sequence[Tensor],
     fresh: int,
 ) -> None:
-    """As ``reference.grouped_incremental_svd``, in Triton."""
-    classes: dict[_Class, list[_Stream]] = {}
+    """As ``reference.grouped_incremental_svd``, in Triton; outs, rows and signs have no gaps."""
+    found = plan(outs, bases, xs, [mask is not None for mask in masks], fresh)
     with on_device(xs[0]):
-        for out, basis, x, mask, row, sign in zip(outs, bases, xs, masks, rows, signs, strict=True):
-            if out.numel() == 0:
-                continue
-            if reference.is_direct(x.shape[0], out.shape[1]):
-                _direct(out, basis, x, mask)
-                continue
-            stream = _Stream(out, basis, x, mask, row.contiguous(), sign.contiguous(), fresh)
-            classes.setdefault(stream.kind(), []).append(stream)
-        for kind, streams in classes.items():
-            _Update(kind, streams).run()
+        wide = widened(masks)
+        columns = [addresses(each) for each in (xs, wide, bases, outs, rows, signs)]
+        for i in found.direct:
+            _direct(outs[i], bases[i], xs[i], masks[i])
+        for group in found.groups:
+            table = device_table(columns, group.fixed, group.order, xs[0].device)
+            _Update(group, table).run()
 
 
 def _direct(out: Tensor, basis: Tensor, x: Tensor, mask: Tensor | None) -> None:
@@ -175,68 +93,54 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values[0].flip(-1), vectors[0].flip(-1)
 
 
-def _nystrom_eigh(core: Tensor, gram: Tensor, rounding: float) -> Tensor:
-    if not _is_native(core):
-        return reference.nystrom_eigh(core, gram, rounding)
-    return nystrom.nystrom_eigh(core, gram, rounding)
+def _nystrom_eigh(core: Tensor, gram: Tensor) -> Tensor:
+    one = nystrom if _is_native(core) else reference
+    return one.nystrom_eigh(core, gram, _EPS)
 
 
 class _Update:
-    """One update of the streams of one class: their table, their scratch, and the launches in order."""
+    """One update of the streams of one group: their scratch, and the launches in order."""
 
-    def __init__(self, kind: _Class, streams: list[_Stream]) -> None:
-        # First batches come first: they go through the touch twice.
-        self.kind, self.streams = kind, sorted(streams, key=lambda stream: stream.basis.shape[1] > 0)
-        self.device = streams[0].x.device
-        first_m = first_d = 0
-        rows = []
-        for stream in self.streams:
-            rows.append(stream.fields(first_m, first_d))
-            first_m, first_d = first_m + stream.x.shape[0], first_d + stream.x.shape[1]
-        self.table = int64_table(rows, self.device)
-        count, block = len(streams), kind.block
-        self.halves = kind.dtype == torch.bfloat16
-        self.stack = self._empty(first_d, block)
-        self.omega = self._empty(first_d, block, dtype=kind.dtype)
-        self.y = self._empty(first_d, block)
-        self.z = self._empty(first_m, block)
-        self.high = self._empty(first_m, block, dtype=torch.bfloat16) if self.halves else self.z
+    def __init__(self, group: Group, table: Tensor) -> None:
+        self.group, self.table, self.device = group, table, table.device
+        self.block = group.variant.block
+        first_m, first_d = sum(group.rows_of_x), sum(group.columns_of_x)
+        self.halves = group.variant.dtype == torch.bfloat16
+        self.stack = self._empty(first_d, self.block)
+        self.omega = self._empty(first_d, self.block, dtype=group.variant.dtype)
+        self.y = self._empty(first_d, self.block)
+        self.z = self._empty(first_m, self.block)
+        self.high = self._empty(first_m, self.block, dtype=torch.bfloat16) if self.halves else self.z
         self.low = torch.empty_like(self.high) if self.halves else self.z
-        self.r = self._empty(count, block, block)
+        self.r = self._empty(len(table), self.block, self.block)
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def run(self) -> None:
-        everyone = len(self.streams)
         self._stack_test_columns()
-        beginners = sum(stream.basis.shape[1] == 0 for stream in self.streams)
-        if beginners:
-            self._orthonormalise(self.stack, beginners)
-            self.r[:beginners] = 0.0
-            self._touch(beginners)
-            first_d = sum(stream.x.shape[1] for stream in self.streams[:beginners])
-            self.stack[:first_d] = self.y[:first_d]
-        self._orthonormalise(self.stack, everyone)
+        if self.group.beginners:  # they have no basis, so that the touch does not read R
+            self._orthonormalise(self.group.beginners)
+            self._touch(self.group.beginners, self.stack)
+        self._orthonormalise(len(self.table))
         r = self._gram(self.table, p=None, q=self.y)  # Y is scratch until the touch: Omega in float32
         self.r.copy_(r)
-        self._touch(everyone)
-        core = self._gram(self.table, p=self.z, over_m=True) + r.mT @ r
-        gram = self._gram(self.table, p=self.y)
-        self._apply(self.y, self._combination(core, gram), everyone, None)
+        self._touch(len(self.table), self.y)
+        core = torch.baddbmm(self._gram(self.table, p=self.z, over_m=True), r.mT, r)
+        self._apply(self.y, self._combination(core, self._gram(self.table, p=self.y)), len(self.table), None)
 
     def _options(self, warps: int | None = None) -> dict[str, int | bool]:
-        return {"num_warps": warps or _WARPS[self.kind.block], "num_stages": 2, "enable_fp_fusion": False}
+        return {"num_warps": warps or _WARPS[self.block], "num_stages": 2, "enable_fp_fusion": False}
 
     def _stack_test_columns(self) -> None:
-        count, block = len(self.streams), self.kind.block
+        count, block = len(self.table), self.block
         parts = self._empty(count, _PARTS, block, dtype=torch.float64)
         fresh = self._empty(self.stack.numel())
         present = self._empty(count, block, dtype=torch.int32)
         around.norms_kernel[(count, _PARTS)](self.table, parts, BN=_STEP[block], BL=block, **self._options())
         around.fresh_kernel[(count, block)](
             *(self.table, parts, fresh, present),
-            DTYPE=TYPES[self.kind.dtype],
+            DTYPE=TYPES[self.group.variant.dtype],
             PARTS=_PARTS,
             BN=1024,
             BL=block,
@@ -248,9 +152,9 @@ class _Update:
 
     def _gram(self, table: Tensor, p: Tensor | None, q: Tensor | None = None, over_m: bool = False) -> Tensor:
         """``P^T Q`` per module, float64; ``P`` is the basis if None, and ``Q = P`` if None."""
-        count, block = table.shape[0], self.kind.block
+        count, block, columns = len(table), self.block, min(64, self.block)
         parts = self._empty(count, _PARTS, block, block, dtype=torch.float64)
-        around.gram_kernel[(count, _PARTS)](
+        around.gram_kernel[(count, _PARTS, block // columns)](
             table,
             self.y if p is None else p,
             self.y if q is None else q,
@@ -259,88 +163,79 @@ class _Update:
             P_IS_BASIS=p is None,
             SAME=q is None,
             BN=min(32, _STEP[block]),
+            BC=columns,
             BL=block,
             **self._options(),
         )
         return parts.sum(1)
 
-    def _orthonormalise(self, stack: Tensor, count: int) -> None:
-        gram = self._gram(self.table[:count], p=stack)
+    def _orthonormalise(self, count: int) -> None:
+        """The first streams' Omega from the stack, and as float32 in Y."""
+        gram = self._gram(self.table[:count], p=self.stack)
         w = torch.empty_like(gram)
         around.orthonormalise_kernel[(count,)](
-            self.table, gram, w, DROPPED=_DROPPED, BL=self.kind.block, **self._options(_SMALL_WARPS[self.kind.block])
+            self.table, gram, w, DROPPED=_DROPPED, BL=self.block, **self._options(_SMALL_WARPS[self.block])
         )
-        self._apply(stack, w, count, self.omega)
+        self._apply(self.stack, w, count, self.omega)
 
     def _apply(self, p: Tensor, w: Tensor, count: int, to: Tensor | None) -> None:
-        around.apply_kernel[(count, _PARTS)](
-            self.table,
-            p,
-            w,
-            p if to is None else to,
-            self.y,
+        step, columns = _APPLY_STEP[self.block], _APPLY_COLUMNS[self.block]
+        around.apply_kernel[(count, _PARTS, self.block // columns)](
+            *(self.table, p, w, p if to is None else to, self.y),
             TO_OUT=to is None,
-            BN=_APPLY_STEP[self.kind.block],
-            BL=self.kind.block,
+            BN=step,
+            BC=columns,
+            BL=self.block,
             **self._options(),
         )
 
     def _combination(self, core: Tensor, gram: Tensor) -> Tensor:
-        """``[modules, BL, BL]`` with ``B = Y W``, zero where a column would hold nothing but rounding."""
-        eps = torch.finfo(torch.float32).eps
-        columns = max(min(stream.out.shape) for stream in self.streams)
-        core, gram = core[:, :columns, :columns], gram[:, :columns, :columns]
-        combination = _nystrom_eigh(core, gram, eps)
-        norms = (combination * (gram @ combination)).sum(-2).clamp(min=0.0).sqrt()
-        terms = gram.diagonal(dim1=-2, dim2=-1).sqrt()[:, None, :] @ combination.abs()
-        kept = norms[:, None, :] > eps * terms
-        whole = core.new_zeros(core.shape[0], self.kind.block, self.kind.block)
-        whole[:, :columns, :columns] = torch.where(kept, combination, 0.0)
+        """``W: [modules, BL, BL]`` with ``B = Y W``."""
+        columns, whole = self.group.columns, torch.empty_like(gram)
+        combination = _nystrom_eigh(core[:, :columns, :columns], gram[:, :columns, :columns]).contiguous()
+        around.significant_kernel[(len(gram), self.block // 16)](
+            *(combination, gram, whole, columns), EPS=_EPS, BC=16, BL=self.block, **self._options(4)
+        )
         return whole
 
-    def _touch(self, count: int) -> None:
-        heights = [stream.x.shape[0] for stream in self.streams[:count]]
-        widths = [stream.x.shape[1] for stream in self.streams[:count]]
-        name = architecture(self.device)
-        programs = sum(triton.cdiv(height, 64) for height in heights)
-        programs = programs * 132 // multiprocessors(self.device)
-        candidates = configurations(name, self.kind.dtype, self.kind.block, programs, self.kind.contiguous)
-        key = ("incremental_svd", name, self.kind, count, max(heights), max(widths))
-        chosen = choose_configuration(key, candidates, lambda one: self._launch(one, count, max(heights), max(widths)))
-        self._launch(chosen, count, max(heights), max(widths))
+    def _touch(self, count: int, y: Tensor) -> None:
+        group = self.group
+        key = ("incremental_svd", architecture(self.device), group.variant, group.rows_of_x, group.columns_of_x, count)
+        chosen = choose_configuration(key, group.candidates, lambda one: self._launch(one, count, y))
+        self._launch(chosen, count, y)
 
-    def _launch(self, one: Configuration, count: int, height: int, width: int) -> None:
+    def _launch(self, one: Configuration, count: int, y: Tensor) -> None:
+        variant = self.group.variant
         common = {
-            "DTYPE": TYPES[self.kind.dtype],
-            "CONTIGUOUS": self.kind.contiguous,
-            "HAS_MASK": self.kind.has_mask,
+            "DTYPE": TYPES[variant.dtype],
+            "CONTIGUOUS": variant.contiguous,
+            "HAS_MASK": variant.masked,
             "HALVES": self.halves,
-            "BL": self.kind.block,
+            "BL": self.block,
             "num_warps": one.num_warps,
             "num_stages": one.num_stages,
             "maxnreg": one.max_registers,
             "enable_fp_fusion": True,
         }
-        precision = "tf32x3" if self.kind.dtype == torch.float32 else "ieee"
-        projections, products = triton.cdiv(height, one.block_m), triton.cdiv(width, one.block_d)
+        precision = "tf32x3" if variant.dtype == torch.float32 else "ieee"
+        projections = triton.cdiv(max(self.group.rows_of_x[:count]), one.block_m)
+        products = triton.cdiv(max(self.group.columns_of_x[:count]), one.block_d)
         scratch = (self.z, self.high, self.low)
         if one.fused:
-            # Programs in flight span about LAG modules: then nobody waits, and X is still in the cache.
-            lag = min(4, max(1, triton.cdiv(2 * multiprocessors(self.device), projections + products)))
             counters = torch.zeros(1 + count, dtype=torch.int32, device=self.device)
+            lag = self.group.lag
             touch_kernel[((count + lag) * (projections + products),)](
-                *(self.table, self.omega, *scratch, self.r, self.y, counters, count, projections, products),
+                *(self.table, self.omega, *scratch, self.r, y, counters, count, projections, products, lag),
                 **common,
                 PRECISION=precision,
                 BM=one.block_m,
                 BK=one.block_k,
                 BD=one.block_d,
-                LAG=lag,
             )
             return
         project_kernel[(projections, count)](
             *(self.table, self.omega, *scratch), **common, PRECISION=precision, BM=one.block_m, BK=one.block_k
         )
         back_project_kernel[(products, count)](
-            *(self.table, *scratch, self.r, self.y), **common, BM=one.step_m, BD=one.block_d
+            *(self.table, *scratch, self.r, y), **common, BM=one.step_m, BD=one.block_d
         )

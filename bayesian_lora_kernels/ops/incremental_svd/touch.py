@@ -2,7 +2,7 @@
 
 ``project`` makes some rows of Z, ``back_project`` some rows of Y, which needs all of Z of its module.
 ``touch_kernel`` is both in one launch: programs draw tickets, in an order in which the products of a module follow
-its projections at a distance of ``LAG`` modules, so that the second reading of X finds it in the L2 cache. A program
+its projections at a distance of ``lag`` modules, so that the second reading of X finds it in the L2 cache. A program
 waits for projections that hold smaller tickets, and so run already: it cannot wait for one that does not.
 """
 
@@ -21,7 +21,6 @@ from .columns import (
     NUMBER_OF_FIELDS,
     STRIDE_B0,
     STRIDE_B1,
-    STRIDE_MASK,
     STRIDE_XD,
     STRIDE_XM,
     WIDTH,
@@ -65,8 +64,8 @@ def project(
     m_m = o_m < height
     m_counts = m_m
     if HAS_MASK:
-        mask_ptr = tl.load(row_ptr + MASK).to(tl.pointer_type(tl.uint8))
-        m_counts = m_m & (tl.load(mask_ptr + o_m * tl.load(row_ptr + STRIDE_MASK), mask=m_m, other=0) != 0)
+        mask_ptr = tl.load(row_ptr + MASK).to(tl.pointer_type(tl.int16))
+        m_counts = m_m & (tl.load(mask_ptr + o_m, mask=m_m, other=0) != 0)
     p_x = x_ptr + o_m[:, None] * stride_xm + o_k[None, :].to(tl.int64) * stride_xd  # [BM, BK]
     p_omega = omega_ptr + (tl.load(row_ptr + FIRST_D) + o_k[:, None]) * BL + o_l[None, :]  # [BK, BL]
     b_z = tl.zeros([BM, BL], dtype=tl.float32)
@@ -127,15 +126,14 @@ def back_project(
     o_z = (tl.load(row_ptr + FIRST_M) + o_m[:, None]) * BL + o_l[None, :]  # [BM, BL]
     p_z, p_high, p_low = z_ptr + o_z, high_ptr + o_z, low_ptr + o_z
     if HAS_MASK:
-        stride_mask = tl.load(row_ptr + STRIDE_MASK)
-        p_mask = tl.load(row_ptr + MASK).to(tl.pointer_type(tl.uint8)) + o_m * stride_mask
+        p_mask = tl.load(row_ptr + MASK).to(tl.pointer_type(tl.int16)) + o_m
     b_y = tl.zeros([BD, BL], dtype=tl.float32)
     for start in range(0, height, BM):
         m_m = o_m < height - start
         m_counts = m_m
         if HAS_MASK:
             m_counts = m_m & (tl.load(p_mask, mask=m_m, other=0) != 0)
-            p_mask += BM * stride_mask
+            p_mask += BM
         b_x = tl.load(p_x, mask=m_d[:, None] & m_counts[None, :], other=0.0)
         if HALVES:
             b_high = tl.load(p_high, mask=m_m[:, None], other=0.0)
@@ -244,7 +242,7 @@ def back_project_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["modules", "projections", "products", "lag"])
 def touch_kernel(
     table_ptr,
     omega_ptr,
@@ -257,6 +255,7 @@ def touch_kernel(
     modules,
     projections,  # most blocks of rows that a module has
     products,  # most blocks of columns
+    lag,  # modules between the two readings of one
     DTYPE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -266,14 +265,13 @@ def touch_kernel(
     BK: tl.constexpr,
     BD: tl.constexpr,
     BL: tl.constexpr,
-    LAG: tl.constexpr,
 ):
     """Both in one launch, as tickets are drawn."""
     ticket = tl.atomic_add(counters_ptr, 1)
     stage = ticket // (projections + products)
     block = ticket % (projections + products)
     if block < products:
-        module = stage - LAG
+        module = stage - lag
         if (module >= 0) & (module < modules):
             row_ptr = table_ptr + module.to(tl.int64) * NUMBER_OF_FIELDS
             if block * BD < tl.load(row_ptr + WIDTH):
