@@ -19,7 +19,7 @@ from bayesian_lora_kernels.model.arguments import decoder_inputs, is_left_padded
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.findings import Checks, Findings, Way
 from bayesian_lora_kernels.model.head import OutputHead, find_head
-from bayesian_lora_kernels.model.host import both, on_host
+from bayesian_lora_kernels.model.host import both, on_host, to_device
 from bayesian_lora_kernels.model.masks import before_pads, last_valid, parameters_of
 from bayesian_lora_kernels.model.measuring import hooked
 from bayesian_lora_kernels.model.reading import DECODER_MASK, MASK_KEYS
@@ -227,7 +227,7 @@ class Forward:
     def _class_ids_on(self, device: torch.device) -> Tensor:
         assert self.class_token_ids is not None
         if device not in self._class_ids:
-            self._class_ids[device] = self.class_token_ids.to(device)
+            self._class_ids[device] = to_device(self.class_token_ids, device)
         return self._class_ids[device]
 
     @property

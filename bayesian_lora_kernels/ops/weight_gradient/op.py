@@ -65,7 +65,6 @@ def grouped_weight_gradient(
     masks = [None] * len(gs) if masks is None else masks
     check_same_length(f"{_NAME}: inputs", len(gs), inputs)
     check_same_length(f"{_NAME}: masks", len(gs), masks)
-    _validate(gs, inputs, masks)
     with torch.no_grad():
         return _grouped_weight_gradient(list(gs), list(inputs), list(masks), impl)
 
