@@ -91,7 +91,38 @@ def random_square_sum(draw):
     return torch.empty(len(xs), dtype=torch.float64), xs, masks
 
 
-CALLS = {"grouped_outer_product": random_outer_product, "grouped_square_sum": random_square_sum}
+def random_incremental_svd(draw):
+    count, dtype, columns = (
+        draw.randint(1, 4),
+        draw.choice([torch.float32, torch.float16]),
+        draw.choice([14, 30, 64, 74]),
+    )
+    shapes = [(draw.choice([40, 300, 2000]), draw.choice([320, 1000, 2048])) for _ in range(count)]
+    xs = [torch.empty(rows, 2 * width, dtype=dtype)[:, :: draw.choice([1, 2])][:, :width] for rows, width in shapes]
+    masks = [draw.choice([None, torch.ones(len(x), dtype=torch.bool)]) for x in xs]
+    outs = [torch.empty(x.shape[1], columns) for x in xs]
+    bases = [torch.empty(x.shape[1], draw.choice([0, columns])) for x in xs]
+    rows, signs = torch.empty(columns, 16, dtype=torch.int64), torch.empty(columns, 16)
+    return outs, bases, xs, masks, [rows] * count, [signs] * count, 10
+
+
+def random_weight_gradient(draw):
+    dtype, tokens = draw.choice([torch.float32, torch.float16]), draw.choice([3, 256])
+    sizes = [draw.choice([(8, 300), (300, 8), (8, 4096), (90, 90), (4096, 64)]) for _ in range(draw.randint(1, 4))]
+    stride = draw.choice([1, 2])
+    gs, inputs = (
+        [torch.empty(2, tokens, stride * size[i], dtype=dtype)[..., ::stride] for size in sizes] for i in (0, 1)
+    )
+    masks = [draw.choice([None, torch.ones(2, tokens, dtype=torch.bool)]) for _ in sizes]
+    return [torch.empty(2, *size) for size in sizes], gs, inputs, masks
+
+
+CALLS = {
+    "grouped_outer_product": random_outer_product,
+    "grouped_square_sum": random_square_sum,
+    "grouped_incremental_svd": random_incremental_svd,
+    "grouped_weight_gradient": random_weight_gradient,
+}
 
 
 @pytest.mark.parametrize(("operation", "make"), CALLS.items(), ids=CALLS)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import native
 from ..device import triton_refuses
 from ..dispatch import Implementation, register
+from ..verify.verifier import Evidence
 
 _FOLDER = "bayesian_lora_kernels.ops.incremental_svd"
 # Columns of the widest basis, before and after, that the Triton kernels take; WIDEST in kernel.py.
@@ -31,7 +32,7 @@ def native_is_faster(count: int, columns: int) -> bool:
 
 
 def _native_suits(outs: Sequence[Tensor], bases: Sequence[Tensor], xs: Sequence[Tensor], *others: Any) -> bool:
-    # The CUDA form has not run on a GPU yet: only impl="native" asks for it there.
+    # On a GPU the Triton kernels call the native solver themselves.
     if any(out.device.type != "cpu" for out in outs):
         return False
     sizes = Counter(
@@ -63,4 +64,5 @@ def register_all() -> None:
     name = "grouped_incremental_svd"
     register(name, "reference", Implementation(f"{_FOLDER}.reference", name))
     register(name, "native", Implementation(f"{_FOLDER}.nystrom", name, _native_refuses, _native_suits))
-    register(name, "triton", Implementation(f"{_FOLDER}.kernel", name, _triton_refuses, _triton_suits))
+    evidence = Evidence(f"{_FOLDER}.problems:GROUPED", f"{_FOLDER}.plan:variants")
+    register(name, "triton", Implementation(f"{_FOLDER}.kernel", name, _triton_refuses, _triton_suits, evidence))

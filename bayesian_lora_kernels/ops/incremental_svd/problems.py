@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..device import multiprocessors
 from ..verify.problem import Arguments, Draw, Problem, Suite, some_entries
 from ..verify.rows import LAYOUTS, dtypes, laid_out
 from .sparse_signs import NONZEROS_PER_COLUMN
@@ -21,13 +22,13 @@ _COLUMNS = (10, 16, 30, 32, 54, 64, 74, 128)
 
 
 def _problem(
-    dtype: torch.dtype, width: int, columns: int, height: int, masked: bool, layout: str, first: bool
+    dtype: torch.dtype, width: int, columns: int, height: int, masked: bool, layout: str, first: bool, streams: int = 2
 ) -> Problem:
     def arguments(draw: Draw) -> Arguments:
         lists: tuple[list[Tensor | None], ...] = ([], [], [], [], [], [])
         outs, bases, xs, masks, rows, signs = lists
         deviation = torch.arange(1, width + 1, device=draw.device).float().pow(-1.0)
-        for _ in range(2):
+        for _ in range(streams):
             x, mask = laid_out(draw, (draw.normal(height, width) * deviation).to(dtype), masked, layout)
             outs.append(draw.output(width, columns))
             kept = 0 if first else min(columns, width)
@@ -53,6 +54,13 @@ def _problems(device: torch.device) -> Iterator[Problem]:
             yield _problem(dtype, width, columns, columns // 2 + 3, masked, layout, first)  # more columns than rows
         yield _problem(dtype, 3 * width, columns, 12 * columns, masked, "contiguous", first)
         yield _problem(dtype, width + 1, columns, 700, masked, "contiguous", first)
+        for layout in LAYOUTS:
+            yield _problem(dtype, width, columns, columns + 3, masked, layout, first, streams=1)
+    # So many rows that larger blocks keep all multiprocessors busy: beside a cache that holds X, and one that does not.
+    height = 32 * multiprocessors(device) + 37
+    for dtype, columns, masked, layout in itertools.product(dtypes(), (16, 30, 64, 128), (False, True), LAYOUTS):
+        for width in (8 * (columns // 8), 2048) if layout == "contiguous" else (3 * columns,):
+            yield _problem(dtype, width, columns, height, masked, layout, first=masked)
 
 
 def _probed(arguments: Arguments) -> list[Tensor]:
