@@ -39,7 +39,7 @@ class _Kind:
 
 # Wide and narrow side, kept directions of them.
 _SHAPES = (
-    *((1032, 8, 10, 8), (72, 8, 10, 8), (200, 4, 0, 4), (136, 16, 33, 16), (264, 8, 32, 8)),
+    *((72, 8, 10, 8), (1032, 8, 10, 8), (200, 4, 0, 4), (136, 16, 33, 16), (264, 8, 32, 8)),
     *((70, 3, 5, 2), (96, 40, 10, 40), (80, 40, 0, 39), (128, 1, 60, 1)),
 )
 
@@ -79,7 +79,7 @@ def _problem(kind: _Kind) -> Problem:
 def _problems(device: torch.device) -> Iterator[Problem]:
     """What LoRA modules bring: q and v, few and many outputs, padding or not."""
     kinds = itertools.product(dtypes(), _SHAPES, (True, False), (1, 2, 4, 32), (False, True))
-    for (dtype, shape, wide_input, outputs, masked), tokens in zip(kinds, itertools.cycle((256, 37, 130))):
+    for (dtype, shape, wide_input, outputs, masked), tokens in zip(kinds, itertools.cycle((37, 256, 130))):
         yield _problem(_Kind(*shape, wide_input, dtype, dtype, outputs, tokens, masked))
 
 
