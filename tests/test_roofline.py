@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.cases import all_cases
 from benchmarks.roofline import estimate, gpus, program, ptx, sass, steps
-from benchmarks.roofline.__main__ import MARKS, RESULTS, chosen, insert, table, target_us
+from benchmarks.roofline.__main__ import MARKS, RESULTS, chosen, document, insert, target_us
 
 ROOT = Path(__file__).parents[1]
 # Rows of a table (pointer, length), a program each: loads 16 bytes a thread and step, of 4 * 32 elements.
@@ -251,13 +251,15 @@ def test_the_calls_of_pytorch_are_counted_with_their_bytes():
         y.add_(1.0)
         x.view(-1)[:5].zero_()
         x.T @ x
-    assert [one.name for one in found] == ["_to_copy", "sum", "add_", "zero_", "mm"]
-    convert, total, _, zero, product = found
+        x.new_ones(3)
+    assert [one.name for one in found] == ["_to_copy", "sum", "add_", "zero_", "mm", "new_ones"]
+    convert, total, _, zero, product, ones = found
     assert [size for _, size in convert.read] == [200_000]
     assert [size for _, size in convert.written] == [400_000]
     assert convert.written[0][0] == total.read[0][0]
     assert (zero.read, [size for _, size in zero.written]) == ((), [10])
     assert product.operations == 2 * 200 * 1000 * 200
+    assert (ones.read, [size for _, size in ones.written]) == ((), [6])
 
 
 @pytest.mark.interpret
@@ -282,10 +284,10 @@ def test_targets_are_those_of_the_cases():
 
 
 def test_the_table_of_the_document_is_that_of_the_results():
-    document = (ROOT / "docs" / "performance.md").read_text()
+    text = (ROOT / "docs" / "performance.md").read_text()
     content = json.loads(RESULTS.read_text())
-    assert insert(document, table(content["cases"])) == document
-    assert document.count(MARKS[0]) == 1
+    assert insert(text, document(content)) == text
+    assert text.count(MARKS[0]) == 1
     assert list(content["cases"]) == [case.name for case in chosen(all_cases(), "")]
 
 

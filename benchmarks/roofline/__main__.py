@@ -2,7 +2,8 @@
 
 A case's call is recorded on tensors without memory (`steps.py`), its kernels are compiled, and instructions, bytes and
 launches counted (`program.py`); the slowest of what each kernel needs is its time (`estimate.py`), to be read with
-+-30 %. `--write` keeps the result in benchmarks/results/roofline.json and the table in docs/performance.md.
++-30 %. Then what fits and predictions add to the passes of a 7B (`end_to_end.py`). `--write` keeps the result in
+benchmarks/results/roofline.json and the tables in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from benchmarks.cases import Case, all_cases
 
+from . import end_to_end
 from .estimate import Time, limits, times
 from .gpus import ALL, GPU, H100, RESULTS
 from .steps import of_case
@@ -63,17 +65,39 @@ def measure(case: Case) -> dict[str, Any]:
     }
     for gpu in ALL:
         steps = estimate(case, provider(case), gpu)
-        by_name: dict[str, list[Time]] = {}
-        for step in steps:
-            by_name.setdefault(step.name, []).append(step)
         found[gpu.name] = {
             "us": microseconds(steps),
             "limits": {name: 1e6 * seconds for name, seconds in limits(steps)},
             "launches": len(steps),
             "device_bytes": sum(step.device_bytes for step in steps),
-            "steps": {name: _summary(some) for name, some in by_name.items() if microseconds(some) > 1},
+            "steps": _by_name(steps),
         }
     return found
+
+
+def whole_passes() -> dict[str, Any]:
+    """Fits and predictions of a 7B, on the H100."""
+    found: dict[str, Any] = {}
+    for name, adapted in end_to_end.ADAPTED.items():
+        for what, added in end_to_end.added(adapted, H100).items():
+            found[f"{what}, {name}"] = {
+                "passes": added.passes,
+                "model_us": 1e6 * added.model,
+                "added_us": 1e6 * added.seconds,
+                "times": 1 + added.seconds / added.model,
+                "launches": len(added.steps),
+                "steps": _by_name(added.steps),
+            }
+    return found
+
+
+def _by_name(steps: Sequence[Time]) -> dict[str, Any]:
+    """What takes a microsecond and more, the longest first."""
+    grouped: dict[str, list[Time]] = {}
+    for step in steps:
+        grouped.setdefault(step.name, []).append(step)
+    ordered = sorted(grouped.items(), key=lambda one: -microseconds(one[1]))
+    return {name: _summary(some) for name, some in ordered if microseconds(some) > 1}
 
 
 def _summary(steps: Sequence[Time]) -> dict[str, Any]:
@@ -101,6 +125,26 @@ def table(cases: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_of_passes(found: dict[str, Any]) -> str:
+    """In Markdown, milliseconds, with what takes most of the time added."""
+    lines = ["| of a batch of 8 x 256 tokens, H100 | passes | the model | added | times | launches | most of it |"]
+    lines.append("|---|" + "---|" * 6)
+    for name, one in found.items():
+        most = ", ".join(f"{step} {summary['us'] / 1e3:.1f}" for step, summary in list(one["steps"].items())[:4])
+        model, added = one["model_us"] / 1e3, one["added_us"] / 1e3
+        cells = f"{one['passes']} | {model:.0f} | {added:.1f} | {one['times']:.2f} | {one['launches']} | {most}"
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def document(content: dict[str, Any]) -> str:
+    """The tables, as they stand in docs/performance.md."""
+    tables = [table(content["cases"])]
+    if content.get("end_to_end"):
+        tables.append(table_of_passes(content["end_to_end"]))
+    return "\n".join(tables)
+
+
 def insert(document: str, text: str) -> str:
     """The document with the text between its marks."""
     before, rest = document.split(MARKS[0])
@@ -123,10 +167,14 @@ def main() -> None:
     for case in chosen(all_cases(), arguments.only):
         found[case.name] = measure(case)
         print(table({case.name: found[case.name]}).splitlines()[-1], flush=True)
+    content: dict[str, Any] = {"triton": version("triton"), "cases": found}
+    if not arguments.only and end_to_end.offered():
+        content["end_to_end"] = whole_passes()
+        print(table_of_passes(content["end_to_end"]))
     if arguments.write:
-        content = _rounded({"triton": version("triton"), "cases": found})
+        content = _rounded(content)
         RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-        DOCUMENT.write_text(insert(DOCUMENT.read_text(), table(content["cases"])))
+        DOCUMENT.write_text(insert(DOCUMENT.read_text(), document(content)))
 
 
 def _rounded(value: Any) -> Any:

@@ -163,19 +163,28 @@ def _follow(
             slot = slots[place[0]][0] if place and place[0] in slots else _UNKNOWN
             requested[slot, access.writes] += access.bytes * access.times * scale
     counts: dict[str, float] = defaultdict(float)
-    rounds = barriers = 0.0
-    for times, instruction in zip(weights(code, runs), code.instructions, strict=True):
+    times = weights(code, runs)
+    for each, instruction in zip(times, code.instructions, strict=True):
         for name, number in sass.count([instruction]).items():
-            counts[name] += times * number * launch.num_warps
+            counts[name] += each * number * (1 if name == "barriers" else launch.num_warps)
     for i, block in enumerate(code.blocks):
         for name, number in ptx.matrix_work(block).items():
             counts[name] += runs[i] * number * launch.num_warps
-        names = [one.name for one in block.instructions]
-        barriers += runs[i] * sum(name.startswith("bar") for name in names)
-        waits = any(name.startswith("ld.global") for name in names)
-        pipelined = any(name.startswith("cp.async.c") for name in names)
-        rounds += runs[i] * (1 if waits else pipelined / max(1, launch.num_stages - 1))
+    rounds = _rounds(code, times, launch.num_stages)
+    barriers = counts.pop("barriers", 0.0)
     return Work(dict(counts), rounds, barriers), dict(requested)
+
+
+def _rounds(code: Binary, times: Sequence[float], stages: int) -> float:
+    """How often a program waits for loads: once in each round of a loop that has any, and one time in as many as are in
+    flight where they go to shared memory by themselves.
+    """
+    found = 0.0
+    for part in own_parts(sass.loops(sass.jumps(code.instructions)), len(code.instructions)):
+        names = {code.instructions[i][0].split(".")[0] for i in part}
+        share = 1.0 if "LDG" in names else 1 / max(1, stages - 1) if "LDGSTS" in names else 0.0
+        found += share * sum(times[i] for i in part) / max(1, len(part))
+    return found
 
 
 def _spread(size: int, most: int) -> list[int]:

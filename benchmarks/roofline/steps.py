@@ -91,9 +91,9 @@ class Memory:
 
 
 class _Operations(TorchDispatchMode):
-    def __init__(self, memory: Memory, steps: list[Step]) -> None:
+    def __init__(self, memory: Memory, steps: list[Step], paused: Callable[[], bool]) -> None:
         super().__init__()
-        self.memory, self.steps = memory, steps
+        self.memory, self.steps, self.paused = memory, steps, paused
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
@@ -107,12 +107,14 @@ class _Operations(TorchDispatchMode):
             if source.device.type == "cpu" and source.dtype == torch.int64:
                 self.memory.learn(source, outputs[0])
         changes = name.endswith("_") or function._schema.is_mutable
-        if name in _SILENT or not outputs or (not changes and function.is_view):
+        if self.paused() or name in _SILENT or not outputs or (not changes and function.is_view):
             return result
         storages = {self.memory.start(one) for one in inputs}
         if not changes and all(self.memory.start(one) in storages for one in outputs):
             return result  # contiguous, to: nothing to do
-        reading = [one for one in inputs if not (changes and one is inputs[0] and name in ("fill_", "zero_", "copy_"))]
+        reading = [] if name.startswith("new_") or name.endswith("_like") else inputs  # of the first, no number
+        if name in ("fill_", "zero_", "copy_"):
+            reading = inputs[1:]
         work = 0
         if name in ("mm", "bmm", "addmm", "baddbmm"):
             work = 2 * outputs[0].numel() * inputs[-1].shape[-2]
@@ -140,9 +142,14 @@ def _tensors(value: Any) -> list[Tensor]:
 
 @contextlib.contextmanager
 def watching(
-    architecture: str, multiprocessors: int, choose: Callable[..., Any] | None = None
+    architecture: str,
+    multiprocessors: int,
+    choose: Callable[..., Any] | None = None,
+    paused: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[list[Step], Memory]]:
-    """While it is open, what is asked of meta tensors is appended to the steps; ``choose``: as in ``recording``."""
+    """While it is open, what is asked of meta tensors is appended to the steps, but for PyTorch's while ``paused()``;
+    ``choose``: as in ``recording``.
+    """
     memory = Memory()
     data_ptr, original = Tensor.data_ptr, dispatch.choose
     with contextlib.ExitStack() as stack:
@@ -156,7 +163,12 @@ def watching(
             solve(core, decompositions=2)
 
         def choose_impl(operation: str, impl: str, *arguments: Any) -> Callable[..., None]:
-            return dispatch._registry[operation][impl].load()
+            offered = dispatch._registry[operation]
+            if impl == "auto":
+                wide = any(one.dtype == torch.float64 for one in _tensors(arguments[1:2]))
+                impl = next(name for name in ("triton", "native", "reference") if name in offered)
+                impl = "reference" if wide and impl == "triton" else impl
+            return offered[impl].load()
 
         for module in modules():
             for name, value in list(vars(module).items()):
@@ -172,7 +184,7 @@ def watching(
             return memory.address(tensor) if tensor.device.type == "meta" else data_ptr(tensor)
 
         stack.enter_context(mock.patch.object(Tensor, "data_ptr", address))
-        stack.enter_context(_Operations(memory, steps))
+        stack.enter_context(_Operations(memory, steps, paused))
         yield steps, memory
 
 
