@@ -52,6 +52,11 @@ def weight_gradients():
         launches.weight_gradients(sizes, tokens)
 
 
+def masked_gradients():
+    for tokens in (1, 100):
+        launches.masked_gradients((1, 8, 33, 300), tokens)
+
+
 def incremental_svds():
     launches.incremental_svds((1, 16, 33, 65, 128))
 
@@ -83,7 +88,16 @@ def what_no_problem_calls():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "ask",
-    [outer_products, square_sums, weight_gradients, incremental_svds, jacobians, vocabularies, what_no_problem_calls],
+    [
+        outer_products,
+        square_sums,
+        weight_gradients,
+        masked_gradients,
+        incremental_svds,
+        jacobians,
+        vocabularies,
+        what_no_problem_calls,
+    ],
     ids=lambda function: function.__name__,
 )
 def test_other_sizes_launch_no_other_configuration(architecture, ask):
