@@ -92,6 +92,15 @@ def weight_gradients(sizes: Sequence[tuple[int, int]] = ((4096, 8), (8, 4096), (
         kernel.grouped_weight_gradient([_empty(18, g.shape[2], d_in)], [g], [a], [mask])
 
 
+def masked_gradients(widths: Sequence[int] = (32, 4096), tokens: int = 112) -> None:
+    from bayesian_lora_kernels.ops.masked_gradient import kernel
+
+    for dtype, width, strided in itertools.product(DTYPES, widths, (False, True)):
+        g = _rows(18 * tokens, width - strided, dtype, strided).unflatten(0, (18, tokens))
+        a, mask = _empty(18, tokens, 64, dtype=dtype), _empty(18, tokens, dtype=torch.bool)
+        kernel.grouped_masked_gradient(_empty(1, dtype=torch.bool), [g], [a], [mask])
+
+
 def incremental_svds(columns: Sequence[int] = (16, 30, 64, 128)) -> None:
     """Two streams of many rows, in either layout, and of few."""
     from bayesian_lora_kernels.ops.incremental_svd import kernel
@@ -183,6 +192,14 @@ def vocabularies(
 
 
 PROBLEMS: tuple[Callable[[], None], ...] = (
-    *(outer_products, split_outer_products, mirrored, square_sums, weight_gradients, incremental_svds),
+    *(
+        outer_products,
+        split_outer_products,
+        mirrored,
+        square_sums,
+        weight_gradients,
+        masked_gradients,
+        incremental_svds,
+    ),
     *(jacobians, jacobians_of_wide_bases, jacobians_of_few_tokens, jacobians_through_tokens, vocabularies),
 )

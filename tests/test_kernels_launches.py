@@ -57,6 +57,11 @@ def weight_gradients():
         launches.weight_gradients(sizes, tokens)
 
 
+def masked_gradients():
+    for tokens in (1, 100):
+        launches.masked_gradients((1, 8, 33, 300), tokens)
+
+
 def incremental_svds():
     launches.incremental_svds((1, 16, 33, 65, 128))
 
@@ -98,6 +103,7 @@ def what_no_problem_calls():
         outer_products,
         square_sums,
         weight_gradients,
+        masked_gradients,
         incremental_svds,
         jacobians,
         jacobians_through_tokens,

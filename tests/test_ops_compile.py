@@ -34,6 +34,7 @@ def arguments():
         "grouped_outer_product": ([x, few], [mask, None], [1.0, 2.0], "auto"),
         "grouped_outer_product_accumulate": ([out, out.clone()], [x, few], [mask, None], [1.0, 2.0], "auto"),
         "grouped_square_sum": ([x, few], [mask, None], "auto"),
+        "grouped_masked_gradient": ([g[:, 0], g[:, 1]], [a, a], [mask_nt, mask_nt], "auto"),
         "grouped_weight_gradient": ([g[:, 0], g[:, 1]], [a, a], [mask_nt, None], "auto"),
         "grouped_incremental_svd": ([basis, basis[:, :0]], [x, few], [mask, None], numbers, [6, 5], 2, "auto"),
         "jacobian_gram": (a, g, None, "auto"),

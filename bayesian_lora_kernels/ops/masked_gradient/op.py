@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_device, check_mask, check_same_length, check_tensor, describe
+from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 from ..registration import custom_op
 
@@ -15,7 +17,18 @@ _NAME = "grouped_masked_gradient"
 _FOLDER = "bayesian_lora_kernels.ops.masked_gradient"
 
 
+def _refuses(out: Tensor, gs: Sequence[Tensor], inputs: Sequence[Tensor], *others: Any) -> str | None:
+    if any(g.dtype != a.dtype for g, a in zip(gs, inputs, strict=True)):
+        return "it takes gradients and inputs of one dtype"
+    return triton_refuses(*gs)
+
+
+def _on_gpu(out: Tensor, *others: Any) -> bool:
+    return out.is_cuda
+
+
 register(_NAME, "reference", Implementation(f"{_FOLDER}.reference", _NAME))
+register(_NAME, "triton", Implementation(f"{_FOLDER}.kernel", _NAME, _refuses, _on_gpu))
 
 
 def grouped_masked_gradient(
