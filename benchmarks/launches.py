@@ -278,7 +278,7 @@ _VOCABULARIES = ((BF16, BF16), (BF16, FP32), (FP32, FP32), (FP16, FP32))  # floa
 def vocabularies(
     dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = _VOCABULARIES, examples: int = 8, samples: int = 60
 ) -> None:
-    """With bias and soft cap, mirrored and not; products stored, and (``means_kernel``) not."""
+    """With bias and soft cap, mirrored and not."""
     from bayesian_lora_kernels.ops.vocabulary import kernel_launch, kernel_variants
 
     tokens, width = 50257, 4096
@@ -286,19 +286,21 @@ def vocabularies(
     for of_weight, of_hidden in dtypes:
         weight, hidden = _empty(tokens, width, dtype=of_weight), _empty(examples, samples, width, dtype=of_hidden)
         statistics, targets = [_empty(examples) for _ in range(3)], _empty(examples, dtype=torch.int64)
-        out = _empty(examples, tokens)
+        out, bias = _empty(examples, tokens), _empty(examples, tokens)
         with on_gpu:
             kernel_launch.vocabulary_variance(out, weight, hidden.mT)
             for mirrored in (False, True):
-                head = (_empty(examples, tokens), 30.0, mirrored)
-                known = _empty(examples, samples * (1 + mirrored), dtype=torch.float64)
-                for logsumexp in (None, known):
-                    kernel_launch.vocabulary_statistics(*statistics, weight, hidden, *head, targets, logsumexp, None)
-                    kernel_launch.vocabulary_probs(out, weight, hidden, *head, logsumexp, None)
-                kernel_launch.vocabulary_probs(out, weight, hidden, *head, None, 0)
+                head = (bias, 30.0, mirrored)
+                kernel_launch.vocabulary_statistics(*statistics, weight, hidden, *head, targets, None, None)
+                kernel_launch.vocabulary_probs(out, weight, hidden, *head, None, None)
+
+
+def small_vocabularies() -> None:
+    """With few samples of each example."""
+    vocabularies(_VOCABULARIES[:1], 16, 20)
 
 
 PROBLEMS: tuple[Callable[[], None], ...] = (
     *(outer_products, split_outer_products, mirrored, square_sums, incremental_svds),
-    *(jacobians, jacobians_of_wide_bases, vocabularies),
+    *(jacobians, jacobians_of_wide_bases, vocabularies, small_vocabularies),
 )

@@ -1,28 +1,27 @@
-"""Launches the kernels of `kernel.py` and `kernel_scratch.py`, as `kernel_variants.py` says.
+"""Launches the kernels of `kernel.py` and `kernel_scratch.py`, compiled as `kernel_variants.py` says.
 
-One pass where the products of enough columns fit into the scratch: some examples at a time, `exponentials_kernel` with
-`STORE`, merge, reduce. Otherwise two: the log-sum-exps of all, then `means_kernel` for the probabilities, while the
-statistics, which need all samples of a token at once, store the products of a range of tokens at a time.
+Products go to bounded scratch and are reduced there, twice: to log-sum-exps, then to what is asked for. They are
+computed once where those of enough columns fit, all tokens of some examples at a time; else twice, a range of tokens
+of all examples at a time. The variance needs none of that: one kernel multiplies and adds up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
 
-from ..device import on_device
-from ..tuning import autotuning, choose_configuration
+from ..device import SCRATCH_BYTES, on_device
+from ..tuning import choose_configuration
 from . import kernel, kernel_scratch
 from .kernel_variants import (
+    Configuration,
     Variant,
     configurations,
-    statistics_scratch,
-    strip,
     vocabulary_logsumexp_variants,
     vocabulary_probs_variants,
     vocabulary_statistics_variants,
@@ -31,11 +30,10 @@ from .kernel_variants import (
 
 # Columns that share one reading of the weight from memory.
 _SHARING = 2048
-# Memory of the tiles' maxima and sums in a first pass.
-_PARTIAL_BYTES = 32 << 20
-# Tokens and samples at a time in `kernel_scratch.py`, tiles and columns in `merge_kernel`.
-SCRATCH_TILE = (64, 64)
-_MERGE_TILE = (128, 16)
+# With the products of fewer columns in scratch, reading the weight for each takes longer than computing them twice.
+_STRIP_COLUMNS = 256
+# The least scratch: products that a GPU computes at a time.
+_LEAST_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -71,27 +69,25 @@ class _Problem:
         block = self.variant.configuration.block_c
         return int(triton.cdiv(self.examples * self.variant.padded, block) * block)
 
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Tokens and samples at a time in `kernel_scratch.py`."""
+        return (128, 32) if self.variant.padded <= 32 else (64, 64)
+
     def token_tiles(self, tokens: int) -> int:
         return int(triton.cdiv(tokens, self.variant.configuration.block_v))
-
-    def example_tiles(self) -> int:
-        return int(triton.cdiv(self.examples, max(1, self.variant.configuration.block_c // self.variant.padded)))
 
     def parts(self, examples: int) -> Iterator[tuple[slice, _Problem]]:
         """The examples, at most so many at a time, as evenly as can be."""
         count = triton.cdiv(self.examples, max(1, examples))
         step = triton.cdiv(self.examples, count)
-        if count == 1:
-            yield slice(0, self.examples), self
-            return
         for first in range(0, self.examples, step):
             some = slice(first, min(first + step, self.examples))
-            # The planes of some examples are apart.
-            columns = self.columns[:, some].contiguous()
-            yield some, replace(self, columns=columns, bias=None if self.bias is None else self.bias[some])
+            bias = None if self.bias is None else self.bias[some]
+            yield some, replace(self, columns=self.columns[:, some].contiguous(), bias=bias)
 
     def product(self) -> dict[str, object]:
-        """Arguments that all kernels with a product share."""
+        """Arguments of the kernels with a product."""
         variant, chosen = self.variant, self.variant.configuration
         return {
             "weight_ptr": self.weight,
@@ -115,16 +111,33 @@ class _Problem:
             "enable_fp_fusion": True,
         }
 
-    def head(self) -> dict[str, object]:
-        """Arguments of the kernels that make logits."""
+    def stored(self, products: Tensor, tokens: range) -> dict[str, object]:
+        """Arguments of the kernels that read the products of a range of tokens."""
+        block, samples = self.tile
         return {
-            "bias_ptr": self.weight if self.bias is None else self.bias,
-            "stride_b": 0 if self.bias is None else self.bias.stride(0),
+            "stored_ptr": products,
+            "bias_ptr": products if self.bias is None else self.bias,
             "softcap": 1.0 if self.softcap is None else self.softcap,
+            "first_token": tokens.start,
+            "end_token": tokens.stop,
+            "samples": self.samples,
+            "row": self.row,
+            "stride_b": 0 if self.bias is None else self.bias.stride(0),
             "HAS_BIAS": self.variant.bias,
             "SOFTCAP": self.variant.softcap,
             "SIGNS": self.signs,
+            "PADDED": self.variant.padded,
+            "BV": block,
+            "BS": samples,
+            "num_warps": 4,
+            "num_stages": 2,
+            "enable_fp_fusion": True,
         }
+
+
+# What reads the products of a range of tokens of some examples: their problem, which they are, products, range,
+# log-sum-exps.
+_Reduce = Callable[[_Problem, slice, Tensor, range, Tensor], None]
 
 
 def vocabulary_logsumexp(
@@ -136,7 +149,7 @@ def vocabulary_logsumexp(
         return
     (variant,) = vocabulary_logsumexp_variants(out, weight, hidden, bias, softcap, mirrored)
     with on_device(hidden):
-        _first_pass(out, _problem(variant, weight, hidden, bias, softcap))
+        _through_scratch(_problem(variant, weight, hidden, bias, softcap), out, None, None)
 
 
 def vocabulary_probs(
@@ -152,25 +165,19 @@ def vocabulary_probs(
     """As in reference.py."""
     if out.numel() == 0:
         return
+
+    def reduce(part: _Problem, some: slice, products: Tensor, tokens: range, lse: Tensor) -> None:
+        grid = (triton.cdiv(len(tokens), part.tile[0]) * part.examples,)
+        kernel_scratch.means_kernel[grid](
+            out_ptr=out[some], logsumexp_ptr=lse, stride_o=out.stride(0), **part.stored(products, tokens)
+        )
+
     (variant,) = vocabulary_probs_variants(
         out, weight, hidden, bias, softcap, mirrored, logsumexp, scratch_bytes
     )  # fmt: skip
+    lse = _logsumexps(hidden, mirrored, logsumexp)
     with on_device(hidden):
-        problem = _problem(variant, weight, hidden, bias, softcap)
-        if variant.passes == "one pass":
-            for some, part in problem.parts(strip(problem.variant, len(weight), len(hidden), scratch_bytes)):
-                _stored_means(out[some], part, *_stored_strip(part))
-            return
-        lse = _logsumexps(problem)
-        if logsumexp is None:
-            _first_pass(lse, problem)
-        else:
-            lse.copy_(logsumexp)
-        grid = (problem.token_tiles(problem.tokens) * problem.example_tiles(),)
-        kernel.means_kernel[grid](
-            out_ptr=out, logsumexp_ptr=lse, tokens=problem.tokens, stride_o=out.stride(0), **problem.head(),
-            **problem.product(),
-        )  # fmt: skip
+        _through_scratch(_problem(variant, weight, hidden, bias, softcap), lse, reduce, scratch_bytes)
 
 
 def vocabulary_statistics(
@@ -186,29 +193,27 @@ def vocabulary_statistics(
     logsumexp: Tensor | None,
     scratch_bytes: int | None,
 ) -> None:
-    """As in reference.py; float32 scratch, at least 16 MiB of it."""
+    """As in reference.py."""
     if hidden.shape[0] == 0:
         return
     totals = entropy.new_zeros((2, entropy.shape[0]), dtype=torch.float64)
-    lse = hidden.new_full((len(hidden), (1 + mirrored) * hidden.shape[1]), -math.inf, dtype=torch.float64)
-    if logsumexp is not None:
-        lse.copy_(logsumexp)
+
+    def reduce(part: _Problem, some: slice, products: Tensor, tokens: range, lse: Tensor) -> None:
+        blocks = triton.cdiv(len(tokens), part.tile[0])
+        terms = lse.new_empty((2, part.examples, blocks), dtype=torch.float32)
+        kernel_scratch.statistics_kernel[(blocks * part.examples,)](
+            entropy_ptr=terms[0], information_ptr=terms[1], logsumexp_ptr=lse, **part.stored(products, tokens)
+        )
+        totals[:, some] += terms.sum(2, dtype=torch.float64)
+
+    lse = _logsumexps(hidden, mirrored, logsumexp)
     if weight.shape[0]:
         (variant,) = vocabulary_statistics_variants(
             entropy, mutual_information, target_log_prob, weight, hidden, bias, softcap, mirrored, targets, logsumexp,
             scratch_bytes,
         )  # fmt: skip
-        scratch_bytes = statistics_scratch(scratch_bytes)
         with on_device(hidden):
-            problem = _problem(variant, weight, hidden, bias, softcap)
-            if variant.passes == "one pass":
-                for some, part in problem.parts(strip(problem.variant, len(weight), len(hidden), scratch_bytes)):
-                    stored, lse[some] = _stored_strip(part)
-                    totals[:, some] += _stored_statistics(part, stored, lse[some], 0, part.tokens)
-            else:
-                if logsumexp is None:
-                    _first_pass(lse, problem)
-                _statistics_by_range(totals, problem, lse, scratch_bytes)
+            _through_scratch(_problem(variant, weight, hidden, bias, softcap), lse, reduce, scratch_bytes)
     entropy.copy_(totals[0].clamp_min_(0))
     mutual_information.copy_(totals[1].clamp_min_(0))
     if targets is not None:
@@ -227,8 +232,10 @@ def vocabulary_variance(out: Tensor, weight: Tensor, factor: Tensor) -> None:
     (variant,) = vocabulary_variance_variants(out, weight, factor)
     with on_device(factor):
         problem = _problem(variant, weight, factor.mT, None, None)
-        grid = (problem.token_tiles(problem.tokens) * problem.example_tiles(),)
-        kernel.squares_kernel[grid](out_ptr=out, tokens=problem.tokens, stride_o=out.stride(0), **problem.product())
+        tiles = triton.cdiv(problem.examples, max(1, problem.variant.configuration.block_c // problem.variant.padded))
+        kernel.squares_kernel[(problem.token_tiles(problem.tokens) * tiles,)](
+            out_ptr=out, tokens=problem.tokens, stride_o=out.stride(0), **problem.product()
+        )
 
 
 def split_planes(x: Tensor) -> Tensor:
@@ -246,24 +253,26 @@ def _problem(variant: Variant, weight: Tensor, columns: Tensor, bias: Tensor | N
         bias = bias.float()
         bias = (bias if bias.stride(-1) == 1 else bias.contiguous()).expand(columns.shape[0], -1)
     problem = _Problem(variant, weight, planes.contiguous(), bias, softcap)
-    return _tuned(problem) if autotuning() else problem
+    examples, samples, width = columns.shape
+    first = variant.configuration  # known to be good
+    candidates = (first, *(one for one in configurations(variant, weight.device) if one != first))
+    some = range(min(problem.tokens, _LEAST_BYTES // (4 * problem.row)))
+
+    def configured(one: Configuration) -> _Problem:
+        return replace(problem, variant=variant.configured(one, samples, width))
+
+    def run(one: Configuration) -> None:
+        _product(configured(one), some)
+
+    chosen = choose_configuration(("vocabulary", variant, problem.tokens, width, examples, samples), candidates, run)
+    return problem if chosen == first else configured(chosen)
 
 
-def _tuned(problem: _Problem) -> _Problem:
-    """In the fastest configuration."""
-    variant, examples, samples = problem.variant, problem.examples, problem.samples
-    tokens, width = problem.weight.shape
-    candidates = [variant.configured(one, samples, width) for one in configurations(variant, problem.weight.device)]
-    candidates.sort(key=lambda one: one != variant)  # the first is known to be good
-    key = ("vocabulary", str(variant), tokens, width, examples, samples)
-    scratch = _logsumexps(problem)
-    chosen = choose_configuration(key, candidates, lambda one: _first_pass(scratch, replace(problem, variant=one)))
-    return replace(problem, variant=chosen)
-
-
-def _logsumexps(problem: _Problem) -> Tensor:
-    shape = (problem.examples, problem.signs * problem.samples)
-    return problem.columns.new_empty(shape, dtype=torch.float64)
+def _logsumexps(hidden: Tensor, mirrored: bool, known: Tensor | None) -> Tensor:
+    """``[N, k S]`` float64, contiguous."""
+    shape = (hidden.shape[0], (1 + mirrored) * hidden.shape[1])
+    result = hidden.new_full(shape, -math.inf, dtype=torch.float64)
+    return result if known is None else result.copy_(known)
 
 
 def _target_logits(
@@ -271,7 +280,7 @@ def _target_logits(
 ) -> Tensor:
     """Logits ``[N, k S]`` of one token per example; minus infinity where the vocabulary given does not hold it."""
     if not len(weight):
-        return hidden.new_full((len(hidden), (1 + mirrored) * hidden.shape[1]), -math.inf, dtype=torch.float32)
+        return _logsumexps(hidden, mirrored, None)
     inside = (targets >= 0) & (targets < len(weight))
     place = targets.clamp(0, len(weight) - 1).long()
     # No matrix product, which PyTorch may be told to compute in TF32.
@@ -286,83 +295,59 @@ def _target_logits(
     return torch.where(inside[:, None], logits, -math.inf)
 
 
-def _scratch(problem: _Problem, tokens: int) -> Tensor:
-    rows = problem.token_tiles(tokens) * problem.variant.configuration.block_v
-    return torch.empty((rows, problem.row), dtype=torch.float32, device=problem.weight.device)
+def _product(problem: _Problem, tokens: range) -> Tensor:
+    """``[tokens and more, row]``, all columns of a range of tokens."""
+    chosen, tiles = problem.variant.configuration, problem.token_tiles(len(tokens))
+    out = torch.empty((tiles * chosen.block_v, problem.row), dtype=torch.float32, device=problem.weight.device)
+    kernel.product_kernel[(tiles * (problem.row // chosen.block_c),)](
+        out_ptr=out, first_token=tokens.start, end_token=tokens.stop, **problem.product()
+    )
+    return out
 
 
-def _exponentials(problem: _Problem, tokens: tuple[int, int], stored: Tensor | None, sums: bool) -> Tensor:
-    """Maxima and sums, ``[2, token tiles, signs, columns]``, of a range of tokens, if they are wanted."""
-    tiles = problem.token_tiles(tokens[1] - tokens[0])
-    shape = (2, tiles if sums else 0, problem.signs, problem.row)
-    partial = torch.empty(shape, dtype=torch.float32, device=problem.weight.device)
-    kernel.exponentials_kernel[(tiles * (problem.row // problem.variant.configuration.block_c),)](
-        maxima_ptr=partial[0], sums_ptr=partial[1], stored_ptr=partial if stored is None else stored,
-        first_token=tokens[0], end_token=tokens[1], SUMS=sums, STORE=stored is not None, **problem.head(),
-        **problem.product(),
-    )  # fmt: skip
-    return partial
+def _sums(problem: _Problem, products: Tensor, tokens: range) -> Tensor:
+    """Maxima of blocks of logits and sums of their exponentials, ``[2, blocks, k, row]``."""
+    blocks = triton.cdiv(len(tokens), problem.tile[0])
+    out = products.new_empty((2, blocks, problem.signs, problem.row))
+    kernel_scratch.sums_kernel[(blocks * problem.examples,)](
+        maxima_ptr=out[0], sums_ptr=out[1], **problem.stored(products, tokens)
+    )
+    return out
 
 
-def _merge(out: Tensor, problem: _Problem, partial: Tensor) -> None:
-    tiles, columns = _MERGE_TILE
-    kernel.merge_kernel[(triton.cdiv(problem.signs * problem.row, columns),)](
-        out, partial[0], partial[1], partial.shape[1], problem.row, problem.examples, problem.samples,
-        SIGNS=problem.signs, PADDED=problem.variant.padded, BT=tiles, BC=columns, num_warps=4, num_stages=2,
+def _merge(out: Tensor, problem: _Problem, sums: Tensor) -> None:
+    """Log-sum-exps of all samples to ``out: [N, k S]`` float64, contiguous."""
+    kernel_scratch.merge_kernel[(triton.cdiv(problem.signs * problem.row, 16),)](
+        out, sums[0], sums[1], sums.shape[1], problem.examples, problem.samples, problem.row,
+        SIGNS=problem.signs, PADDED=problem.variant.padded, BT=128, BC=16, num_warps=4, num_stages=2,
         enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _first_pass(out: Tensor, problem: _Problem) -> None:
-    """Log-sum-exps of all samples to ``out: [N, k S]`` float64, contiguous."""
-    variant = problem.variant
-    per_example = 8 * problem.token_tiles(problem.tokens) * problem.signs * variant.padded
-    together = max(variant.configuration.block_c // variant.padded, _PARTIAL_BYTES // per_example)
+def _through_scratch(problem: _Problem, lse: Tensor, reduce: _Reduce | None, scratch_bytes: int | None) -> None:
+    """Log-sum-exps to ``lse: [N, k S]``, unless they are known, and then what ``reduce`` does."""
+    scratch_bytes = SCRATCH_BYTES if scratch_bytes is None else max(scratch_bytes, _LEAST_BYTES)
+    if reduce is None or problem.variant.known:
+        scratch_bytes = _LEAST_BYTES  # products are computed once, however few fit
+    variant, tokens = problem.variant, problem.tokens
+    block = variant.configuration.block_c
+    # Examples whose products of all tokens fit, in whole tiles of columns; if they are too few, all examples.
+    rows = problem.token_tiles(tokens) * variant.configuration.block_v
+    together = scratch_bytes // (4 * rows) // block * block // variant.padded
+    if min(together, problem.examples) * variant.padded < min(_STRIP_COLUMNS, problem.examples * variant.padded):
+        together = max(1, _SHARING // variant.padded)
     for some, part in problem.parts(together):
-        _merge(out[some], part, _exponentials(part, (0, part.tokens), None, True))
-
-
-def _stored_strip(problem: _Problem) -> tuple[Tensor, Tensor]:
-    """The products, and the log-sum-exps ``[N, k S]``."""
-    stored, lse = _scratch(problem, problem.tokens), _logsumexps(problem)
-    _merge(lse, problem, _exponentials(problem, (0, problem.tokens), stored, True))
-    return stored, lse
-
-
-def _of_stored(problem: _Problem, stored: Tensor, lse: Tensor, first: int, last: int) -> dict[str, object]:
-    """Arguments of the kernels that read the products of a range of tokens."""
-    block, samples = SCRATCH_TILE
-    names = {"stored_ptr": stored, "logsumexp_ptr": lse, "first_token": first, "end_token": last, "row": problem.row}
-    options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-    tile = {"samples": problem.samples, "PADDED": problem.variant.padded, "BV": block, "BS": samples}
-    return names | tile | problem.head() | options
-
-
-def _stored_means(out: Tensor, problem: _Problem, stored: Tensor, lse: Tensor) -> None:
-    grid = (triton.cdiv(problem.tokens, SCRATCH_TILE[0]) * problem.examples,)
-    arguments = _of_stored(problem, stored, lse, 0, problem.tokens)
-    kernel_scratch.stored_means_kernel[grid](out_ptr=out, stride_o=out.stride(0), **arguments)
-
-
-def _stored_statistics(problem: _Problem, stored: Tensor, lse: Tensor, first: int, last: int) -> Tensor:
-    """Terms of the entropy and of the mutual information, ``[2, N]`` float64."""
-    blocks = triton.cdiv(last - first, SCRATCH_TILE[0])
-    terms = torch.empty((2, problem.examples, blocks), dtype=torch.float32, device=stored.device)
-    kernel_scratch.stored_statistics_kernel[(blocks * problem.examples,)](
-        entropy_ptr=terms[0], information_ptr=terms[1], **_of_stored(problem, stored, lse, first, last)
-    )
-    return terms.sum(2, dtype=torch.float64)
-
-
-def _statistics_by_range(totals: Tensor, problem: _Problem, lse: Tensor, scratch_bytes: int) -> None:
-    """Adds to ``totals: [2, N]``, from known log-sum-exps, a range of tokens at a time."""
-    block = problem.variant.configuration.block_v
-    together = scratch_bytes // (8 * block * problem.variant.padded * 4)
-    together = max(together, problem.variant.configuration.block_c // problem.variant.padded)
-    for some, part in problem.parts(together):
-        step = max(1, scratch_bytes // (part.row * 4 * block)) * block
-        for first in range(0, part.tokens, step):
-            last = min(first + step, part.tokens)
-            stored = _scratch(part, last - first)
-            _exponentials(part, (first, last), stored, False)
-            totals[:, some] += _stored_statistics(part, stored, lse[some], first, last)
+        step = max(1, scratch_bytes // (4 * part.row) // variant.configuration.block_v) * variant.configuration.block_v
+        ranges = [range(first, min(first + step, tokens)) for first in range(0, tokens, step)]
+        products: Tensor | None = None
+        if not variant.known:
+            sums = []
+            for one in ranges:
+                products = _product(part, one)
+                sums.append(_sums(part, products, one))
+            _merge(lse[some], part, sums[0] if len(sums) == 1 else torch.cat(sums, dim=1))
+        if reduce is not None:
+            for one in ranges:
+                if products is None or len(ranges) > 1:
+                    products = _product(part, one)
+                reduce(part, some, products, one, lse[some])

@@ -1,6 +1,6 @@
 """What is compiled for a call of the vocabulary kernels: decided here, from shapes, dtypes, strides and alignment.
 
-There is one variant for each call: which passes, how the operands are multiplied, and in which configuration.
+There is one variant for each call: how the operands are multiplied, and what follows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..device import SCRATCH_BYTES, architecture, is_aligned
+from ..device import architecture, is_aligned
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,7 @@ _CONFIGURATIONS = {
         "float32": (Configuration(64, 32, 32, 4, 3), Configuration(64, 64, 32, 8, 3)),
     },
 }
-# The least scratch of the statistics, which need all samples of a token at once.
-LEAST_BYTES = 16 << 20
-# With fewer columns in a strip, reading the weight for each strip takes longer than a second pass.
-_STRIP_COLUMNS = 256
+_ANY = _CONFIGURATIONS["sm_90"]["half"][0]
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -56,27 +53,28 @@ class Variant:
     """One way to compute one operation.
 
     Args:
-        passes: ``"variance"``; ``"logsumexp"``; ``"one pass"``, with the products of some examples in scratch; ``"two
-            passes"``; ``"second pass"``, from known log-sum-exps.
+        operation: without ``vocabulary_``.
         weight: its dtype; beside columns of float32 it is widened in registers.
         columns: dtype in which they are multiplied.
         planes: of how many numbers of that dtype each column is the sum.
         vectors: whether the rows of the weight lie without gaps and begin where Triton loads 16 bytes at once.
         even: whether the configuration's step divides the width.
         padded: columns that an example takes: a power of two within a tile, else whole tiles.
+        known: whether the log-sum-exps are given.
         mirrored: whether every column stands for two samples.
         bias: whether there is one.
         softcap: likewise.
         configuration: of the product.
     """
 
-    passes: str
+    operation: str
     weight: torch.dtype
     columns: torch.dtype
     planes: int
     vectors: bool
     even: bool
     padded: int
+    known: bool
     mirrored: bool
     bias: bool
     softcap: bool
@@ -85,9 +83,10 @@ class Variant:
     def __str__(self) -> str:
         one = self.configuration
         columns = _NAMES[self.columns] + (f"x{self.planes}" if self.planes > 1 else "")
-        flags = [name for name in ("mirrored", "bias", "softcap", "vectors", "even") if getattr(self, name)]
+        names = ("known", "mirrored", "bias", "softcap", "vectors", "even")
         tile = f"BV={one.block_v} BC={one.block_c} BK={one.block_k}"
-        return " ".join([self.passes, _NAMES[self.weight], columns, *flags, f"padded={self.padded}", tile])
+        flags = [name for name in names if getattr(self, name)]
+        return " ".join([self.operation, _NAMES[self.weight], columns, *flags, f"padded={self.padded}", tile])
 
     def configured(self, configuration: Configuration, samples: int, width: int) -> Variant:
         """In a configuration, with as many samples of that width."""
@@ -115,9 +114,7 @@ def vocabulary_probs_variants(
     scratch_bytes: int | None,
 ) -> tuple[Variant, ...]:
     """What ``vocabulary_probs`` of these arguments compiles."""
-    return _passes(
-        _variant("one pass", weight, hidden, bias, softcap, mirrored), weight, hidden, logsumexp, scratch_bytes
-    )
+    return (_variant("probs", weight, hidden, bias, softcap, mirrored, logsumexp),)
 
 
 def vocabulary_statistics_variants(
@@ -134,10 +131,7 @@ def vocabulary_statistics_variants(
     scratch_bytes: int | None,
 ) -> tuple[Variant, ...]:
     """What ``vocabulary_statistics`` of these arguments compiles."""
-    scratch_bytes = statistics_scratch(scratch_bytes)
-    return _passes(
-        _variant("one pass", weight, hidden, bias, softcap, mirrored), weight, hidden, logsumexp, scratch_bytes
-    )
+    return (_variant("statistics", weight, hidden, bias, softcap, mirrored, logsumexp),)
 
 
 def vocabulary_variance_variants(out: Tensor, weight: Tensor, factor: Tensor) -> tuple[Variant, ...]:
@@ -151,28 +145,19 @@ def configurations(variant: Variant, device: torch.device) -> tuple[Configuratio
     return _CONFIGURATIONS[architecture(device)][kind]
 
 
-def strip(variant: Variant, tokens: int, examples: int, scratch_bytes: int | None) -> int:
-    """Examples whose products fit into the scratch; 0 where they are too few for a strip."""
-    one = variant.configuration
-    rows = triton.cdiv(tokens, one.block_v) * one.block_v
-    scratch_bytes = SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
-    columns = scratch_bytes // (4 * rows) // one.block_c * one.block_c
-    together = min(columns // variant.padded, examples)
-    return together if together * variant.padded >= min(_STRIP_COLUMNS, examples * variant.padded) else 0
-
-
-def statistics_scratch(scratch_bytes: int | None) -> int:
-    """Statistics need some scratch."""
-    return max(SCRATCH_BYTES if scratch_bytes is None else scratch_bytes, LEAST_BYTES)
-
-
 def as_planes(weight: Tensor) -> bool:
     """Whether columns beside this weight become bfloat16; not in the interpreter, which computes it wrongly."""
     return weight.dtype == torch.bfloat16 and weight.is_cuda
 
 
 def _variant(
-    passes: str, weight: Tensor, columns: Tensor, bias: Tensor | None, softcap: float | None, mirrored: bool
+    operation: str,
+    weight: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    mirrored: bool,
+    logsumexp: Tensor | None = None,
 ) -> Variant:
     """The product with ``columns: [N, S, d]``, and its configuration.
 
@@ -186,20 +171,9 @@ def _variant(
     elif weight.dtype == columns.dtype == torch.float16:
         dtype = torch.float16
     vectors = weight.stride(1) == 1 and weight.stride(0) % 16 == 0 and is_aligned(weight)
-    examples, samples, width = columns.shape
-    flags = (mirrored, bias is not None, softcap is not None)
-    first = Variant(passes, weight.dtype, dtype, planes, vectors, False, 1, *flags, _CONFIGURATIONS["sm_90"]["half"][0])
+    flags = (logsumexp is not None, mirrored, bias is not None, softcap is not None)
+    first = Variant(operation, weight.dtype, dtype, planes, vectors, False, 1, *flags, _ANY)
     sizes = configurations(first, weight.device)
+    examples, samples, width = columns.shape
     wanted = examples * triton.next_power_of_2(samples)
-    chosen = next((one for one in sizes if one.block_c >= wanted), sizes[-1])
-    return first.configured(chosen, samples, width)
-
-
-def _passes(
-    variant: Variant, weight: Tensor, hidden: Tensor, logsumexp: Tensor | None, scratch_bytes: int | None
-) -> tuple[Variant, ...]:
-    """In one pass if it can be."""
-    if logsumexp is not None:
-        return (replace(variant, passes="second pass"),)
-    one = strip(variant, weight.shape[0], hidden.shape[0], scratch_bytes) > 0
-    return (variant if one else replace(variant, passes="two passes"),)
+    return first.configured(next((one for one in sizes if one.block_c >= wanted), sizes[-1]), samples, width)
