@@ -25,23 +25,20 @@ class Configuration:
     num_stages: int
 
 
-# Sums of 128 x 256 take 128 registers of each of 256 threads, 4 stages of 48 KB what a multiprocessor of sm_90 has. It
-# spills where the columns are three planes, and on sm_100; a float32 product is split into three in registers.
+# Sums of 128 x 256 take 128 registers of each of 256 threads, 4 stages of 48 KB what a multiprocessor of sm_90 has; a
+# float32 product is split into three in registers.
 _CONFIGURATIONS = {
     "sm_80": {
-        "half": (Configuration(128, 32, 64, 4, 4), Configuration(128, 128, 32, 8, 4)),
-        "planes": (Configuration(128, 32, 64, 4, 4), Configuration(128, 128, 32, 8, 4)),
+        "half": (Configuration(128, 32, 64, 8, 4), Configuration(128, 128, 32, 8, 4)),
         "float32": (Configuration(64, 32, 32, 4, 3), Configuration(64, 64, 32, 4, 3)),
     },
     "sm_90": {
         "half": (Configuration(128, 32, 64, 4, 4), Configuration(128, 256, 64, 8, 4)),
-        "planes": (Configuration(128, 32, 64, 4, 4), Configuration(128, 128, 64, 8, 4)),
         "float32": (Configuration(64, 32, 32, 4, 3), Configuration(64, 64, 32, 4, 3)),
     },
     "sm_100": {
-        "half": (Configuration(128, 32, 32, 4, 4), Configuration(128, 64, 64, 8, 4)),
-        "planes": (Configuration(128, 32, 32, 4, 4), Configuration(128, 64, 64, 8, 4)),
-        "float32": (Configuration(64, 32, 32, 4, 3), Configuration(64, 64, 32, 8, 3)),
+        "half": (Configuration(128, 32, 32, 4, 4), Configuration(128, 256, 64, 8, 4)),
+        "float32": (Configuration(64, 32, 32, 8, 3), Configuration(64, 64, 32, 8, 3)),
     },
 }
 _ANY = _CONFIGURATIONS["sm_90"]["half"][0]
@@ -141,8 +138,7 @@ def vocabulary_variance_variants(out: Tensor, weight: Tensor, factor: Tensor) ->
 
 def configurations(variant: Variant, device: torch.device) -> tuple[Configuration, ...]:
     """All that its product may have, by growing number of columns."""
-    kind = "float32" if variant.columns == torch.float32 else "planes" if variant.planes > 1 else "half"
-    return _CONFIGURATIONS[architecture(device)][kind]
+    return _CONFIGURATIONS[architecture(device)]["float32" if variant.columns == torch.float32 else "half"]
 
 
 def as_planes(weight: Tensor) -> bool:
