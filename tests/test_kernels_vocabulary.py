@@ -29,14 +29,16 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = pytest.mark.gpu if ON_GPU else pytest.mark.interpret
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 PAIRS = [(F32, F32), (F16, F16), (F16, F32), (F32, F16), (BF16, F32), (BF16, F16), (BF16, BF16)]
-# Examples, samples, tokens, width. Tiles hold 128 or 64 tokens and 32 to 256 columns, a step 64 or 32 of the width.
+# Examples, samples, tokens, width. Tiles hold 128 or 64 tokens and 32 to 256 columns, a step 64 or 32 of the width; at
+# widths that are no multiples of 16 there is one tile for all.
 SHAPES = [
     (3, 5, 150, 37),
     (1, 1, 1, 1),
-    (7, 1, 65, 3),  # an example per column
-    (2, 70, 40, 20),  # an example in several tiles of columns, the last one ragged
+    (7, 1, 65, 16),  # few columns of each example
+    (2, 70, 40, 48),  # an example in several tiles of columns, the last one ragged
     (5, 20, 130, 33),  # several tiles of columns
-    (2, 33, 70, 64),  # a step divides the width
+    (2, 33, 140, 64),  # a step divides the width
+    (2, 20, 150, 80),  # it does not
 ]
 
 
@@ -168,7 +170,7 @@ def test_many_tiles_of_tokens():
 @pytest.mark.parametrize("dtype", [F32, F16])
 def test_how_often_products_are_computed(launch, launched, monkeypatch, dtype):
     """Once, some examples at a time, as long as the products of enough columns fit into scratch; else twice."""
-    weight, hidden = data(9, 20, 100, 8, dtype, dtype)
+    weight, hidden = data(9, 20, 100, 64, dtype, dtype)
     rows, columns = (128, 256) if dtype == F16 else (128, 64)
     strip = 4 * rows * columns
     one = ["product_kernel", "sums_kernel", "merge_kernel", "means_kernel"]
@@ -196,7 +198,7 @@ def test_how_often_products_are_computed(launch, launched, monkeypatch, dtype):
 @pytest.mark.parametrize("scratch_bytes", [None, 0])
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize(("kind", "softcap"), [(None, None), ("finite", None), ("excluding", 3.0)])
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], (7, 1, 65, 3)])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5]])
 def test_mirror_images_and_a_bias_for_each_example(shape, kind, softcap, dtype, scratch_bytes):
     examples, _, vocabulary, _ = shape
     bias = None if kind is None else torch.stack([bias_of(kind, vocabulary) for _ in range(examples)])

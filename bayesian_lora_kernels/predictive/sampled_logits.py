@@ -155,7 +155,7 @@ class SampledLogits:
         left = torch.cat([self.head.weight.to(delta), *(adapter.b.to(delta) for adapter in adapters)], dim=1)
         deviation = torch.cat([delta, inner.to(delta)], dim=2)
         if all(m is None for m in moved_b):
-            yield self._product(left, deviation, 0)
+            yield self._product(_aligned(left), _aligned(deviation), 0)
             return
         step = max(1, d // len(a))
         for start in range(0, drawn, step):
@@ -167,7 +167,7 @@ class SampledLogits:
             own = torch.eye(stop - start, dtype=dtype, device=h.device)
             placed = torch.einsum("st,nr->nstr", own, h @ a.mT).flatten(2)  # [N, s, s R]
             wide = torch.cat([deviation[:, start:stop], placed.to(delta)], dim=2)
-            yield self._product(torch.cat([left, *slots], dim=1), wide, start)
+            yield self._product(_aligned(torch.cat([left, *slots], dim=1)), _aligned(wide), start)
 
     def _product(self, weight: Tensor, deviation: Tensor, first: int) -> _Product:
         """Of the deviations from number `first`; an odd number of samples leaves the last one without its mirror image,
@@ -180,3 +180,8 @@ class SampledLogits:
         if 0 < images < count:
             deviation = torch.cat([deviation, -deviation[:, :images]], dim=1)
         return _Product(weight, deviation, images == count, (count + images) / self.n_samples)
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """With zeros up to a width that the kernels load 16 bytes at a time, for any dtype."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 16))

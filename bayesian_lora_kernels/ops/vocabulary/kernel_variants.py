@@ -25,23 +25,30 @@ class Configuration:
     num_stages: int
 
 
-# Sums of 128 x 256 take 128 registers of each of 256 threads, 4 stages of 48 KB what a multiprocessor of sm_90 has; a
-# float32 product is split into three in registers.
-_CONFIGURATIONS = {
+# By growing number of columns. Sums of 128 x 256 take 128 registers of each of 256 threads, 4 stages of 48 KB what a
+# multiprocessor of sm_90 has; where the columns are three planes they spill. A float32 product is split into three in
+# registers.
+_CONFIGURATIONS: dict[str, dict[str, tuple[Configuration, ...]]] = {
     "sm_80": {
         "half": (Configuration(128, 32, 64, 8, 4), Configuration(128, 128, 32, 8, 4)),
-        "float32": (Configuration(64, 32, 32, 4, 3), Configuration(64, 64, 32, 4, 3)),
+        "planes": (Configuration(128, 32, 64, 8, 4), Configuration(128, 128, 32, 8, 4)),
+        "float32": (Configuration(64, 64, 32, 4, 3),),
     },
     "sm_90": {
         "half": (Configuration(128, 32, 64, 4, 4), Configuration(128, 256, 64, 8, 4)),
+        "planes": (Configuration(128, 32, 64, 4, 4), Configuration(128, 128, 64, 8, 4)),
         "float32": (Configuration(64, 32, 32, 4, 3), Configuration(64, 64, 32, 4, 3)),
     },
     "sm_100": {
         "half": (Configuration(128, 32, 32, 4, 4), Configuration(128, 256, 64, 8, 4)),
+        "planes": (Configuration(128, 32, 32, 4, 4), Configuration(128, 128, 64, 8, 4)),
         "float32": (Configuration(64, 32, 32, 8, 3), Configuration(64, 64, 32, 8, 3)),
     },
 }
-_ANY = _CONFIGURATIONS["sm_90"]["half"][0]
+# Where operands cannot be loaded 16 bytes at a time, each element takes an address.
+_SCATTERED = Configuration(64, 64, 32, 8, 2)
+# Columns of an example, at least: with fewer, sums of each take the registers of the products.
+_LEAST_COLUMNS = 8
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -54,7 +61,7 @@ class Variant:
         weight: its dtype; beside columns of float32 it is widened in registers.
         columns: dtype in which they are multiplied.
         planes: of how many numbers of that dtype each column is the sum.
-        vectors: whether the rows of the weight lie without gaps and begin where Triton loads 16 bytes at once.
+        vectors: whether the rows of both lie without gaps and begin where Triton loads 16 bytes at once.
         even: whether the configuration's step divides the width.
         padded: columns that an example takes: a power of two within a tile, else whole tiles.
         known: whether the log-sum-exps are given.
@@ -88,7 +95,8 @@ class Variant:
     def configured(self, configuration: Configuration, samples: int, width: int) -> Variant:
         """In a configuration, with as many samples of that width."""
         block = configuration.block_c
-        padded = triton.next_power_of_2(samples) if samples <= block else triton.cdiv(samples, block) * block
+        power = max(triton.next_power_of_2(samples), _LEAST_COLUMNS)
+        padded = power if power <= block else triton.cdiv(samples, block) * block
         even = width % configuration.block_k == 0
         return replace(self, configuration=configuration, padded=int(padded), even=even)
 
@@ -138,7 +146,10 @@ def vocabulary_variance_variants(out: Tensor, weight: Tensor, factor: Tensor) ->
 
 def configurations(variant: Variant, device: torch.device) -> tuple[Configuration, ...]:
     """All that its product may have, by growing number of columns."""
-    return _CONFIGURATIONS[architecture(device)]["float32" if variant.columns == torch.float32 else "half"]
+    if not variant.vectors:
+        return (_SCATTERED,)
+    kind = "float32" if variant.columns == torch.float32 else "planes" if variant.planes > 1 else "half"
+    return _CONFIGURATIONS[architecture(device)][kind]
 
 
 def as_planes(weight: Tensor) -> bool:
@@ -166,10 +177,11 @@ def _variant(
         dtype, planes = torch.bfloat16, 1 if columns.dtype == torch.bfloat16 else 3
     elif weight.dtype == columns.dtype == torch.float16:
         dtype = torch.float16
-    vectors = weight.stride(1) == 1 and weight.stride(0) % 16 == 0 and is_aligned(weight)
-    flags = (logsumexp is not None, mirrored, bias is not None, softcap is not None)
-    first = Variant(operation, weight.dtype, dtype, planes, vectors, False, 1, *flags, _ANY)
-    sizes = configurations(first, weight.device)
     examples, samples, width = columns.shape
+    rows = weight.stride(1) == 1 and weight.stride(0) % 16 == 0 and is_aligned(weight)
+    flags = (logsumexp is not None, mirrored, bias is not None, softcap is not None)
+    vectors = rows and width % 16 == 0
+    first = Variant(operation, weight.dtype, dtype, planes, vectors, False, 1, *flags, _SCATTERED)
+    sizes = configurations(first, weight.device)
     wanted = examples * triton.next_power_of_2(samples)
     return first.configured(next((one for one in sizes if one.block_c >= wanted), sizes[-1]), samples, width)

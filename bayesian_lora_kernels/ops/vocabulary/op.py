@@ -156,7 +156,8 @@ def vocabulary_statistics(
         bias: ``[V]``, ``[N, V]`` or None, as for ``vocabulary_logsumexp``; so are the dtypes and strides of all three.
         softcap: as for ``vocabulary_logsumexp``.
         mirrored: likewise, and so are k and the order of the samples.
-        targets: ``[N]`` int64 or int32, one token per example, in ``[0, V)`` (looking is a synchronisation on a GPU).
+        targets: ``[N]`` int64 or int32, one token per example, in ``[0, V)``. On a GPU, where looking would be a
+            synchronisation, one out of range gets the log-probability NaN instead of an error.
         logsumexp: as for ``vocabulary_probs``. Entropy and mutual information are then the part's terms, to be added
             up over the parts. Targets count from the part's first token; one that lies outside gives minus infinity,
             so that the largest over the parts is the target's.
@@ -235,12 +236,17 @@ def _validate(
             raise ValueError(f"{where}: scratch_bytes: expected at least 0, got {scratch_bytes}")
 
 
-def _check_range(targets: Tensor, vocabulary: int) -> None:
-    outside = targets[(targets < 0) | (targets >= vocabulary)]
-    if outside.numel():
+def _check_range(targets: Tensor, vocabulary: int, log_prob: Tensor) -> None:
+    """Refuse targets out of range; on a GPU, where looking would be a synchronisation, they get NaN."""
+    outside = (targets < 0) | (targets >= vocabulary)
+    if targets.is_cuda:
+        log_prob.masked_fill_(outside, math.nan)
+        return
+    found = targets[outside]
+    if found.numel():
         raise ValueError(
-            f"vocabulary_statistics: targets: expected tokens in [0, {vocabulary}), got {int(outside[0])} "
-            f"({outside.numel()} of {targets.numel()} out of range)"
+            f"vocabulary_statistics: targets: expected tokens in [0, {vocabulary}), got {int(found[0])} "
+            f"({found.numel()} of {targets.numel()} out of range)"
         )
 
 
@@ -341,11 +347,11 @@ def _vocabulary_statistics(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _validate("vocabulary_statistics", weight, hidden, bias, softcap, mirrored, targets, logsumexp, scratch_bytes)
-    if targets is not None and logsumexp is None:
-        _check_range(targets, weight.shape[0])
     out = _allocate_statistics(weight, hidden, targets)
     arguments = (*out, weight, hidden, bias, softcap, mirrored, targets, logsumexp, scratch_bytes)
     choose("vocabulary_statistics", impl, *arguments)(*arguments)
+    if targets is not None and logsumexp is None:
+        _check_range(targets, weight.shape[0], out[2])
     return out
 
 
