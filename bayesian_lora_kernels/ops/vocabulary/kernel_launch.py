@@ -129,7 +129,7 @@ class _Problem:
             "PADDED": self.variant.padded,
             "BV": block,
             "BS": samples,
-            "num_warps": 4,
+            "num_warps": 8,
             "num_stages": 2,
             "enable_fp_fusion": True,
         }
@@ -319,7 +319,7 @@ def _merge(out: Tensor, problem: _Problem, sums: Tensor) -> None:
     """Log-sum-exps of all samples to ``out: [N, k S]`` float64, contiguous."""
     kernel_scratch.merge_kernel[(triton.cdiv(problem.signs * problem.row, 16),)](
         out, sums[0], sums[1], sums.shape[1], problem.examples, problem.samples, problem.row,
-        SIGNS=problem.signs, PADDED=problem.variant.padded, BT=128, BC=16, num_warps=4, num_stages=2,
+        SIGNS=problem.signs, PADDED=problem.variant.padded, BT=64, BC=16, num_warps=4, num_stages=2,
         enable_fp_fusion=True,
     )  # fmt: skip
 

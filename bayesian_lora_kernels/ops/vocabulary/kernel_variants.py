@@ -41,12 +41,12 @@ _CONFIGURATIONS: dict[str, dict[str, tuple[Configuration, ...]]] = {
     },
     "sm_100": {
         "half": (Configuration(128, 32, 32, 4, 4), Configuration(128, 256, 64, 8, 4)),
-        "planes": (Configuration(128, 32, 32, 4, 4), Configuration(128, 128, 64, 8, 4)),
+        "planes": (Configuration(128, 128, 64, 8, 4),),
         "float32": (Configuration(64, 32, 32, 8, 3), Configuration(64, 64, 32, 8, 3)),
     },
 }
 # Where operands cannot be loaded 16 bytes at a time, each element takes an address.
-_SCATTERED = Configuration(64, 64, 32, 8, 2)
+_SCATTERED = Configuration(64, 32, 32, 8, 2)
 # Columns of an example, at least: with fewer, sums of each take the registers of the products.
 _LEAST_COLUMNS = 8
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
