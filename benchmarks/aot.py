@@ -52,11 +52,10 @@ HEIGHTS = {
     "similarities_kernel": ("T_",),
     "remainder_similarities_kernel": ("T_",),
     "token_gram_kernel": ("C_", "O_"),
-    "exponentials_kernel": ("BV",),
-    "means_kernel": ("BV",),
+    "product_kernel": ("BV",),
     "squares_kernel": ("BV",),
 }
-OF_FLOAT32 = {"exponentials_kernel", "means_kernel", "squares_kernel"}  # any matrix instruction will do, in tf32x3
+OF_FLOAT32 = {"product_kernel", "squares_kernel"}  # any matrix instruction will do, in tf32x3
 # Multiply-adds are meant: a matrix instruction would round to TF32.
 MULTIPLY_ADDS = {"narrow_rows_kernel"}
 # Kernel, constants, and why bytes on the stack are accepted, per architecture or on all.
@@ -68,11 +67,6 @@ STACK: tuple[tuple[str, dict[str, Any], dict[str, str]], ...] = (
             "all": "two 128 x 128 matrices in float64 are the whole register file of a multiprocessor; runs once or "
             "twice per update, one program per stream"
         },
-    ),
-    (
-        "exponentials_kernel",
-        {"HAS_TARGETS": False, "STORE": True, "WIDEN": False, "BV": 64, "BC": 32},
-        {"sm_80": "8 bytes, with which the assembler fits a fourth program of 128 registers a thread"},
     ),
 )
 

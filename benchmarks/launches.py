@@ -173,33 +173,36 @@ _VOCABULARIES = ((BF16, BF16), (BF16, FP32), (FP32, FP32), (FP16, FP32))  # floa
 
 
 def vocabularies(
-    dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = _VOCABULARIES, examples: int = 8, samples: int = 60
+    dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = _VOCABULARIES,
+    examples: int = 8,
+    samples: int = 60,
+    width: int = 4096,
 ) -> None:
-    """With bias, soft cap and targets; exponentials stored, and (``means_kernel``) not."""
-    from bayesian_lora_kernels.ops.vocabulary import kernel_launch
+    """With bias and soft cap, mirrored and not."""
+    from bayesian_lora_kernels.ops.vocabulary import kernel_launch, kernel_variants
 
-    tokens, width, head = 50257, 4096, (_empty(50257), 30.0)
-    on_gpu = mock.patch.object(kernel_launch, "_as_planes", lambda weight: weight.dtype == BF16)
+    tokens = 50257
+    on_gpu = mock.patch.object(kernel_variants, "as_planes", lambda weight: weight.dtype == BF16)
     for of_weight, of_hidden in dtypes:
         weight, hidden = _empty(tokens, width, dtype=of_weight), _empty(examples, samples, width, dtype=of_hidden)
-        statistics, targets = (_empty(examples) for _ in range(3)), _empty(examples, dtype=torch.int64)
-        out, known = _empty(examples, tokens), _empty(examples, samples, dtype=torch.float64)
+        statistics, targets = [_empty(examples) for _ in range(3)], _empty(examples, dtype=torch.int64)
+        out, bias = _empty(examples, tokens), _empty(examples, tokens)
         with on_gpu:
             kernel_launch.vocabulary_variance(out, weight, hidden.mT)
-            kernel_launch.vocabulary_statistics(*statistics, weight, hidden, *head, targets, None, None)
-            for logsumexp in (None, known):
-                kernel_launch.vocabulary_probs(out, weight, hidden, *head, logsumexp, None)
+            for mirrored in (False, True):
+                head = (bias, 30.0, mirrored)
+                kernel_launch.vocabulary_statistics(*statistics, weight, hidden, *head, targets, None, None)
+                kernel_launch.vocabulary_probs(out, weight, hidden, *head, None, None)
+
+
+def other_vocabularies() -> None:
+    """With few samples of each example; of a width that cannot be loaded 16 bytes at a time."""
+    vocabularies(_VOCABULARIES[:1], 16, 20)
+    vocabularies(width=4100)
 
 
 PROBLEMS: tuple[Callable[[], None], ...] = (
-    *(
-        outer_products,
-        split_outer_products,
-        mirrored,
-        square_sums,
-        weight_gradients,
-        masked_gradients,
-        incremental_svds,
-    ),
-    *(jacobians, jacobians_of_wide_bases, jacobians_of_few_tokens, jacobians_through_tokens, vocabularies),
+    *(outer_products, split_outer_products, mirrored, square_sums, weight_gradients, masked_gradients),
+    *(incremental_svds, jacobians, jacobians_of_wide_bases, jacobians_of_few_tokens, jacobians_through_tokens),
+    *(vocabularies, other_vocabularies),
 )

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 TABLES = sorted(set(device.TABLES.values()))
 # Problems have bfloat16 for both halves where they compile to the same but for the matrix instruction's type.
 AS_BF16 = {"wide_output_kernel", "outer_product_kernel", "squares_kernel"}
-AS_BF16 |= {"exponentials_kernel", "means_kernel", "basis_columns_kernel", "similarities_kernel"}
+AS_BF16 |= {"product_kernel", "basis_columns_kernel", "similarities_kernel"}
 AS_BF16 |= {"remainder_similarities_kernel"}
 # Constants that follow from the size, not from a configuration: the columns that an example takes, and the like.
 OF_SIZE = {"BAND", "LAG", "PADDED"}
@@ -90,7 +90,7 @@ def what_no_problem_calls():
     empty = launches._empty
     x, out, rows = empty(200, 320), empty(320, 30), empty(30, 16, dtype=torch.int64)
     kernel.grouped_incremental_svd([out], [empty(320, 0)], [x], [None], [rows], [empty(30, 16)], 10)  # a first batch
-    vocabulary_logsumexp(empty(4, 60, dtype=torch.float64), empty(100, 64), empty(4, 60, 64), None, None)
+    vocabulary_logsumexp(empty(4, 60, dtype=torch.float64), empty(100, 64), empty(4, 60, 64), None, None, True)
     for narrow in (1, 8, 64):
         a, g = empty(3, 50, 300), empty(3, 4, 50, narrow)
         kernel_launch.jacobian_gram(empty(3, 4, 4), a, g, None)

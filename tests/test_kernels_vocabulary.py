@@ -29,13 +29,16 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = pytest.mark.gpu if ON_GPU else pytest.mark.interpret
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 PAIRS = [(F32, F32), (F16, F16), (F16, F32), (F32, F16), (BF16, F32), (BF16, F16), (BF16, BF16)]
-# Examples, samples, tokens, width. Tiles hold 128 or 64 tokens and 32 to 256 columns, a step 64 or 32 of the width.
+# Examples, samples, tokens, width. Tiles hold 128 or 64 tokens and 32 to 256 columns, a step 64 or 32 of the width; at
+# widths that are no multiples of 16 there is one tile for all.
 SHAPES = [
     (3, 5, 150, 37),
     (1, 1, 1, 1),
-    (7, 1, 65, 3),  # an example per column
-    (2, 70, 40, 20),  # an example in several tiles of columns, the last one ragged
+    (7, 1, 65, 16),  # few columns of each example
+    (2, 70, 40, 48),  # an example in several tiles of columns, the last one ragged
     (5, 20, 130, 33),  # several tiles of columns
+    (2, 33, 140, 64),  # a step divides the width
+    (2, 20, 150, 80),  # it does not
 ]
 
 
@@ -56,9 +59,9 @@ def launch():
 
 @pytest.fixture
 def small_parts(launch, monkeypatch):
-    """As little memory as goes: few examples at a time in first passes, few tokens in those of the statistics."""
-    monkeypatch.setattr(launch, "_PARTIAL_BYTES", 1)
+    """As little memory as goes: a tile of tokens at a time."""
     monkeypatch.setattr(launch, "_LEAST_BYTES", 1)
+    monkeypatch.setattr(launch, "_SHARING", 64)
 
 
 @pytest.fixture
@@ -89,27 +92,29 @@ def data(examples, samples, vocabulary, width, weight_dtype=F32, hidden_dtype=F3
     return there(weight, (3 * torch.randn(examples, samples, width)).to(hidden_dtype))
 
 
-def check_all(weight, hidden, bias=None, softcap=None, scratch_bytes=None):
+def check_all(weight, hidden, bias=None, softcap=None, scratch_bytes=None, mirrored=False):
     """Log-sum-exps, probabilities and statistics, all within rounding of the truth."""
-    head = {"bias": bias, "softcap": softcap, "impl": "triton"}
+    head = {"bias": bias, "softcap": softcap, "mirrored": mirrored, "impl": "triton"}
+    given = hidden
+    hidden = torch.cat([hidden, -hidden], dim=1) if mirrored else hidden
     examples, vocabulary = hidden.shape[0], weight.shape[0]
-    allowed = torch.arange(vocabulary, device=DEVICE) if bias is None else (bias != NO_TOKEN).nonzero()[:, 0]
+    excluded = (torch.zeros(vocabulary, device=DEVICE) if bias is None else bias).expand(examples, -1) == NO_TOKEN
+    allowed = (~excluded[0]).nonzero()[:, 0]
     targets = allowed[torch.linspace(0, len(allowed) - 1, examples).long().to(DEVICE)]
     logits = logits_of(weight, hidden, bias, softcap)
     rounding = rounding_of(weight, hidden, bias)
 
-    lse = ops.vocabulary_logsumexp(weight, hidden, **head)
+    lse = ops.vocabulary_logsumexp(weight, given, **head)
     assert lse.dtype == torch.float64
     assert ((lse - logits.logsumexp(-1)).abs() <= rounding.amax(-1) + 4 * EPS).all()
 
-    probs = ops.vocabulary_probs(weight, hidden, scratch_bytes=scratch_bytes, **head)
+    probs = ops.vocabulary_probs(weight, given, scratch_bytes=scratch_bytes, **head)
     assert probs.shape == (examples, vocabulary)
     assert probs.dtype == F32
     assert_within_budget(probs, weight, hidden, bias, softcap)
-    if bias is not None:
-        assert (probs[:, bias == NO_TOKEN] == 0).all()
+    assert (probs[excluded] == 0).all()
 
-    found = ops.vocabulary_statistics(weight, hidden, targets=targets, scratch_bytes=scratch_bytes, **head)
+    found = ops.vocabulary_statistics(weight, given, targets=targets, scratch_bytes=scratch_bytes, **head)
     mean = probs_of(weight, hidden, bias, softcap).mean(1)
     truth = (*statistics_of(weight, hidden, bias, softcap), mean[torch.arange(examples, device=DEVICE), targets].log())
     for value, true in zip(found, truth, strict=True):
@@ -163,15 +168,16 @@ def test_many_tiles_of_tokens():
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])
-def test_which_passes(launch, launched, monkeypatch, dtype):
-    """Probabilities in one pass, some examples at a time, as long as a strip holds enough columns; else in two."""
-    weight, hidden = data(9, 20, 100, 8, dtype, dtype)
+def test_how_often_products_are_computed(launch, launched, monkeypatch, dtype):
+    """Once, some examples at a time, as long as the products of enough columns fit into scratch; else twice."""
+    weight, hidden = data(9, 20, 100, 64, dtype, dtype)
     rows, columns = (128, 256) if dtype == F16 else (128, 64)
     strip = 4 * rows * columns
-    one = ["exponentials_kernel", "merge_kernel", "stored_means_kernel"]
-    two = ["exponentials_kernel", "merge_kernel", "means_kernel"]
+    one = ["product_kernel", "sums_kernel", "merge_kernel", "means_kernel"]
+    ranges = 1 if dtype == F16 else 2
+    two = ranges * one[:2] + one[2:3] + (one[3:] if ranges == 1 else ranges * ["product_kernel", "means_kernel"])
     parts = math.ceil(9 / (columns // 32))
-    # A strip of one tile of columns; with float32 it has fewer columns than pay.
+    monkeypatch.setattr(launch, "_LEAST_BYTES", strip // 2)  # of one tile of tokens
     for least, scratch_bytes, expected in (
         (256, None, one),
         (1, strip, parts * one),
@@ -184,6 +190,22 @@ def test_which_passes(launch, launched, monkeypatch, dtype):
         result = ops.vocabulary_probs(weight, hidden, scratch_bytes=scratch_bytes, impl="triton")
         assert launched == expected
         assert_within_budget(result, weight, hidden)
+    launched.clear()
+    ops.vocabulary_variance(weight, hidden.mT, impl="triton")
+    assert launched == ["squares_kernel"]
+
+
+@pytest.mark.parametrize("scratch_bytes", [None, 0])
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize(("kind", "softcap"), [(None, None), ("finite", None), ("excluding", 3.0)])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5]])
+def test_mirror_images_and_a_bias_for_each_example(shape, kind, softcap, dtype, scratch_bytes):
+    examples, _, vocabulary, _ = shape
+    bias = None if kind is None else torch.stack([bias_of(kind, vocabulary) for _ in range(examples)])
+    check_all(*data(*shape, dtype, dtype), *there(bias), softcap, scratch_bytes, mirrored=True)
+    if bias is not None:
+        wide = there(torch.cat([bias, bias], dim=1)[:, ::2].to(dtype))
+        check_all(*data(*shape, dtype, dtype), *wide, softcap, scratch_bytes)
 
 
 @pytest.mark.parametrize("scratch_bytes", [None, 0])
@@ -330,10 +352,11 @@ def test_columns_as_a_sum_of_three(launch):
     assert planes.dtype == BF16
     assert torch.equal(planes.double().sum(0), x.double())
     weight, hidden = data(3, 5, 150, 37)
-    problem = launch._problem(weight, hidden, None, None)
-    of_three = replace(problem, columns=launch.split_planes(hidden).float())
     out = torch.empty(3, 5, dtype=torch.float64, device=DEVICE)
-    launch._first_pass(out, of_three, None)
+    (variant,) = launch.vocabulary_logsumexp_variants(out, weight, hidden, None, None, False)
+    problem = launch._problem(variant, weight, hidden, None, None)
+    of_three = replace(problem, variant=replace(variant, planes=3), columns=launch.split_planes(hidden).float())
+    launch._through_scratch(of_three, out, None, None)
     truth = logits_of(weight, hidden).logsumexp(-1)
     assert ((out - truth).abs() <= rounding_of(weight, hidden).amax(-1) + 4 * EPS).all()
 

@@ -41,9 +41,19 @@ def arguments():
         "jacobian_covariance": (a, g, *posterior, mask_nt, "auto"),
         "grouped_jacobian_covariance": ([a, a], [g, g], *([part] * 2 for part in posterior), [mask_nt, None], "auto"),
         "small_eigh": (torch.eye(5).repeat(3, 1, 1), "auto"),
-        "vocabulary_logsumexp": (head, hidden, bias, 5.0, "auto"),
-        "vocabulary_probs": (head, hidden, None, None, lse, 0, "auto"),
-        "vocabulary_statistics": (head, hidden.bfloat16(), bias, None, targets, None, None, "auto"),
+        "vocabulary_logsumexp": (head, hidden, bias, 5.0, False, "auto"),
+        "vocabulary_probs": (head, hidden, None, None, False, lse, 0, "auto"),
+        "vocabulary_statistics": (
+            head,
+            hidden.bfloat16(),
+            bias.expand(len(hidden), -1),
+            None,
+            True,
+            targets,
+            None,
+            None,
+            "auto",
+        ),
         "vocabulary_variance": (head, hidden.mT, "auto"),
     }
 

@@ -19,8 +19,9 @@ NO_TOKEN = -math.inf
 
 
 def logits_of(weight, hidden, bias=None, softcap=None, dtype=torch.float64):
-    """[N, S, V], all of them."""
+    """[N, S, V], all of them; the bias is [V] or [N, V]."""
     z = hidden.to(dtype) @ weight.to(dtype).T
+    bias = None if bias is None else bias.expand(len(hidden), -1)[:, None]
     z = z if bias is None else z + bias.to(dtype)
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     return z if bias is None else z.masked_fill(bias == NO_TOKEN, NO_TOKEN)
@@ -41,7 +42,8 @@ def statistics_of(*arguments):
 def rounding_of(weight, hidden, bias=None, eps=EPS):
     """What rounding does to each logit, [N, S, V]: the terms of its sum come to this size."""
     size = hidden.double().abs() @ weight.double().abs().T
-    return (8 + 2 * size + (0 if bias is None else bias.double().abs().nan_to_num(posinf=0))) * eps
+    added = 0 if bias is None else bias.double().abs().nan_to_num(posinf=0).expand(len(hidden), -1)[:, None]
+    return (8 + 2 * size + added) * eps
 
 
 def assert_within_budget(result, *arguments):
@@ -144,6 +146,32 @@ def test_bias_softcap_and_excluded_tokens(kind, softcap):
     truth = torch.logsumexp(logits_of(weight, hidden, bias, softcap), dim=-1)
     assert lse.dtype == torch.float64
     torch.testing.assert_close(lse, truth, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(("weight_dtype", "hidden_dtype"), DTYPES)
+@pytest.mark.parametrize(("kind", "softcap"), [*HEADS[:3], HEADS[-1]])
+@pytest.mark.parametrize(("examples", "samples"), [(3, 5), (7, 1)])
+def test_mirror_images_and_a_bias_for_each_example(examples, samples, kind, softcap, weight_dtype, hidden_dtype):
+    """As if the images were samples; one example's bias is not another's."""
+    weight, hidden = torch.randn(37, 6).to(weight_dtype), torch.randn(examples, samples, 6).to(hidden_dtype)
+    bias = None if kind is None else torch.stack([3 * bias_of(kind, 37) for _ in range(examples)]).T.contiguous().T
+    both = torch.cat([hidden, -hidden], dim=1)
+    targets = torch.tensor([4, 1, 35, 2, 2, 26, 29])[:examples]
+    lse = logits_of(weight, both, bias, softcap).logsumexp(-1)
+    mean = probs_of(weight, both, bias, softcap).mean(1)
+    truth = (*statistics_of(weight, both, bias, softcap), mean[torch.arange(examples), targets].log())
+    for given, mirrored in ((hidden, True), (both, False)):
+        head = {"bias": bias, "softcap": softcap, "mirrored": mirrored}
+        found = ops.vocabulary_logsumexp(weight, given, **head)
+        torch.testing.assert_close(found, lse, rtol=1e-6, atol=1e-6)
+        for known in (None, found):
+            for scratch_bytes in scratch_sizes(37, samples):
+                options = {**head, "scratch_bytes": scratch_bytes, "logsumexp": known}
+                assert_within_budget(ops.vocabulary_probs(weight, given, **options), weight, both, bias, softcap)
+                values = ops.vocabulary_statistics(weight, given, targets=targets, **options)
+                for value, true in zip(values, truth, strict=True):
+                    torch.testing.assert_close(value.double(), true, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -360,6 +388,8 @@ BAD = [
     ({"softcap": math.inf}, ValueError, r"softcap: expected a positive finite number, got inf"),
     ({"softcap": math.nan}, ValueError, r"softcap: expected a positive finite number, got nan"),
     ({"softcap": "30"}, TypeError, r"softcap: expected a number or None, got str"),
+    ({"bias": torch.ones(3, 7)}, ValueError, r"bias: expected shape \[2, 7\], got float32\[3, 7\]"),
+    ({"mirrored": 1}, TypeError, r"mirrored: expected True or False, got int"),
     ({"impl": "cuda"}, ValueError, r"expected impl to be one of .*got 'cuda'"),
 ]
 BAD_PROBS = [

@@ -38,7 +38,7 @@ class Deviations:
     """Samples of what differs from the MAP, to first order.
 
     Attributes:
-        hidden: `[S, N, d]`, or `[S, N, T, d]`, of the hidden state.
+        hidden: `[S, N, d]`, or `[S, N, T, d]`, of the hidden state, in the dtype in which the model computes it.
         head: `{layer: [S, d_out, d_in]}`, of the weights of an adapted head.
     """
 
@@ -177,7 +177,7 @@ class HiddenSampler:
                 columns.append(still.new_zeros(total, *still.shape))
         hidden = torch.cat(columns, dim=1)
         head = {layer.name: weights[layer.name] for layer in self.layers if self.forward.in_head(layer.name)}
-        return Deviations(hidden.to(accumulate_dtype(hidden)), head)
+        return Deviations(hidden, head)
 
     def _shape(self, batch: Batch) -> tuple[int, int]:
         """How many examples, and how many samples of them, run at once.

@@ -11,8 +11,8 @@ from bayesian_lora_kernels.model.memory import default_budget
 from bayesian_lora_kernels.predictive.hidden_samples import Deviations, HiddenSampler
 from bayesian_lora_kernels.predictive.sampled_logits import SampledLogits
 
-# Logits, of the mean distribution and of one sample, that a piece of positions may have: its scratch memory.
-PIECE_LOGITS = 2**24
+# Logits at the MAP weights that a piece of positions may have.
+PIECE_LOGITS = 2**22
 
 
 class TokenScores(NamedTuple):
@@ -63,7 +63,8 @@ def score_tokens(sampler: HiddenSampler, batch: Any, n_samples: int, generator: 
     mask = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid.to(ids.device)
     mask = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:] & mask[:, :-1]], dim=1)
     results = torch.zeros(4, *ids.shape, dtype=hidden.dtype, device=ids.device)
-    if not mask.any():
+    places = mask.cpu()
+    if not places.any():
         raise ValueError("score: expected a text of two tokens at least")
     pairs = -(-n_samples // 2)
     budget = sampler.memory_budget or default_budget(hidden.device)
@@ -74,15 +75,15 @@ def score_tokens(sampler: HiddenSampler, batch: Any, n_samples: int, generator: 
         if generator is not None and state is not None:
             generator.set_state(state)  # the same samples of the weights for every example, however many run at once
         drawn = sampler.draw(piece, pairs, True, generator)
-        at = mask[rows].nonzero()
+        at = places[rows].nonzero().to(mask.device)
         for i in range(0, len(at), step):
             n, t = at[i : i + step].unbind(dim=1)
-            here, targets = hidden[rows][n, t - 1], ids[rows][n, t]
-            still = Deviations(torch.zeros_like(here)[None], {})
-            point = SampledLogits(head, here, still, 1, mirrored=False).statistics(targets)
             samples = Deviations(drawn.hidden[:, n, t - 1], drawn.head)
-            found = SampledLogits(head, here, samples, n_samples, mirrored=True).statistics(targets)
-            values = (point.target_log_prob, found.target_log_prob, found.entropy, found.mutual_information)
+            logits = SampledLogits(head, hidden[rows][n, t - 1], samples, n_samples, mirrored=True)
+            targets = ids[rows][n, t].to(logits.mean.device)
+            found, point = logits.statistics(targets), head.capped(logits.mean)
+            log_prob_map = point.gather(1, targets[:, None])[:, 0] - point.logsumexp(dim=1)
+            values = (log_prob_map, found.target_log_prob, found.entropy, found.mutual_information)
             for result, value in zip(results, values, strict=True):
                 assert value is not None
                 result[rows][n, t] = value.to(result)

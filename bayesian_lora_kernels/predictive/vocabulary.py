@@ -84,7 +84,7 @@ class VocabularyPosterior:
         """
         _check_count("n", n)
         drawn = self._sampler.draw(self._batch, n, False, generator)
-        return SampledLogits(self._head, self.hidden, drawn, n, mirrored=False).logits()
+        return SampledLogits(self._head, self.hidden, drawn, n, mirrored=False, mean=self.mean).logits()
 
     @in_own_surroundings
     def probs(self, n_samples: int = SAMPLES, generator: torch.Generator | None = None) -> Tensor:
@@ -197,7 +197,8 @@ class VocabularyPosterior:
                 self._kept = Deviations.join(have)
             assert self._kept is not None
             drawn = self._kept.first(needed)
-        return SampledLogits(self._head, self.hidden, drawn, n_samples, mirrored)
+        mean = self.mean if mirrored else None  # variances do not need it
+        return SampledLogits(self._head, self.hidden, drawn, n_samples, mirrored, mean)
 
     def _check_indices(self, indices: Tensor, name: str, dimensions: tuple[int, ...]) -> Tensor:
         vocabulary = self._head.vocabulary

@@ -53,6 +53,7 @@ def vocabulary_logsumexp(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    mirrored: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Log-sum-exps of the logits of every sample, ``log sum_v exp(z_nsv)``: what joins the parts of a vocabulary.
@@ -63,16 +64,19 @@ def vocabulary_logsumexp(
 
     Args:
         weight: ``[V, d]``, the output layer or a part of its rows, float16, bfloat16, float32 or float64, any strides.
-        hidden: ``[N, S, d]``, S samples of the hidden state of each example, likewise; another dtype is allowed.
-        bias: ``[V]``, added to the logits before the soft cap. A token of bias minus infinity is excluded, with a soft
-            cap too.
+        hidden: ``[N, S, d]``, S samples of the hidden state of each example, likewise; another dtype is allowed. Or
+            deviations from a hidden state whose logits are the bias.
+        bias: ``[V]``, or ``[N, V]`` where every example has its own, added to the logits before the soft cap. A token
+            of bias minus infinity is excluded, with a soft cap too.
         softcap: logits become ``softcap * tanh(z / softcap)``; None: they stay.
+        mirrored: every sample serves with both signs, ``bias + weight x`` and ``bias - weight x``, of one product:
+            there are ``k S`` samples, with k = 2, and k = 1 without.
         impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
 
     Returns:
-        ``[N, S]``, always float64, since one float32 unit of a log-sum-exp of 1e4 is 1e-3 of every probability; minus
-        infinity where no token is left. The logits are in float64 if ``weight`` or ``hidden`` is, else float32; they
-        never take more than a bounded share of memory. No gradient is recorded.
+        ``[N, k S]``, the mirror images last, always float64, since one float32 unit of a log-sum-exp of 1e4 is 1e-3 of
+        every probability; minus infinity where no token is left. The logits are in float64 if ``weight`` or ``hidden``
+        is, else float32; they never take more than a bounded share of memory. No gradient is recorded.
 
     Raises:
         TypeError: not a tensor, not a float dtype, a softcap that is no number.
@@ -82,9 +86,9 @@ def vocabulary_logsumexp(
     Source: the online form, Milakov and Gimelshein 2018, algorithm 3.
     """
     check_impl("vocabulary_logsumexp", impl)
-    _validate("vocabulary_logsumexp", weight, hidden, bias, softcap)
+    _validate("vocabulary_logsumexp", weight, hidden, bias, softcap, mirrored)
     with torch.no_grad():
-        return _vocabulary_logsumexp(weight, hidden, bias, softcap, impl)
+        return _vocabulary_logsumexp(weight, hidden, bias, softcap, mirrored, impl)
 
 
 def vocabulary_probs(
@@ -93,6 +97,7 @@ def vocabulary_probs(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    mirrored: bool = False,
     logsumexp: Tensor | None = None,
     scratch_bytes: int | None = None,
     impl: str = "auto",
@@ -102,9 +107,10 @@ def vocabulary_probs(
     Args:
         weight: ``[V, d]``, the output layer, or with ``logsumexp`` a part of its rows.
         hidden: ``[N, S, d]``, S samples of the hidden state of each example.
-        bias: ``[V]`` or None, as for ``vocabulary_logsumexp``; so are the dtypes and strides of all three.
+        bias: ``[V]``, ``[N, V]`` or None, as for ``vocabulary_logsumexp``; so are the dtypes and strides of all three.
         softcap: as for ``vocabulary_logsumexp``.
-        logsumexp: ``[N, S]`` float64 or float32, of the whole vocabulary, where ``weight`` is a part of it; None:
+        mirrored: likewise, and so are k and the order of the samples.
+        logsumexp: ``[N, k S]`` float64 or float32, of the whole vocabulary, where ``weight`` is a part of it; None:
             ``weight`` is the whole.
         scratch_bytes: how much memory may hold exponentials on their way; with more, fewer logits are computed twice.
             None: the reference takes 1.8 times the result, or half the weight where that has eight times the result's
@@ -125,9 +131,9 @@ def vocabulary_probs(
     """
     where = "vocabulary_probs"
     check_impl(where, impl)
-    _validate(where, weight, hidden, bias, softcap, None, logsumexp, scratch_bytes)
+    _validate(where, weight, hidden, bias, softcap, mirrored, None, logsumexp, scratch_bytes)
     with torch.no_grad():
-        return _vocabulary_probs(weight, hidden, bias, softcap, logsumexp, scratch_bytes, impl)
+        return _vocabulary_probs(weight, hidden, bias, softcap, mirrored, logsumexp, scratch_bytes, impl)
 
 
 def vocabulary_statistics(
@@ -136,6 +142,7 @@ def vocabulary_statistics(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    mirrored: bool = False,
     targets: Tensor | None = None,
     logsumexp: Tensor | None = None,
     scratch_bytes: int | None = None,
@@ -146,14 +153,16 @@ def vocabulary_statistics(
     Args:
         weight: ``[V, d]``, the output layer, or with ``logsumexp`` a part of its rows.
         hidden: ``[N, S, d]``, S samples of the hidden state of each example.
-        bias: ``[V]`` or None, as for ``vocabulary_logsumexp``; so are the dtypes and strides of all three.
+        bias: ``[V]``, ``[N, V]`` or None, as for ``vocabulary_logsumexp``; so are the dtypes and strides of all three.
         softcap: as for ``vocabulary_logsumexp``.
-        targets: ``[N]`` int64 or int32, one token per example, in ``[0, V)`` (looking is a synchronisation on a GPU).
+        mirrored: likewise, and so are k and the order of the samples.
+        targets: ``[N]`` int64 or int32, one token per example, in ``[0, V)``. On a GPU, where looking would be a
+            synchronisation, one out of range gets the log-probability NaN instead of an error.
         logsumexp: as for ``vocabulary_probs``. Entropy and mutual information are then the part's terms, to be added
             up over the parts. Targets count from the part's first token; one that lies outside gives minus infinity,
             so that the largest over the parts is the target's.
         scratch_bytes: as for ``vocabulary_probs``. None: 64 MiB, the kernels 256 MiB. Where the exponentials of one
-            example, ``S V`` numbers, do not fit, every logit is computed twice.
+            example, ``k S V`` numbers, do not fit, every logit is computed twice.
         impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
 
     Returns:
@@ -176,10 +185,10 @@ def vocabulary_statistics(
     """
     where = "vocabulary_statistics"
     check_impl(where, impl)
-    _validate(where, weight, hidden, bias, softcap, targets, logsumexp, scratch_bytes)
+    _validate(where, weight, hidden, bias, softcap, mirrored, targets, logsumexp, scratch_bytes)
     with torch.no_grad():
         entropy, information, log_prob = _vocabulary_statistics(
-            weight, hidden, bias, softcap, targets, logsumexp, scratch_bytes, impl
+            weight, hidden, bias, softcap, mirrored, targets, logsumexp, scratch_bytes, impl
         )
     return VocabularyStatistics(entropy, information, None if targets is None else log_prob)
 
@@ -190,6 +199,7 @@ def _validate(
     hidden: Tensor,
     bias: Tensor | None,
     softcap: float | None,
+    mirrored: bool,
     targets: Tensor | None = None,
     logsumexp: Tensor | None = None,
     scratch_bytes: int | None = None,
@@ -200,8 +210,11 @@ def _validate(
     examples, samples = hidden.shape[:2]
     if samples == 0:
         raise ValueError(f"{where}: hidden: expected at least one sample, got {describe(hidden)}")
+    if not isinstance(mirrored, bool):
+        raise TypeError(f"{where}: mirrored: expected True or False, got {describe(mirrored)}")
     if bias is not None:
-        check_tensor(f"{where}: bias", bias, (weight.shape[0],))
+        of_each = isinstance(bias, Tensor) and bias.ndim == 2
+        check_tensor(f"{where}: bias", bias, (examples, weight.shape[0]) if of_each else (weight.shape[0],))
         check_device(f"{where}: bias", bias, weight.device)
     if softcap is not None:
         if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
@@ -212,7 +225,9 @@ def _validate(
         check_tensor(f"{where}: targets", targets, (examples,), (torch.int64, torch.int32))
         check_device(f"{where}: targets", targets, weight.device)
     if logsumexp is not None:
-        check_tensor(f"{where}: logsumexp", logsumexp, (examples, samples), (torch.float64, torch.float32))
+        check_tensor(
+            f"{where}: logsumexp", logsumexp, (examples, (1 + mirrored) * samples), (torch.float64, torch.float32)
+        )
         check_device(f"{where}: logsumexp", logsumexp, weight.device)
     if scratch_bytes is not None:
         if isinstance(scratch_bytes, bool) or not isinstance(scratch_bytes, int):
@@ -221,17 +236,23 @@ def _validate(
             raise ValueError(f"{where}: scratch_bytes: expected at least 0, got {scratch_bytes}")
 
 
-def _check_range(targets: Tensor, vocabulary: int) -> None:
-    outside = targets[(targets < 0) | (targets >= vocabulary)]
-    if outside.numel():
+def _check_range(targets: Tensor, vocabulary: int, log_prob: Tensor) -> None:
+    """Refuse targets out of range; on a GPU, where looking would be a synchronisation, they get NaN."""
+    outside = (targets < 0) | (targets >= vocabulary)
+    if targets.is_cuda:
+        log_prob.masked_fill_(outside, math.nan)
+        return
+    found = targets[outside]
+    if found.numel():
         raise ValueError(
-            f"vocabulary_statistics: targets: expected tokens in [0, {vocabulary}), got {int(outside[0])} "
-            f"({outside.numel()} of {targets.numel()} out of range)"
+            f"vocabulary_statistics: targets: expected tokens in [0, {vocabulary}), got {int(found[0])} "
+            f"({found.numel()} of {targets.numel()} out of range)"
         )
 
 
-def _allocate_logsumexp(weight: Tensor, hidden: Tensor) -> Tensor:
-    return hidden.new_empty(hidden.shape[:2], dtype=torch.float64)
+def _allocate_logsumexp(hidden: Tensor, mirrored: bool) -> Tensor:
+    examples, samples = hidden.shape[:2]
+    return hidden.new_empty((examples, (1 + mirrored) * samples), dtype=torch.float64)
 
 
 def _allocate_probs(weight: Tensor, hidden: Tensor) -> Tensor:
@@ -248,30 +269,30 @@ def _allocate_statistics(weight: Tensor, hidden: Tensor, targets: Tensor | None)
 @custom_op(
     "bayesian_lora_kernels::vocabulary_logsumexp",
     mutates_args=(),
-    schema="(Tensor weight, Tensor hidden, Tensor? bias, float? softcap, str impl) -> Tensor",
+    schema="(Tensor weight, Tensor hidden, Tensor? bias, float? softcap, bool mirrored, str impl) -> Tensor",
 )
 def _vocabulary_logsumexp(
-    weight: Tensor, hidden: Tensor, bias: Tensor | None, softcap: float | None, impl: str
+    weight: Tensor, hidden: Tensor, bias: Tensor | None, softcap: float | None, mirrored: bool, impl: str
 ) -> Tensor:
-    _validate("vocabulary_logsumexp", weight, hidden, bias, softcap)
-    out = _allocate_logsumexp(weight, hidden)
-    arguments = (out, weight, hidden, bias, softcap)
+    _validate("vocabulary_logsumexp", weight, hidden, bias, softcap, mirrored)
+    out = _allocate_logsumexp(hidden, mirrored)
+    arguments = (out, weight, hidden, bias, softcap, mirrored)
     choose("vocabulary_logsumexp", impl, *arguments)(*arguments)
     return out
 
 
 @_vocabulary_logsumexp.register_fake
-def _(weight: Tensor, hidden: Tensor, bias: Tensor | None, softcap: float | None, impl: str) -> Tensor:
-    _validate("vocabulary_logsumexp", weight, hidden, bias, softcap)
-    return _allocate_logsumexp(weight, hidden)
+def _(weight: Tensor, hidden: Tensor, bias: Tensor | None, softcap: float | None, mirrored: bool, impl: str) -> Tensor:
+    _validate("vocabulary_logsumexp", weight, hidden, bias, softcap, mirrored)
+    return _allocate_logsumexp(hidden, mirrored)
 
 
 @custom_op(
     "bayesian_lora_kernels::vocabulary_probs",
     mutates_args=(),
     schema=(
-        "(Tensor weight, Tensor hidden, Tensor? bias, float? softcap, Tensor? logsumexp, int? scratch_bytes, str impl)"
-        " -> Tensor"
+        "(Tensor weight, Tensor hidden, Tensor? bias, float? softcap, bool mirrored, Tensor? logsumexp, "
+        "int? scratch_bytes, str impl) -> Tensor"
     ),
 )
 def _vocabulary_probs(
@@ -279,13 +300,14 @@ def _vocabulary_probs(
     hidden: Tensor,
     bias: Tensor | None,
     softcap: float | None,
+    mirrored: bool,
     logsumexp: Tensor | None,
     scratch_bytes: int | None,
     impl: str,
 ) -> Tensor:
-    _validate("vocabulary_probs", weight, hidden, bias, softcap, None, logsumexp, scratch_bytes)
+    _validate("vocabulary_probs", weight, hidden, bias, softcap, mirrored, None, logsumexp, scratch_bytes)
     out = _allocate_probs(weight, hidden)
-    arguments = (out, weight, hidden, bias, softcap, logsumexp, scratch_bytes)
+    arguments = (out, weight, hidden, bias, softcap, mirrored, logsumexp, scratch_bytes)
     choose("vocabulary_probs", impl, *arguments)(*arguments)
     return out
 
@@ -296,11 +318,12 @@ def _(
     hidden: Tensor,
     bias: Tensor | None,
     softcap: float | None,
+    mirrored: bool,
     logsumexp: Tensor | None,
     scratch_bytes: int | None,
     impl: str,
 ) -> Tensor:
-    _validate("vocabulary_probs", weight, hidden, bias, softcap, None, logsumexp, scratch_bytes)
+    _validate("vocabulary_probs", weight, hidden, bias, softcap, mirrored, None, logsumexp, scratch_bytes)
     return _allocate_probs(weight, hidden)
 
 
@@ -308,8 +331,8 @@ def _(
     "bayesian_lora_kernels::vocabulary_statistics",
     mutates_args=(),
     schema=(
-        "(Tensor weight, Tensor hidden, Tensor? bias, float? softcap, Tensor? targets, Tensor? logsumexp, "
-        "int? scratch_bytes, str impl) -> (Tensor, Tensor, Tensor)"
+        "(Tensor weight, Tensor hidden, Tensor? bias, float? softcap, bool mirrored, Tensor? targets, "
+        "Tensor? logsumexp, int? scratch_bytes, str impl) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def _vocabulary_statistics(
@@ -317,17 +340,18 @@ def _vocabulary_statistics(
     hidden: Tensor,
     bias: Tensor | None,
     softcap: float | None,
+    mirrored: bool,
     targets: Tensor | None,
     logsumexp: Tensor | None,
     scratch_bytes: int | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _validate("vocabulary_statistics", weight, hidden, bias, softcap, targets, logsumexp, scratch_bytes)
-    if targets is not None and logsumexp is None:
-        _check_range(targets, weight.shape[0])
+    _validate("vocabulary_statistics", weight, hidden, bias, softcap, mirrored, targets, logsumexp, scratch_bytes)
     out = _allocate_statistics(weight, hidden, targets)
-    arguments = (*out, weight, hidden, bias, softcap, targets, logsumexp, scratch_bytes)
+    arguments = (*out, weight, hidden, bias, softcap, mirrored, targets, logsumexp, scratch_bytes)
     choose("vocabulary_statistics", impl, *arguments)(*arguments)
+    if targets is not None and logsumexp is None:
+        _check_range(targets, weight.shape[0], out[2])
     return out
 
 
@@ -337,10 +361,11 @@ def _(
     hidden: Tensor,
     bias: Tensor | None,
     softcap: float | None,
+    mirrored: bool,
     targets: Tensor | None,
     logsumexp: Tensor | None,
     scratch_bytes: int | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _validate("vocabulary_statistics", weight, hidden, bias, softcap, targets, logsumexp, scratch_bytes)
+    _validate("vocabulary_statistics", weight, hidden, bias, softcap, mirrored, targets, logsumexp, scratch_bytes)
     return _allocate_statistics(weight, hidden, targets)
