@@ -164,12 +164,27 @@ def random_jacobian(draw):
     return torch.empty(2, outputs, outputs), *([one] for one in (a, g, *bases, *blocks, mask))
 
 
-def test_problems_near_a_variant_take_it():
-    """Of the Jacobian covariance, which has too many variants for a list."""
-    claim = next(claim for claim in CLAIMS if claim.operation == "grouped_jacobian_covariance")
+def random_vocabulary(draw):
+    dtype, columns = draw.choice([torch.float32, torch.float16]), draw.choice([torch.float32, torch.float16])
+    width, tokens, examples = draw.choice([30, 64, 576, 4096]), 500, draw.choice([1, 4, 30])
+    hidden = torch.empty(examples, draw.choice([1, 10, 32, 64, 300]), width, dtype=columns)
+    bias, softcap = draw.choice([None, torch.empty(tokens)]), draw.choice([None, 30.0])
+    mirrored = draw.random() < 0.5
+    known = draw.choice([None, torch.empty(examples, hidden.shape[1] * (1 + mirrored), dtype=torch.float64)])
+    weight = torch.empty(tokens, width, dtype=dtype)
+    return torch.empty(examples, tokens), weight, hidden, bias, softcap, mirrored, known, None
+
+
+NEAR = {"grouped_jacobian_covariance": random_jacobian, "vocabulary_probs": random_vocabulary}
+
+
+@pytest.mark.parametrize(("operation", "make"), NEAR.items(), ids=NEAR)
+def test_problems_near_a_variant_take_it(operation, make):
+    """Of operations that have too many variants for a list."""
+    claim = next(claim for claim in CLAIMS if claim.operation == operation)
     suite, variants = attribute(claim.evidence.suite), attribute(claim.evidence.variants)
     draw = random.Random(0)
     for _ in range(25):
-        for taken in map(str, variants(*random_jacobian(draw))):
+        for taken in map(str, variants(*make(draw))):
             near = catalogue(suite.near(taken), variants, Runtime(CPU))
             assert next((problem for problem, some in near if taken in some), None) is not None, taken

@@ -12,6 +12,7 @@ from ..checks import check_device, check_mask, check_same_length, check_tensor, 
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 from ..registration import custom_op
+from ..verify.verifier import Evidence
 
 _NAME = "grouped_masked_gradient"
 _FOLDER = "bayesian_lora_kernels.ops.masked_gradient"
@@ -28,7 +29,8 @@ def _on_gpu(out: Tensor, *others: Any) -> bool:
 
 
 register(_NAME, "reference", Implementation(f"{_FOLDER}.reference", _NAME))
-register(_NAME, "triton", Implementation(f"{_FOLDER}.kernel", _NAME, _refuses, _on_gpu))
+_EVIDENCE = Evidence(f"{_FOLDER}.problems:SUITE", f"{_FOLDER}.kernel:variants")
+register(_NAME, "triton", Implementation(f"{_FOLDER}.kernel", _NAME, _refuses, _on_gpu, _EVIDENCE))
 
 
 def grouped_masked_gradient(

@@ -38,7 +38,12 @@ class Draw:
         return self.uniform(*shape) < 0.7
 
     def output(self, *shape: int, dtype: torch.dtype = torch.float32, start: Tensor | None = None) -> Tensor:
-        """Memory to write to: NaN, or ``start`` where results are added; what lies around it is watched."""
+        """Memory to write to: NaN, or ``start`` where results are added; what lies around it is watched.
+
+        Of numbers that are no floats: ones, and nothing is watched.
+        """
+        if not dtype.is_floating_point:
+            return torch.ones(shape, dtype=dtype, device=self.device)
         size = torch.Size(shape).numel()
         whole = torch.full((size + 2 * _GUARD,), _UNTOUCHED, dtype=dtype, device=self.device)
         self._guarded.append((whole, size))

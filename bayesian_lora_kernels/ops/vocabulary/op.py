@@ -12,6 +12,7 @@ from ..checks import accumulate_dtype, check_device, check_tensor, describe
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 from ..registration import custom_op
+from ..verify.verifier import Evidence
 
 _FOLDER = "bayesian_lora_kernels.ops.vocabulary"
 
@@ -38,13 +39,14 @@ def _on_gpu(out: Tensor, *others: Any) -> bool:
     return out.is_cuda
 
 
-for _name, _why in (
-    ("vocabulary_logsumexp", _refuses),
-    ("vocabulary_probs", _refuses),
-    ("vocabulary_statistics", _statistics_refuses),
+for _name, _why, _suite in (
+    ("vocabulary_logsumexp", _refuses, "LOGSUMEXP"),
+    ("vocabulary_probs", _refuses, "PROBS"),
+    ("vocabulary_statistics", _statistics_refuses, "STATISTICS"),
 ):
+    _evidence = Evidence(f"{_FOLDER}.problems:{_suite}", f"{_FOLDER}.kernel_variants:{_name}_variants")
     register(_name, "reference", Implementation(f"{_FOLDER}.reference", _name))
-    register(_name, "triton", Implementation(f"{_FOLDER}.kernel_launch", _name, _why, _on_gpu))
+    register(_name, "triton", Implementation(f"{_FOLDER}.kernel_launch", _name, _why, _on_gpu, _evidence))
 
 
 def vocabulary_logsumexp(

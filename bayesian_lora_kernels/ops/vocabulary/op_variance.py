@@ -9,6 +9,7 @@ from ..checks import accumulate_dtype, check_device, check_tensor
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 from ..registration import custom_op
+from ..verify.verifier import Evidence
 
 _FOLDER = "bayesian_lora_kernels.ops.vocabulary"
 
@@ -23,7 +24,8 @@ def _on_gpu(out: Tensor, *others: Tensor) -> bool:
 
 _NAME = "vocabulary_variance"
 register(_NAME, "reference", Implementation(f"{_FOLDER}.reference", _NAME))
-register(_NAME, "triton", Implementation(f"{_FOLDER}.kernel_launch", _NAME, _refuses, _on_gpu))
+_EVIDENCE = Evidence(f"{_FOLDER}.problems:VARIANCE", f"{_FOLDER}.kernel_variants:{_NAME}_variants")
+register(_NAME, "triton", Implementation(f"{_FOLDER}.kernel_launch", _NAME, _refuses, _on_gpu, _EVIDENCE))
 
 
 def vocabulary_variance(weight: Tensor, factor: Tensor, *, impl: str = "auto") -> Tensor:
