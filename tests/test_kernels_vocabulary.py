@@ -296,6 +296,13 @@ def test_targets():
         assert (certain.target_log_prob == 0).all()
         assert (certain.entropy == 0).all()
         assert ops.vocabulary_statistics(weight, hidden, **options).target_log_prob is None
+        outside = targets + torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
+        if ON_GPU:  # looking would be a synchronisation
+            found = ops.vocabulary_statistics(weight, hidden, targets=outside, **options)
+            assert found.target_log_prob.isnan().tolist() == [False, True]
+        else:
+            with pytest.raises(ValueError, match=r"expected tokens in \[0, 2\), got 2"):
+                ops.vocabulary_statistics(weight, hidden, targets=outside, **options)
 
 
 @pytest.mark.parametrize("scratch_bytes", [None, 0])

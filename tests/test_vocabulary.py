@@ -212,6 +212,28 @@ def test_probs_are_distributions(small):
     assert relative(found.entropy, torch.special.entr(probs).sum(dim=1)) < 1e-10
 
 
+@pytest.mark.parametrize(("targets", "tolerance"), [(("q_proj", "v_proj"), 1e-5), (("q_proj", "lm_head"), 1e-2)])
+def test_deviations_are_multiplied_in_the_heads_dtype(targets, tolerance):
+    """Of a bfloat16 model, without rounding them, but for LoRA on the head."""
+    case = llama(classes=None, targets=targets)
+    case.model.bfloat16()
+    laplace = blk.LaplaceLoRA(case.model, **case.arguments).fit(case.loader(2), progress=False)
+    posterior = laplace.predict(case.batch(), "vocabulary")
+    variance, _ = posterior.variance(6)
+    logits = posterior._samples(6, None, mirrored=False)
+    for product in logits._products():
+        assert product.weight.dtype == product.deviation.dtype == torch.bfloat16
+    deviations = logits.logits().double() - posterior.mean.double()
+    assert relative(variance, deviations.square().mean(dim=0)) < tolerance
+    if targets[1] == "v_proj":
+        weight = posterior._head.weight.double()
+        exact = posterior._kept.hidden[:6].double() @ weight.mT
+        assert relative(variance, exact.square().mean(dim=0)) < tolerance
+        assert relative(posterior.mean, posterior.hidden.double() @ weight.mT) < tolerance
+        z = posterior.mean.double() + torch.cat([exact[:3], -exact[:3]])
+        assert relative(posterior.probs(6), z.softmax(dim=-1).mean(dim=0)) < tolerance
+
+
 def test_the_model_is_untouched():
     case = llama(classes=None, targets=("q_proj", "lm_head"))
     unusual(case.model)

@@ -117,7 +117,7 @@ def vocabulary_probs(
         scratch_bytes: how much memory may hold exponentials on their way; with more, fewer logits are computed twice.
             None: the reference takes 1.8 times the result, or half the weight where that has eight times the result's
             size, within 14 and 64 MiB; the kernels take up to 256 MiB. 0: as little as goes (about 1 MiB; the kernels
-            32 MiB at most, where one example fits into them), and every logit is computed twice.
+            16 MiB or one tile), and every logit is computed twice, unless all of them fit.
         impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
 
     Returns:
