@@ -76,6 +76,22 @@ def test_a_thread_goes_where_the_table_and_the_arguments_send_it():
     assert run(0, 0, words, 1280).blocks[loop] == 10
 
 
+def test_a_program_that_a_flag_in_memory_may_end_is_taken_to_end():
+    flagged = KERNEL.replace(
+        "$L__BB0_1:",
+        "\tld.global.b32 %r10, [%rd3+4000];\n\tsetp.eq.b32 %p5, %r10, 0;\n\t@%p5 bra $L__BB0_3;\n$L__BB0_1:",
+    )
+    words = {1000: 5000, 1008: 384}
+    assert len(run(0, 0, words, 512).accesses) == 4
+    blocks = ptx.parse(flagged)
+    special = {"%tid.x": 0, "%ctaid.x": 0}
+    ended = ptx.Thread(blocks, [1000, 512], special, words).run()
+    assert [one.address for one in ended.accesses] == [1000, 1008, 5000]
+    # A word of the table is known, and says that there is something to do.
+    told = ptx.Thread(blocks, [1000, 512], special, words | {5000: 1}).run()
+    assert len(told.accesses) == 5
+
+
 @pytest.mark.parametrize(
     ("text", "values", "result"),
     [

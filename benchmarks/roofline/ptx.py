@@ -2,7 +2,8 @@
 reads and writes.
 
 Only what decides branches, predicates and addresses is computed; what was loaded from anything but a table of pointers
-is unknown, and so is all that follows from it. A branch that depends on it is not taken.
+is unknown, and so is all that follows from it. A branch that depends on it is not taken, but for one past all loops to
+the end of the program: where a flag in memory decides whether a program has anything to do, it has nothing.
 """
 
 from __future__ import annotations
@@ -199,6 +200,10 @@ class Thread:
         self.blocks, self.parameters, self.special, self.memory = blocks, parameters, special, memory
         self.labels = {block.name: i for i, block in enumerate(blocks) if block.name}
         self.registers: Registers = {}
+        jumps = [
+            (i, self.labels[one.target]) for i, block in enumerate(blocks) for one in block.instructions if one.target
+        ]
+        self.last_loop = max((source for source, target in jumps if target <= source), default=-1)
 
     def run(self) -> Trace:
         at, steps, counts = 0, 0, Counter[int]()
@@ -212,7 +217,7 @@ class Thread:
                 steps += 1
                 runs = self._runs(one)
                 if one.target:
-                    if runs:
+                    if runs or (runs is None and at <= self.last_loop < self.labels[one.target] and self._ends(one)):
                         following = self.labels[one.target]
                 elif one.root == "ret":
                     if runs:
@@ -226,6 +231,11 @@ class Thread:
                 raise RuntimeError("the thread does not end")
             at = following
         return Trace(counts, self._accesses(times))
+
+    def _ends(self, branch: Instruction) -> bool:
+        """Whether it leads to the end without anything read or written."""
+        rest = [one for block in self.blocks[self.labels[branch.target or ""] :] for one in block.instructions]
+        return not any(one.is_global or one.target for one in rest)
 
     def _runs(self, one: Instruction) -> bool | None:
         """None: unknown; a branch is then not taken."""
