@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 
@@ -236,6 +237,34 @@ def test_launches_do_not_grow_with_the_streams(monkeypatch, masked, first, most)
         return len(launched("sm_90", call)) + len(seen)
 
     assert count(3) == count(224) <= most
+
+
+def test_variants_are_what_is_launched(monkeypatch):
+    """Two kinds of streams; X fits the cache with its neighbours, and does not."""
+    from bayesian_lora_kernels.ops.incremental_svd import kernel
+    from benchmarks.launches import launched
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def arguments(height, width):
+        outs, bases = ([empty(width, 64, dtype=torch.float32) for _ in range(3)] for _ in range(2))
+        xs = [empty(height, width) for _ in range(3)]
+        masks = [None, empty(height, dtype=torch.bool), None]
+        drawn = [[empty(64, 16, dtype=dtype)] * 3 for dtype in (torch.int64, torch.float32)]
+        return outs, bases, xs, masks, *drawn, 10
+
+    for width, fused in ((128, True), (4096, False)):
+        given = arguments(9000, width)
+        variants = kernel.variants(*given)
+        end = "BD=64 contiguous{} fused" if fused else "BD=128 contiguous{}"
+        expected = [f"bfloat16 BL=64 BM=64 {end.format(masked)}" for masked in ("", " masked")]
+        assert [str(one) for one in variants] == sorted(expected)
+        monkeypatch.setattr(kernel, "choose_configuration", lambda key, candidates, run: candidates[0])
+        found = launched("sm_90", lambda given=given: kernel.grouped_incremental_svd(*given))
+        touches = {(one.constants["HAS_MASK"], one.function) for one in found if "HAS_MASK" in one.constants}
+        functions = ["touch_kernel"] if fused else ["project_kernel", "back_project_kernel"]
+        assert touches == set(itertools.product((False, True), functions))
 
 
 def test_what_it_cannot_take_is_said():

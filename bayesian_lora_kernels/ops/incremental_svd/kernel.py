@@ -14,7 +14,8 @@ Bytes and operations per stream, X of M rows and d columns of b bytes, L = l pad
 d b`` (once where the second reading finds it in the L2 cache, see ``touch.py``) plus ``160 d b`` for the fresh
 columns; about ``44 d L`` bytes for B, the stack, Omega and Y and ``20 M L`` for Z; ``2 M d L`` operations for Z and
 twice that for Y's two halves; ``8 d L^2`` in float64. 224 streams of 2048 x 4096 in bf16, l = 30: X is 3.76 GB, 1.25
-ms at 3 TB/s; the rest 1.6 GB, 0.5 ms; products 0.36 TFLOP, 0.5 ms on tensor cores; float64 7.5 GFLOP, 0.2 ms.
+ms at 3 TB/s, and read twice; the rest 1.6 GB, 0.5 ms; products 0.36 TFLOP, 0.5 ms on tensor cores; float64 7.5 GFLOP,
+0.2 ms.
 """
 
 from __future__ import annotations
@@ -41,10 +42,9 @@ __all__ = ["grouped_incremental_svd", "variants"]
 # Parts of the rows in the kernels around the touch; their sums are added in order.
 _PARTS = 8
 # Rows per step of the kernels around the touch, by padded width, and warps: all that fits the registers.
-_STEP = {16: 64, 32: 64, 64: 32, 128: 16}
+_STEP = {16: 32, 32: 64, 64: 32, 128: 16}
 _WARPS = {16: 4, 32: 4, 64: 8, 128: 8}
-_APPLY_STEP = {16: 64, 32: 64, 64: 32, 128: 32}
-_APPLY_COLUMNS = {16: 16, 32: 32, 64: 64, 128: 32}
+_COLUMNS = 64  # of a product of l x l matrices, per program: as many as 99 KB of shared memory hold
 _SMALL_WARPS = {16: 4, 32: 4, 64: 8, 128: 16}
 # Squared distance of a unit column from those before it, below which it is the rounding of float32.
 _DROPPED = 1e-14
@@ -152,7 +152,7 @@ class _Update:
 
     def _gram(self, table: Tensor, p: Tensor | None, q: Tensor | None = None, over_m: bool = False) -> Tensor:
         """``P^T Q`` per module, float64; ``P`` is the basis if None, and ``Q = P`` if None."""
-        count, block, columns = len(table), self.block, min(64, self.block)
+        count, block, columns = len(table), self.block, min(_COLUMNS, self.block)
         parts = self._empty(count, _PARTS, block, block, dtype=torch.float64)
         around.gram_kernel[(count, _PARTS, block // columns)](
             table,
@@ -179,11 +179,11 @@ class _Update:
         self._apply(self.stack, w, count, self.omega)
 
     def _apply(self, p: Tensor, w: Tensor, count: int, to: Tensor | None) -> None:
-        step, columns = _APPLY_STEP[self.block], _APPLY_COLUMNS[self.block]
+        columns = min(_COLUMNS, self.block)
         around.apply_kernel[(count, _PARTS, self.block // columns)](
             *(self.table, p, w, p if to is None else to, self.y),
             TO_OUT=to is None,
-            BN=step,
+            BN=_STEP[self.block],
             BC=columns,
             BL=self.block,
             **self._options(),

@@ -148,6 +148,10 @@ def back_project(
             p_z += BM * BL
         p_x += tl.full([], BM, tl.int64) * stride_xm
 
+    p_y = y_ptr + (tl.load(row_ptr + FIRST_D) + o_d[:, None]) * BL + o_l[None, :]
+    if BD * BL > 8192:  # registers do not hold both sums
+        tl.store(p_y, b_y, mask=m_d[:, None])
+        tl.debug_barrier()  # threads may read back what others wrote
     basis_columns = tl.load(row_ptr + BASIS_COLUMNS)
     basis_ptr = tl.load(row_ptr + BASIS).to(tl.pointer_type(tl.float32))
     stride_b0, stride_b1 = tl.load(row_ptr + STRIDE_B0), tl.load(row_ptr + STRIDE_B1)
@@ -159,9 +163,9 @@ def back_project(
         b_b = tl.load(basis_ptr + o_d[:, None].to(tl.int64) * stride_b0 + o_b[None, :] * stride_b1, mask=m_b, other=0.0)
         b_r = tl.load(r_ptr + module.to(tl.int64) * BL * BL + o_b[:, None] * BL + o_l[None, :])  # [16, BL]
         b_br = tl.dot(b_b, b_r, b_br, input_precision="tf32x3")
-    b_y += b_br
-    o_y = (tl.load(row_ptr + FIRST_D) + o_d[:, None]) * BL + o_l[None, :]
-    tl.store(y_ptr + o_y, b_y, mask=m_d[:, None])
+    if BD * BL > 8192:
+        b_y = tl.load(p_y, mask=m_d[:, None], other=0.0)
+    tl.store(p_y, b_y + b_br, mask=m_d[:, None])
 
 
 @triton.jit
