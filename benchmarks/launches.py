@@ -279,6 +279,12 @@ def jacobians_of_wide_bases() -> None:
     jacobians(_JACOBIANS_OF_WIDE_BASES, ((FP32, False),))
 
 
+def jacobians_of_few_tokens() -> None:
+    """Of a wide output: gradients of its weight."""
+    sizes = ((1, 8, 8, 0), (1, 8, 8, 10), (4, 8, 8, 0), (4, 8, 8, 10), (4, 40, 39, 10), (15, 8, 8, 10))
+    jacobians(sizes, ((BF16, False), (FP32, False)), tokens=2)
+
+
 def jacobians_through_tokens(
     sizes: Sequence[tuple[int, int, int, int]] = _THROUGH_TOKENS, dtypes: Sequence[torch.dtype] = (BF16, FP32)
 ) -> None:
@@ -311,5 +317,5 @@ def vocabularies(
 
 PROBLEMS: tuple[Callable[[], None], ...] = (
     *(outer_products, split_outer_products, mirrored, square_sums, incremental_svds),
-    *(jacobians, jacobians_of_wide_bases, jacobians_through_tokens, vocabularies),
+    *(jacobians, jacobians_of_wide_bases, jacobians_of_few_tokens, jacobians_through_tokens, vocabularies),
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import aot, launches
-from benchmarks.launches import ARCHITECTURES, DTYPES, launched, recorded
+from benchmarks.launches import ARCHITECTURES, BF16, DTYPES, FP32, launched, recorded
 
 pytestmark = pytest.mark.interpret
 pytest.importorskip("triton")
@@ -31,6 +31,8 @@ def configuration(launch):
     if "O_" in constants:
         constants["rows"] = str(int(constants.pop("C_")) * int(constants.pop("O_")))
         constants["K_"] = str(constants["K_"] != "0")
+    if launch.function == "wide_output_kernel":
+        constants["T_"] = str(constants["T_"] != "1")
     widened = launch.constants.get("WIDEN", False)
     data = "bf16" if launch.function in AS_BF16 and launch.data == "fp16" and not widened else launch.data
     for name in ("DTYPE", "AS"):
@@ -55,6 +57,12 @@ def incremental_svds():
 def jacobians():
     outputs, narrow, kept = (1, 2, 7, 16, 33, 64), (2, 8, 33, 64), ((0, 0), (0, 30), (1, 10))
     launches.jacobians([(c, n, n - less, k) for c, n, (less, k) in itertools.product(outputs, narrow, kept)])
+
+
+def jacobians_of_few_tokens():
+    sizes = list(itertools.product((1, 2, 3, 5, 16), (2, 8, 64), (1, 2), (0, 7, 30)))
+    for tokens in (1, 2):
+        launches.jacobians(sizes, [(dtype, False) for dtype in (BF16, FP32)], tokens)
 
 
 def jacobians_through_tokens():
@@ -90,6 +98,7 @@ def what_no_problem_calls():
         square_sums,
         incremental_svds,
         jacobians,
+        jacobians_of_few_tokens,
         jacobians_through_tokens,
         vocabularies,
         what_no_problem_calls,

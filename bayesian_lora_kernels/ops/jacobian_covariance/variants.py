@@ -52,7 +52,7 @@ class Configuration:
 
     Args:
         width: columns of the wide side in a tile.
-        tokens: tokens of one dot, at most.
+        tokens: tokens of one dot, at most; 1: no dot.
         num_warps: warps per program.
         num_stages: tiles in flight.
         max_registers: what the assembler may use. Left to itself it spills a little to fit one program more on a
@@ -124,6 +124,7 @@ _OUTPUT = Configuration(width=64, tokens=1, num_warps=8, num_stages=1)
 
 # Outputs, and kept directions, that the route through tokens leaves registers for.
 _MOST = 32
+_MOST_TOKENS = 1024  # the workspace grows with their square
 # Columns of a basis beside which a program of `similarities_kernel` has room for 128 tokens; else it takes 64.
 _COLUMNS = {"sm_80": 32, "sm_90": 128, "sm_100": 64}
 _TAIL = Configuration(width=0, tokens=64, num_warps=4, num_stages=3)
@@ -137,6 +138,8 @@ def by_jacobian(shape: Shape) -> Variant:
         chosen = replace(chosen, width=32, tokens=min(32, chosen.tokens), max_registers=255)
     elif c * o < _ROWS:
         chosen = replace(chosen, num_warps=4, max_registers=192 if shape.wide_input else 168)
+    if not shape.wide_input and shape.tokens <= _ROWS // c > 1:  # as many rows again, of outputs and tokens
+        chosen = replace(chosen, tokens=_ROWS // c, num_warps=4, max_registers=255)
     kept = power(shape.kept, 16) if shape.kept else 0
     return Variant("input" if shape.wide_input else "output", shape, c, o, kept, chosen)
 
@@ -184,6 +187,8 @@ def variant(shape: Shape, inputs: int, entries: int, architecture: str) -> Varia
     chosen = by_jacobian(shape)
     if shape.wide_input and shape.rest and 0 < shape.kept <= _MOST and shape.outputs <= _MOST:
         tokens = by_tokens(shape, architecture)
-        if _cost_by_tokens(shape, tokens, inputs / entries) < _cost_by_jacobian(shape, chosen):
+        if shape.tokens <= _MOST_TOKENS and _cost_by_tokens(shape, tokens, inputs / entries) < _cost_by_jacobian(
+            shape, chosen
+        ):
             return tokens
     return chosen
