@@ -25,7 +25,7 @@ per element and D = 64, the wide input (step 3) takes
 
 For 8 examples of 256 tokens, width 4096, R = 8, k = 10, bfloat16, 224 modules: C = 4: 3.8 GB and 0.1 GB of z, 9.4 GB
 from L2, 0.36 T and 0.015 T multiply-adds; C = 32: 3.8 GB and 0.9 GB of z, 75 GB from L2 (30 of a, 45 of the
-planes), eight times the multiply-adds. L2 thus bounds C = 32.
+planes), eight times the multiply-adds. L2 thus bounds C = 32, and `kernel_tokens.py` has another way.
 """
 
 # mypy: disable-error-code="no-untyped-def"

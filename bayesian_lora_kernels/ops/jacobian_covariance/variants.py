@@ -125,8 +125,8 @@ _OUTPUT = Configuration(width=64, tokens=1, num_warps=8, num_stages=1)
 # Outputs, and kept directions, that the route through tokens leaves registers for.
 _MOST = 32
 _MOST_TOKENS = 1024  # the workspace grows with their square
-# Columns of a basis beside which a program of `similarities_kernel` has room for 128 tokens; else it takes 64.
-_COLUMNS = {"sm_80": 32, "sm_90": 128, "sm_100": 64}
+# Tokens that a program of `similarities_kernel` has room for beside 128 columns of a basis; beside 32, 128.
+_TOKENS = {"sm_80": 64, "sm_90": 128, "sm_100": 64}
 _TAIL = Configuration(width=0, tokens=64, num_warps=4, num_stages=3)
 
 
@@ -148,11 +148,13 @@ def by_tokens(shape: Shape, architecture: str) -> Variant:
     """The route through inner products of tokens, for a wide input."""
     kept = power(shape.kept, 16)
     columns = power(3 * shape.kept, 16) if shape.basis_planes else kept
+    columns = columns if columns <= 32 else 128  # with 64 the assembler spills
     if shape.wide == torch.float32:
         main = Configuration(width=32, tokens=64, num_warps=8, num_stages=3)
     else:
-        tokens = 128 if shape.tokens > 64 and columns <= _COLUMNS[architecture] else 64
-        main = Configuration(width=64, tokens=tokens, num_warps=8, num_stages=3)
+        tokens = min(power(shape.tokens, 64), 128 if columns <= 32 else _TOKENS[architecture])
+        width, stages = (32, 4) if architecture == "sm_80" else (64, 3)
+        main = Configuration(width, tokens, num_warps=8, num_stages=stages)
     c, o = side_by_side(shape.outputs, shape.rows, _ROWS)
     return Variant("tokens", shape, c, o, kept, main, columns, _TAIL)
 
