@@ -109,7 +109,10 @@ def test_outer_products_within_the_error_budget(dtype, device):
 
 JACOBIANS = {  # n, tokens, d_in, d_out, outputs
     "cpu": [(2, 5, 66, 3, 2), (1, 4, 3, 66, 2)],
-    "cuda": [(2, 37, 70, 5, 3), (2, 130, 260, 4, 33), (1, 4, 90, 40, 2), (2, 9, 6, 200, 17), (3, 70, 4, 130, 2)],
+    "cuda": [
+        *((2, 37, 70, 5, 3), (2, 130, 260, 4, 33), (1, 4, 90, 40, 2), (2, 9, 6, 200, 17), (3, 70, 4, 130, 2)),
+        *((2, 60, 1000, 2, 32), (1, 200, 1000, 4, 32)),  # through inner products of tokens
+    ],
 }
 
 

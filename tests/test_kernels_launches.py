@@ -9,7 +9,7 @@ import torch
 
 from bayesian_lora_kernels.ops import device
 from benchmarks import aot, launches, recorder
-from benchmarks.launches import DTYPES, recorded
+from benchmarks.launches import BF16, DTYPES, FP32, recorded
 from benchmarks.recorder import launched
 
 pytestmark = pytest.mark.interpret
@@ -34,6 +34,8 @@ def configuration(launch):
     if "O_" in constants:
         constants["rows"] = str(int(constants.pop("C_")) * int(constants.pop("O_")))
         constants["K_"] = str(constants["K_"] != "0")
+    if launch.function == "wide_output_kernel":
+        constants["T_"] = str(constants["T_"] != "1")
     widened = launch.constants.get("WIDEN", False)
     data = "bf16" if launch.function in AS_BF16 and launch.data == "fp16" and not widened else launch.data
     for name in ("DTYPE", "AS"):
@@ -71,6 +73,12 @@ def jacobians():
     launches.jacobians([(c, n, n - less, k) for c, n, (less, k) in itertools.product(outputs, narrow, kept)])
 
 
+def jacobians_of_few_tokens():
+    sizes = list(itertools.product((1, 2, 3, 5, 16), (2, 8, 64), (1, 2), (0, 7, 30)))
+    for tokens in (1, 2):
+        launches.jacobians(sizes, [(dtype, False) for dtype in (BF16, FP32)], tokens)
+
+
 def jacobians_through_tokens():
     sizes = list(itertools.product((1, 3, 17, 32), (2, 64), (1, 2), (1, 7, 16, 32)))
     for tokens in (1, 65, 300):
@@ -106,6 +114,7 @@ def what_no_problem_calls():
         masked_gradients,
         incremental_svds,
         jacobians,
+        jacobians_of_few_tokens,
         jacobians_through_tokens,
         vocabularies,
         what_no_problem_calls,

@@ -25,7 +25,7 @@ per element and D = 64, the wide input (step 3) takes
 
 For 8 examples of 256 tokens, width 4096, R = 8, k = 10, bfloat16, 224 modules: C = 4: 3.8 GB and 0.1 GB of z, 9.4 GB
 from L2, 0.36 T and 0.015 T multiply-adds; C = 32: 3.8 GB and 0.9 GB of z, 75 GB from L2 (30 of a, 45 of the
-planes), eight times the multiply-adds. L2 thus bounds C = 32.
+planes), eight times the multiply-adds. L2 thus bounds C = 32, and `kernel_tokens.py` has another way.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -235,14 +235,17 @@ def wide_output_kernel(
     REST: tl.constexpr,
     C_: tl.constexpr,
     O_: tl.constexpr,
+    T_: tl.constexpr,
     D_: tl.constexpr,
     K_: tl.constexpr,
 ):
     """Step 3 for a wide output `g [examples, outputs, tokens, width]` (LoRA B, or its weight gradient with as many
-    pseudo-tokens as the rank): token by token, by multiply-adds, since each output has its own wide operand.
+    pseudo-tokens as the rank). Each output has its own wide operand. Where those of all outputs and tokens fit beside
+    each other (`T_` > 1), they are read once, and directions are taken by a matrix with a block for each output; else
+    token by token, by multiply-adds.
 
-    Bytes: `C T width b`, read once from device memory, then `rows` times from L1. Multiply-adds: `M T width` without
-    tensor cores, then as the wide input.
+    Bytes: `C T width b`, read once from device memory, without `T_` then `M` times `T width b` from L1. Multiply-adds:
+    `M m width` in tf32x3, without `T_` `M T width` and no tensor cores; then as the wide input.
     """
     M_: tl.constexpr = C_ * O_
     pid = tl.program_id(0).to(tl.int64)
@@ -256,6 +259,12 @@ def wide_output_kernel(
     variance = tl.load(largest + entry)
 
     g = entry_pointer(table, entry, WIDE, DTYPE, ALIGNED) + n * stride_n
+    if T_ > 1:
+        o_g = tl.arange(0, C_ * T_)
+        o_s = o_g % T_
+        same = o_c[:, None] == (o_g // T_)[None, :]
+        m_s = (o_g // T_ < outputs) & counted(table, entry, n, o_s, tokens, MASKED)
+        p_s = g + (o_g // T_).to(tl.int64)[:, None] * stride_c + o_s.to(tl.int64)[:, None] * stride_t
     if MASKED:
         p_mask = entry_pointer(table, entry, MASK, tl.int16, False) + n * tokens
 
@@ -266,19 +275,25 @@ def wide_output_kernel(
         p_g = g + o_c[:, None] * stride_c + o_d[None, :] * stride_d
         m_g = m_c[:, None] & (o_d < width)[None, :]
         p_basis = bases + ((entry * tiles + tile) * D_ + tl.arange(0, D_))[:, None] * K_ + o_k[None, :]
+        if T_ > 1:
+            b_s = tl.load(p_s + o_d[None, :] * stride_d, mask=m_s[:, None] & (o_d < width)[None, :], other=0.0)
         for block in range(row_blocks):
             o_o = block * O_ + o_m % O_
             m_o = o_o < rows
             p_x = narrow + ((entry * examples + n) * rows + o_o) * tokens
-            jacobian = tl.zeros([M_, D_], tl.float32)
-            for t in range(tl.cast(tokens, tl.int64)):
-                if MASKED:
-                    counts = tl.load(p_mask + t + 0 * o_m) != 0  # [M_], all alike
-                    b_g = tl.load(p_g + t * stride_t, mask=m_g & counts[:, None], other=0.0)
-                else:
-                    b_g = tl.load(p_g + t * stride_t, mask=m_g, other=0.0)
-                x = tl.load(p_x + t, mask=m_o, other=0.0)  # [M_]
-                jacobian += x[:, None] * b_g.to(tl.float32)
+            if T_ > 1:
+                x = tl.load(p_x[:, None] + o_s[None, :], mask=same & m_o[:, None] & (o_s < tokens)[None, :], other=0.0)
+                jacobian = tl.dot(x, b_s.to(tl.float32), input_precision="tf32x3")
+            else:
+                jacobian = tl.zeros([M_, D_], tl.float32)
+                for t in range(tl.cast(tokens, tl.int64)):
+                    if MASKED:
+                        counts = tl.load(p_mask + t + 0 * o_m) != 0  # [M_], all alike
+                        b_g = tl.load(p_g + t * stride_t, mask=m_g & counts[:, None], other=0.0)
+                    else:
+                        b_g = tl.load(p_g + t * stride_t, mask=m_g, other=0.0)
+                    x = tl.load(p_x + t, mask=m_o, other=0.0)  # [M_]
+                    jacobian += x[:, None] * b_g.to(tl.float32)
             scale = tl.load(relative + entry * rows + o_o, mask=m_o, other=0.0)
             o_z = (((entry * examples + n) * rows + o_o) * outputs + o_c) * tiles + tile
             p_z = kept + o_z[:, None] * K_ + o_k[None, :]

@@ -66,6 +66,7 @@ def launch_jacobians(group: Group, first: int, examples: int) -> Tensor:
         "REST": shape.rest,
         "C_": chosen.outputs,
         "O_": chosen.directions,
+        "T_": main.tokens,
         "D_": main.width,
         "K_": k_,
         "num_warps": main.num_warps,
@@ -76,7 +77,7 @@ def launch_jacobians(group: Group, first: int, examples: int) -> Tensor:
     if shape.wide_input:
         kernel_jacobians.wide_input_kernel[grid](
             table, narrow, narrow[0].numel(), *tensors, *sizes, *wide.stride(),
-            PLANES=shape.planes, T_=main.tokens, **shared,
+            PLANES=shape.planes, **shared,
         )  # fmt: skip
     else:
         kernel_jacobians.wide_output_kernel[grid](table, narrow, *tensors, *sizes, *wide.stride(), **shared)

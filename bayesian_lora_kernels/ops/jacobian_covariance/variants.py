@@ -52,7 +52,7 @@ class Configuration:
 
     Args:
         width: columns of the wide side in a tile.
-        tokens: tokens of one dot, at most.
+        tokens: tokens of one dot, at most; 1: no dot.
         num_warps: warps per program.
         num_stages: tiles in flight.
         max_registers: what the assembler may use. Left to itself it spills a little to fit one program more on a
@@ -124,8 +124,9 @@ _OUTPUT = Configuration(width=64, tokens=1, num_warps=8, num_stages=1)
 
 # Outputs, and kept directions, that the route through tokens leaves registers for.
 _MOST = 32
-# Columns of a basis beside which a program of `similarities_kernel` has room for 128 tokens; else it takes 64.
-_COLUMNS = {"sm_80": 32, "sm_90": 128, "sm_100": 64}
+_MOST_TOKENS = 1024  # the workspace grows with their square
+# Tokens that a program of `similarities_kernel` has room for beside 128 columns of a basis; beside 32, 128.
+_TOKENS = {"sm_80": 64, "sm_90": 128, "sm_100": 64}
 _TAIL = Configuration(width=0, tokens=64, num_warps=4, num_stages=3)
 
 
@@ -137,6 +138,8 @@ def by_jacobian(shape: Shape) -> Variant:
         chosen = replace(chosen, width=32, tokens=min(32, chosen.tokens), max_registers=255)
     elif c * o < _ROWS:
         chosen = replace(chosen, num_warps=4, max_registers=192 if shape.wide_input else 168)
+    if not shape.wide_input and shape.tokens <= _ROWS // c > 1:  # as many rows again, of outputs and tokens
+        chosen = replace(chosen, tokens=_ROWS // c, num_warps=4, max_registers=255)
     kept = power(shape.kept, 16) if shape.kept else 0
     return Variant("input" if shape.wide_input else "output", shape, c, o, kept, chosen)
 
@@ -145,11 +148,13 @@ def by_tokens(shape: Shape, architecture: str) -> Variant:
     """The route through inner products of tokens, for a wide input."""
     kept = power(shape.kept, 16)
     columns = power(3 * shape.kept, 16) if shape.basis_planes else kept
+    columns = columns if columns <= 32 else 128  # with 64 the assembler spills
     if shape.wide == torch.float32:
         main = Configuration(width=32, tokens=64, num_warps=8, num_stages=3)
     else:
-        tokens = 128 if shape.tokens > 64 and columns <= _COLUMNS[architecture] else 64
-        main = Configuration(width=64, tokens=tokens, num_warps=8, num_stages=3)
+        tokens = min(power(shape.tokens, 64), 128 if columns <= 32 else _TOKENS[architecture])
+        width, stages = (32, 4) if architecture == "sm_80" else (64, 3)
+        main = Configuration(width, tokens, num_warps=8, num_stages=stages)
     c, o = side_by_side(shape.outputs, shape.rows, _ROWS)
     return Variant("tokens", shape, c, o, kept, main, columns, _TAIL)
 
@@ -184,6 +189,8 @@ def variant(shape: Shape, inputs: int, entries: int, architecture: str) -> Varia
     chosen = by_jacobian(shape)
     if shape.wide_input and shape.rest and 0 < shape.kept <= _MOST and shape.outputs <= _MOST:
         tokens = by_tokens(shape, architecture)
-        if _cost_by_tokens(shape, tokens, inputs / entries) < _cost_by_jacobian(shape, chosen):
+        if shape.tokens <= _MOST_TOKENS and _cost_by_tokens(shape, tokens, inputs / entries) < _cost_by_jacobian(
+            shape, chosen
+        ):
             return tokens
     return chosen
