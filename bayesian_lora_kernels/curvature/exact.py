@@ -109,9 +109,12 @@ class FunctionSpaceCurvature(Curvature):
         n, c = jacobians.shape
         own = torch.zeros(n, c, c, dtype=torch.float64, device=self.device)
         cross = torch.zeros(n * c, self.store.n_rows, dtype=torch.float64, device=self.device)
-        for name in self.store.names:
+        names = self.store.names
+        variances = torch.stack([prior[name] for name in names]).to(self.device).reciprocal()
+        weights = dict(zip(names, variances.unbind(), strict=True))
+        for name in names:
             flat = jacobians.matrix(name).reshape(n * c, -1)
-            weight = 1 / prior[name].to(self.device)
+            weight = weights[name]
             for columns, rows in self._slices(name):
                 j = flat[:, columns].to(self.device, torch.float64)
                 cross += (j @ rows.mT) * weight
