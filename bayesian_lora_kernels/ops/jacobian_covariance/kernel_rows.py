@@ -50,7 +50,7 @@ def store_planes(x, pointers, plane, mask):
     tl.store(pointers + 2 * plane, low, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "padded"])
 def narrow_rows_kernel(
     table,  # [entries, 4]
     maps,  # [entries, width, rows] float32
