@@ -13,7 +13,7 @@ from bayesian_lora_kernels.model.layouts import Layout
 from bayesian_lora_kernels.model.masks import MASK, RELATIONS, Scopes, TokenMask, by_example, parameters_of
 from bayesian_lora_kernels.model.measuring import hooked
 from bayesian_lora_kernels.model.probe import Probe, lowest_dtype, noting, tolerance_of
-from bayesian_lora_kernels.ops.masked_gradient.reference import ROUNDINGS
+from bayesian_lora_kernels.ops.masked_gradient.op import ROUNDINGS
 
 
 def find_masks(recorded: Capture, probe: Probe) -> None:

@@ -60,9 +60,10 @@ def _triton_suits(outs: Sequence[Tensor], *others: Any) -> bool:
 
 
 def register_all() -> None:
-    """Tell ``dispatch`` about them."""
+    """Tell ``dispatch`` about them; one stream is a group of one."""
     name = "grouped_incremental_svd"
-    register(name, "reference", Implementation(f"{_FOLDER}.reference", name))
-    register(name, "native", Implementation(f"{_FOLDER}.nystrom", name, _native_refuses, _native_suits))
     evidence = Evidence(f"{_FOLDER}.problems:GROUPED", f"{_FOLDER}.plan:variants")
-    register(name, "triton", Implementation(f"{_FOLDER}.kernel", name, _triton_refuses, _triton_suits, evidence))
+    for one in ("incremental_svd", name):
+        register(one, "reference", Implementation(f"{_FOLDER}.reference", name))
+        register(one, "native", Implementation(f"{_FOLDER}.nystrom", name, _native_refuses, _native_suits))
+        register(one, "triton", Implementation(f"{_FOLDER}.kernel", name, _triton_refuses, _triton_suits, evidence))

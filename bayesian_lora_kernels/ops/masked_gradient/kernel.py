@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..device import int64_table, is_aligned, multiprocessors, on_device, widened
 from ..kernel_types import TYPES
-from .reference import ROUNDINGS
+from .op import ROUNDINGS
 
 _FIELDS = tl.constexpr(13)  # g, a, mask, rows, tokens, widths of g and a, their strides
 _WARPS = 4

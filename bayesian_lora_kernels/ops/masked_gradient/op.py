@@ -14,6 +14,7 @@ from ..dispatch import Implementation, check_impl, choose, register
 from ..registration import custom_op
 from ..verify.verifier import Evidence
 
+ROUNDINGS = 8  # times the machine's precision is no gradient
 _NAME = "grouped_masked_gradient"
 _FOLDER = "bayesian_lora_kernels.ops.masked_gradient"
 

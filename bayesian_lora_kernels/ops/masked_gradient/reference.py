@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ROUNDINGS = 8  # times the machine's precision is no gradient
+from .op import ROUNDINGS
 
 
 def grouped_masked_gradient(

@@ -108,8 +108,9 @@ def _plan(outs: Sequence[Tensor], xs: Sequence[Tensor], masked: tuple[bool, ...]
         if x.shape[1] == 0:
             continue
         width = x.shape[1]
-        pack = 16 // width if width in _PACKED and x.is_contiguous() and is_aligned(x) else 1
-        vectors = in_vectors(out) and (in_vectors(x) or pack > 1)
+        packed = in_vectors(out) and width in _PACKED and x.is_contiguous() and is_aligned(x)
+        pack = 16 // width if packed else 1
+        vectors = in_vectors(out) and (in_vectors(x) or packed)
         block = min(128 if vectors and x.dtype != torch.float32 else 64, max(16, triton.next_power_of_2(width)))
         whole = block == 128 and width % block == 0
         count = triton.cdiv(width, block)
