@@ -14,6 +14,7 @@ from test_ops_jacobian import assert_within_budget, data, jacobians, posterior_a
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.ops.jacobian_covariance.variants import Shape, by_tokens, variant
 
+pytest.importorskip("triton")
 pytestmark = pytest.mark.interpret
 # By name: the package's attribute of that name is the function.
 launch = importlib.import_module("bayesian_lora_kernels.ops.jacobian_covariance.kernel_launch")
