@@ -54,11 +54,13 @@ def configurations(
     if dtype == torch.float32:
         return (Configuration(64, 32, 64, 32, 4, 3),)
     if dtype == torch.float16:  # multiplied in float32 with Z, which float16 might not hold
-        return (Configuration(64, 64, 64, 32, 4, 3, max_registers=128 if block <= 32 else 255),)
+        return (Configuration(64, 64, 64, 32, 4, 3, max_registers=168 if block <= 32 else 255),)
     return (
         Configuration(64, 128, 128, 64, 8 if block == 64 else 4, stages),
         Configuration(128, 64, 128, 64, 8, stages),
-        Configuration(64, 64 if block == 64 else 128, 64, 64, 8 if block == 64 else 4, stages, fused=True),
+        Configuration(64, 64, 64, 64, 8, stages, fused=True)
+        if block == 64
+        else Configuration(64, 128, 64, 64, 4, stages, fused=True, max_registers=192),
     )
 
 

@@ -50,6 +50,8 @@ _HALF = {
     64: Configuration(64, 4, 4, 3),
 }
 _FLOAT32 = {16: Configuration(64, 4, 1), 32: Configuration(32, 4, 1, 4), 64: Configuration(32, 4, 3, 3)}
+# Masks of four rows at once take the registers that 512 rows would.
+_PACKED_BY_4 = Configuration(256, 4, 1, max_registers=128)
 # Elements loaded one by one take an address each: smaller steps, or registers spill.
 _STRIDED_HALF = {16: Configuration(128, 4, 1), 32: Configuration(64, 4, 1, 4), 64: Configuration(32, 4, 2, 3)}
 _STRIDED_FLOAT32 = {16: Configuration(64, 4, 1), 32: Configuration(32, 4, 1, 4), 64: Configuration(16, 4, 2, 3)}
@@ -131,7 +133,7 @@ def _configurations(group: _Group, name: str) -> tuple[Configuration, ...]:
         return _WIDE[name]
     if group.dtype == torch.float32:
         return ((_FLOAT32 if group.vectors else _STRIDED_FLOAT32)[group.block],)
-    return ((_HALF if group.vectors else _STRIDED_HALF)[group.block],)
+    return ((_HALF if group.vectors else _STRIDED_HALF)[group.block],) if group.pack < 4 else (_PACKED_BY_4,)
 
 
 def _splits(group: _Group, configuration: Configuration, device: torch.device) -> int:
