@@ -68,13 +68,18 @@ class FactorSum:
         self._rows.append((x, mask))
         return sum(len(rows) for rows, _ in self._rows) >= ROWS_PER_COLUMN * self.columns
 
-    def take_rows(self) -> tuple[Tensor, Tensor | None]:
-        """The rows gathered so far, `[M, d]`, and their mask."""
-        rows = [x for x, _ in self._rows]
-        masks = [x.new_ones(len(x), dtype=torch.bool) if m is None else m for x, m in self._rows]
-        mask = None if all(m is None for _, m in self._rows) else torch.cat(masks)
+    def take_rows(self, joined: dict[tuple[int, ...], Tensor]) -> Rows:
+        """The rows gathered so far, `[M, d]`, and their mask; `joined`: masks that other sums made of equal parts."""
+        rows, parts = zip(*self._rows, strict=True)
         self._rows = []
-        return rows[0] if len(rows) == 1 else torch.cat(rows), mask
+        if len(rows) == 1:
+            return rows[0], parts[0]
+        mask, key = None, tuple(len(x) if m is None else -id(m) for x, m in zip(rows, parts, strict=True))
+        if any(m is not None for m in parts):
+            masks = [x.new_ones(len(x), dtype=torch.bool) if m is None else m for x, m in zip(rows, parts, strict=True)]
+            mask = joined[key] if key in joined else torch.cat(masks)
+            joined[key] = mask
+        return torch.cat(rows), mask
 
     @property
     def waiting(self) -> bool:
@@ -130,8 +135,10 @@ class FactorSums:
             self.sums[key].trace = squares[key]
 
     def _add_full(self, entries: Sequence[tuple[FactorSum, Tensor, Tensor | None]]) -> None:
-        for device, new in dict.fromkeys((x.device, total.matrix is None) for total, x, _ in entries):
-            here = [entry for entry in entries if (entry[1].device, entry[0].matrix is None) == (device, new)]
+        groups: dict[tuple[torch.device, bool], list[tuple[FactorSum, Tensor, Tensor | None]]] = {}
+        for total, x, mask in entries:
+            groups.setdefault((x.device, total.matrix is None), []).append((total, x, mask))
+        for (_, new), here in groups.items():
             xs, masks = [x for _, x, _ in here], [mask for _, _, mask in here]
             if new:
                 for (total, _, _), matrix in zip(here, ops.grouped_outer_product(xs, masks=masks), strict=True):
@@ -141,7 +148,8 @@ class FactorSums:
                 ops.grouped_outer_product(xs, masks=masks, outs=outs, lower=True)
 
     def _update(self, totals: Sequence[FactorSum]) -> None:
-        rows = [(total, *total.take_rows()) for total in totals]
+        joined: dict[tuple[int, ...], Tensor] = {}
+        rows = [(total, *total.take_rows(joined)) for total in totals]
         for group in dict.fromkeys((x.device, total.columns) for total, x, _ in rows):
             here = [entry for entry in rows if (entry[1].device, entry[0].columns) == group]
             columns = group[1]
