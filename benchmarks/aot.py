@@ -58,6 +58,7 @@ HEIGHTS = {
 OF_FLOAT32 = {"product_kernel", "squares_kernel"}  # any matrix instruction will do, in tf32x3
 # Multiply-adds are meant: a matrix instruction would round to TF32.
 MULTIPLY_ADDS = {"narrow_rows_kernel"}
+_CONSUMER = ("sm_86", "sm_89")
 # Kernel, constants, and why bytes on the stack are accepted, per architecture or on all.
 STACK: tuple[tuple[str, dict[str, Any], dict[str, str]], ...] = (
     (
@@ -68,6 +69,13 @@ STACK: tuple[tuple[str, dict[str, Any], dict[str, str]], ...] = (
             "twice per update, one program per stream"
         },
     ),
+    # Modules of more than 32 directions on the narrow side, or of more outputs and kept directions than that.
+    (
+        "kept_rows_kernel",
+        {"C_": 64, "K_": 64},
+        dict.fromkeys(_CONSUMER, "16 bytes, with Triton 3.9 only"),
+    ),
+    ("narrow_rows_kernel", {"T_": 32, "R_": 128}, dict.fromkeys(_CONSUMER, "8 bytes of fp16, with Triton 3.9 only")),
 )
 
 

@@ -144,6 +144,7 @@ class _Update:
             PARTS=_PARTS,
             BN=1024,
             BL=block,
+            maxnreg=255,  # or ptxas spills a few bytes to fit one more block
             **self._options(),
         )
         around.stack_kernel[(count, _PARTS)](

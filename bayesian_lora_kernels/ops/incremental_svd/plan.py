@@ -50,7 +50,8 @@ def configurations(
         # twice a step.
         return (Configuration(64, 64, 128, 64, 8, 3),)
     if block == 128 or not contiguous:
-        return (Configuration(64, 32, 64, 32 if contiguous else 16, 8, 3),)
+        most = 255 if dtype == torch.float16 else None
+        return (Configuration(64, 32, 64, 32 if contiguous else 16, 8, 3, max_registers=most),)
     if dtype == torch.float32:
         return (Configuration(64, 32, 64, 32, 4, 3),)
     if dtype == torch.float16:  # multiplied in float32 with Z, which float16 might not hold
