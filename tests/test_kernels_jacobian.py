@@ -18,7 +18,7 @@ from test_ops_jacobian import (
 
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.ops.jacobian_covariance.routes import kernel_refuses
-from bayesian_lora_kernels.ops.jacobian_covariance.variants import side_by_side
+from bayesian_lora_kernels.ops.jacobian_covariance.variants import by_jacobian, side_by_side
 
 pytestmark = pytest.mark.interpret
 
@@ -31,6 +31,13 @@ def _uninitialised_memory_is_nan():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _by_jacobian(monkeypatch):
+    """The other route has its tests in `test_kernels_jacobian_tokens.py`."""
+    launch = importlib.import_module("bayesian_lora_kernels.ops.jacobian_covariance.kernel_launch")
+    monkeypatch.setattr(launch, "variant", lambda shape, inputs, entries, architecture: by_jacobian(shape))
 
 
 def covariance(a, g, posterior, mask=None):

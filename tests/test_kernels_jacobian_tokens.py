@@ -163,8 +163,10 @@ def test_a_small_workspace_changes_nothing(through_tokens, monkeypatch):
 @pytest.mark.parametrize(
     ("outputs", "tokens", "kept", "sharing", "expected"),
     [
-        (4, 256, 10, 1, "input"),
-        (4, 256, 10, 3, "tokens"),  # their input counts once
+        (1, 256, 10, 1, "tokens"),
+        (4, 256, 10, 1, "tokens"),
+        (4, 600, 10, 1, "input"),
+        (4, 600, 10, 3, "tokens"),  # their input counts once
         (32, 256, 10, 1, "tokens"),
         (32, 256, 32, 1, "tokens"),
         (32, 256, 0, 1, "input"),  # nothing to take out of tokens that cancel

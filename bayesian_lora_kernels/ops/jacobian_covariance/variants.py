@@ -122,6 +122,9 @@ _INPUT_PLANES = Configuration(width=64, tokens=64, num_warps=4, num_stages=3)
 _INPUT = Configuration(width=64, tokens=32, num_warps=4, num_stages=3)
 _OUTPUT = Configuration(width=64, tokens=1, num_warps=8, num_stages=1)
 
+# What bases of tiles and rows of kept directions take, in multiply-adds of the wide side for each direction: their
+# estimated time over that of `similarities_kernel` (docs/performance.md) for eight examples and 10 directions.
+_PER_KEPT = 7000
 # Outputs, and kept directions, that the route through tokens leaves registers for.
 _MOST = 32
 _MOST_TOKENS = 1024  # the workspace grows with their square
@@ -168,7 +171,8 @@ def _cost_by_jacobian(shape: Shape, chosen: Variant) -> float:
     """Multiply-adds per module and example, as so many in bfloat16 (tf32x3 are 6); the docstrings of the kernels."""
     side = chosen.outputs * chosen.directions
     rows = -(-shape.rows // chosen.directions) * side
-    return shape.width * rows * ((3 if shape.planes else 6) * shape.tokens + 6 * (2 * chosen.kept + side))
+    tiles = rows * ((3 if shape.planes else 6) * shape.tokens + 6 * (2 * chosen.kept + side))
+    return shape.width * (tiles + _PER_KEPT * chosen.kept)
 
 
 def _cost_by_tokens(shape: Shape, chosen: Variant, sharing: float) -> float:
