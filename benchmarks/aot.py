@@ -73,7 +73,7 @@ STACK: tuple[tuple[str, dict[str, Any], dict[str, str]], ...] = (
     (
         "kept_rows_kernel",
         {"C_": 64, "K_": 64},
-        dict.fromkeys(_CONSUMER, "16 bytes, with Triton 3.9 only"),
+        dict.fromkeys(_CONSUMER, "16 bytes beside all 255 registers"),
     ),
     ("narrow_rows_kernel", {"T_": 32, "R_": 128}, dict.fromkeys(_CONSUMER, "8 bytes of fp16, with Triton 3.9 only")),
 )
