@@ -69,6 +69,14 @@ STACK: tuple[tuple[str, dict[str, Any], dict[str, str]], ...] = (
             "twice per update, one program per stream"
         },
     ),
+    ("orthonormalise_kernel", {"BL": 16}, {"sm_120": "8 bytes with Triton 3.9, one program per stream"}),
+    # Ranks over 32 on a consumer GPU.
+    (
+        "back_project_kernel",
+        {"BL": 128, "BD": 128},
+        {"sm_120": "128 bytes beside masks, with Triton 3.9"},
+    ),
+    ("project_kernel", {"BL": 128, "BM": 16}, {"sm_120": "32 bytes of fp32 in a small batch, Triton 3.9"}),
     # Modules of more than 32 directions on the narrow side, or of more outputs and kept directions than that.
     (
         "kept_rows_kernel",

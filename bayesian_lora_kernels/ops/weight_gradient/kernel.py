@@ -160,6 +160,7 @@ def grouped_weight_gradient(
                 num_warps=4,
                 num_stages=3,
                 enable_fp_fusion=True,
+                maxnreg=255,  # or ptxas spills a few bytes to fit one more block
             )
             first += len(members)
 
