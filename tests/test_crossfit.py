@@ -344,7 +344,7 @@ def test_a_model_that_comes_back_is_refused():
 
 def test_the_evidence_is_asked_unless_there_is_a_prior(caplog):
     config = blk.LaplaceConfig(curvature="exact", prior_precision=0.7)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="bayesian_lora_kernels"):
         tuned = blk.crossfit(fine_tune, make_data(), **SETTINGS)
         by_config = blk.crossfit(fine_tune, make_data(), config=config, progress=False)
     fixed = blk.crossfit(fine_tune, make_data(), prior_precision=0.7, **SETTINGS)

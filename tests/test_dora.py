@@ -516,7 +516,7 @@ def test_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
 
 
 def test_that_magnitudes_stay_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="bayesian_lora_kernels"):
         fit(causal()).predict(without_labels(causal().batches[0]))
     said = [record for record in caplog.records if "DoRA" in record.message]
     assert [r.message for r in said] == ["DoRA: the posterior is over A and B; 4 magnitude vectors stay as fine-tuned"]

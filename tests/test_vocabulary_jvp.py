@@ -118,7 +118,7 @@ def test_the_first_method_that_works_is_taken_and_right(name, caplog):
     cube, method = CUBES[name]
     function, parameters, v = problem(cube)
     jvp = JacobianVectorProduct()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="bayesian_lora_kernels"):
         found = jvp(function, parameters, v)
     assert jvp.method == method
     assert list(jvp.reasons) == list(METHODS[: METHODS.index(method)])

@@ -40,7 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report-only", action="store_true", help="tables from what is finished")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bayesian_lora_kernels").setLevel(logging.ERROR)
     try:
         if options.fine_tune_only:
             for case in _cases(options):
@@ -104,4 +103,5 @@ def write_report(out: Path, runs: Runs) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("bayesian_lora_kernels").setLevel(logging.ERROR)
     sys.exit(main())
