@@ -141,6 +141,12 @@ def test_every_kernel_is_recorded(architecture):
     assert expected_of <= kernels
 
 
+def test_an_architecture_is_recorded_as_it_is_whatever_was_recorded_before():
+    """Launchers remember what they work out for a layout, and all architectures are recorded with the same tensors."""
+    wide = "incremental_svd back_project bf16 CONTIGUOUS HAS_MASK HALVES BM=64 BD=128 BL=128 w8 s3"
+    assert [wide in recorded.__wrapped__(table) for table in ("sm_80", "sm_90", "sm_80", "sm_100")] == [False, True] * 2
+
+
 def test_a_launch_is_specialised_as_triton_does():
     from bayesian_lora_kernels.ops.outer_product import kernel_launch
 

@@ -15,6 +15,7 @@ from torch import Tensor
 REMEMBERED = 64
 
 Result = TypeVar("Result")
+_everything: list[dict[Hashable, object]] = []
 
 
 def per_layout(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -24,6 +25,7 @@ def per_layout(function: Callable[..., Result]) -> Callable[..., Result]:
     numbers and where it lies. Other arguments, and what else is in a list, are hashable. Errors are not remembered.
     """
     results: dict[Hashable, Result] = {}
+    _everything.append(results)  # type: ignore[arg-type]
 
     @functools.wraps(function)
     def remembered(*arguments: Hashable | Sequence[Hashable]) -> Result:
@@ -38,6 +40,12 @@ def per_layout(function: Callable[..., Result]) -> Callable[..., Result]:
         return result
 
     return remembered
+
+
+def forget() -> None:
+    """Work everything out anew: for tests and recordings in which one device stands in for several."""
+    for results in _everything:
+        results.clear()
 
 
 def _layouts(values: Sequence[Hashable]) -> Hashable:
