@@ -7,7 +7,7 @@ import torch
 
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.config import LaplaceConfig
-from bayesian_lora_kernels.curvature.factors import stream_columns
+from bayesian_lora_kernels.curvature.factor_sums import stream_columns
 from bayesian_lora_kernels.ops.incremental_svd.sparse_signs import choose_rows, draw_numbers
 
 WIDTH, KEPT = 192, 8

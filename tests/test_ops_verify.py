@@ -254,7 +254,9 @@ def test_another_machine_has_another_file(store, tmp_path):
 def test_inconclusive_is_not_kept(store, tmp_path):
     store.keep_verdict("u", Verdict("inconclusive", reason="no memory"))
     assert store.verdict("u").state == "inconclusive"  # this process does not try again
+    store.keep_verdict("v", Verdict("passed"))
     assert Store(tmp_path, FACTS).verdict("u") is None
+    assert Store(tmp_path, FACTS).verdict("v").passed
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, caplog):

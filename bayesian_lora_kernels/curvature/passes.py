@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.config import LaplaceConfig
-from bayesian_lora_kernels.curvature.factors import Rows, checked_square_sums, not_finite
+from bayesian_lora_kernels.curvature.factor_sums import Rows, checked_square_sums, not_finite
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
