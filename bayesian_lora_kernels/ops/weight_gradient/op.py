@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import accumulate_dtype, check_device, check_mask, check_same_length, check_tensor, describe
+from ..checks import accumulate_dtype, check_gradient, check_same_length, describe
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 from ..registration import custom_op
@@ -72,11 +72,7 @@ def grouped_weight_gradient(
 def _validate(gs: Sequence[Tensor], inputs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
     for i, (g, a, mask) in enumerate(zip(gs, inputs, masks, strict=True)):
         entry = f"{_NAME}: entry {i}"
-        check_tensor(f"{entry}: g", g, ("N", "T", "d_out"))
-        check_tensor(f"{entry}: a", a, (*g.shape[:2], "d_in"))
-        check_device(f"{entry}: g", g, gs[0].device)
-        check_device(f"{entry}: a", a, gs[0].device)
-        check_mask(f"{entry}: mask", mask, g, g.shape[:2])
+        check_gradient(entry, g, a, mask, gs[0].device)
 
 
 def _validate_and_allocate(
