@@ -252,5 +252,7 @@ def test_bad_posteriors_are_named():
     with pytest.raises(ValueError, match=r"posterior.precision_blocks, rest_a: expected shape \[2\], got float64\[3\]"):
         ops.jacobian_covariance(A, G, posterior)
     posterior.precision_blocks = (kept, rest_a, rest_s)
+    with pytest.raises(TypeError, match=r"posterior: expected an object with basis_s, got NoneType"):
+        ops.jacobian_covariance(a, g, None)
     with pytest.raises(ValueError, match=r"precision_blocks: expected 4 tensors, got 3"):
         ops.jacobian_covariance(A, G, posterior)

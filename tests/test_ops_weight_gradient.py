@@ -71,3 +71,25 @@ def test_what_is_refused():
         ops.grouped_weight_gradient([g], [a], masks=[torch.ones(5, dtype=torch.bool)])
     with pytest.raises(ValueError, match="inputs: expected 2 entries, got 1"):
         ops.grouped_weight_gradient([g, g], [a])
+
+
+G, A, MASK = torch.zeros(2, 5, 3), torch.zeros(2, 5, 4), torch.ones(2, 5) > 0
+BAD = [
+    (G.long(), A, MASK, TypeError, r"entry 0: g: expected dtype .*, got int64\[2, 5, 3\]"),
+    (G[0], A, MASK, ValueError, r"entry 0: g: expected shape \[N, T, d_out\]"),
+    ("g", A, MASK, TypeError, r"entry 0: g: expected a tensor .*, got str"),
+    (G, None, MASK, TypeError, r"entry 0: a: expected a tensor .*, got NoneType"),
+    (G, A[:, :4], MASK, ValueError, r"entry 0: a: expected shape \[2, 5, d_in\]"),
+    (G, A.to("meta"), MASK, ValueError, r"entry 0: a: expected a tensor on cpu, got .* on meta"),
+    (G, A, MASK.float(), TypeError, r"entry 0: mask: expected dtype bool"),
+    (G, A, MASK.to("meta"), ValueError, r"entry 0: mask: expected a tensor on cpu"),
+]
+
+
+@pytest.mark.parametrize("operation", [ops.grouped_weight_gradient, ops.grouped_masked_gradient])
+@pytest.mark.parametrize(("g", "a", "mask", "kind", "message"), BAD)
+def test_bad_input_is_named(operation, g, a, mask, kind, message):
+    with pytest.raises(kind, match=message):
+        operation([g], [a], masks=[mask])
+    with pytest.raises(ValueError, match="expected impl to be one of"):
+        operation([G], [A], masks=[MASK], impl="fast")

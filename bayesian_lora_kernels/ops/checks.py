@@ -57,14 +57,14 @@ def check_mask(where: str, mask: object, like: Tensor, shape: tuple[int | str, .
     check_device(where, mask, like.device)
 
 
-def check_gradient(where: str, g: object, a: object, mask: object, device: torch.device) -> None:
-    """Check a module's output gradient ``[N, T, d_out]``, its input ``[N, T, d_in]`` and mask ``[N, T]``, on a device."""
+def check_gradient(where: str, g: object, a: object, mask: object, first: Tensor) -> None:
+    """Check an output gradient ``[N, T, d_out]``, its input ``[N, T, d_in]``, a mask ``[N, T]``, where ``first`` is."""
     check_tensor(f"{where}: g", g, ("N", "T", "d_out"))
     assert isinstance(g, Tensor)
     check_tensor(f"{where}: a", a, (*g.shape[:2], "d_in"))
     assert isinstance(a, Tensor)
-    check_device(f"{where}: g", g, device)
-    check_device(f"{where}: a", a, device)
+    check_device(f"{where}: g", g, first.device)
+    check_device(f"{where}: a", a, first.device)
     check_mask(f"{where}: mask", mask, g, tuple(g.shape[:2]))
 
 

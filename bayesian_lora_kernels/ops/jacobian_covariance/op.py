@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..checks import accumulate_dtype, check_device, check_mask, check_same_length, check_tensor, describe
+from ..checks import accumulate_dtype, are_tensors, check_device, check_mask, check_same_length, check_tensor, describe
 from ..dispatch import Implementation, check_impl, choose, register
 from ..registration import custom_op
 from ..verify.verifier import Evidence
@@ -67,7 +67,7 @@ def jacobian_gram(a: Tensor, g: Tensor, *, mask: Tensor | None = None, impl: str
     Source: Yang et al. 2024 (Laplace-LoRA), section 2.2, with unit covariance.
     """
     check_impl("jacobian_gram", impl)
-    if not _are_tensors(a, g, mask):
+    if not (are_tensors((a, g)) and are_tensors((mask,), type(None))):
         _validate("jacobian_gram", a, g, mask)
     with torch.no_grad():
         return _jacobian_gram(a, g, mask, impl)
@@ -102,7 +102,7 @@ def jacobian_covariance(
     where = "jacobian_covariance"
     check_impl(where, impl)
     parts = _bases_and_precisions(where, posterior)
-    if not _are_tensors(a, g, mask, *parts):
+    if not (are_tensors((a, g, *parts)) and are_tensors((mask,), type(None))):
         _validate(where, a, g, mask, *parts)
     with torch.no_grad():
         return _jacobian_covariance(a, g, *parts, mask, impl)
@@ -144,7 +144,7 @@ def grouped_jacobian_covariance(
         check_same_length(f"{where}: {name}", len(a), entries)
     parts = [_bases_and_precisions(f"{where}: entry {i}", one) for i, one in enumerate(posteriors)]
     lists = [list(column) for column in zip(*parts, strict=True)]
-    if not all(_are_tensors(*column) for column in (a, g, masks, *lists)):
+    if not (all(map(are_tensors, (a, g, *lists))) and are_tensors(masks, type(None))):
         _validate_all(a, g, masks, *lists)
     with torch.no_grad():
         return _grouped_jacobian_covariance(list(a), list(g), *lists, list(masks), impl)
@@ -152,16 +152,14 @@ def grouped_jacobian_covariance(
 
 def _bases_and_precisions(where: str, posterior: KroneckerPrecision) -> tuple[Tensor, ...]:
     """The two bases, and the posterior precision on the four blocks."""
+    for name in ("basis_s", "basis_a", "precision_blocks"):
+        if not hasattr(posterior, name):
+            raise TypeError(f"{where}: posterior: expected an object with {name}, got {describe(posterior)}")
     blocks = posterior.precision_blocks
     blocks = tuple(blocks() if callable(blocks) else blocks)
     if len(blocks) != 4:
         raise ValueError(f"{where}: posterior.precision_blocks: expected 4 tensors, got {len(blocks)}")
     return posterior.basis_s, posterior.basis_a, *blocks
-
-
-def _are_tensors(*values: object) -> bool:
-    """Whether an operator takes them (None is no mask). It checks all else about them, once."""
-    return all(value is None or isinstance(value, Tensor) for value in values)
 
 
 def _validate(where: str, a: Tensor, g: Tensor, mask: Tensor | None, *posterior: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_gradient, check_same_length, describe
+from ..checks import are_tensors, check_gradient, check_same_length, describe
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 from ..registration import custom_op
@@ -62,6 +62,8 @@ def grouped_masked_gradient(
         raise ValueError(f"{_NAME}: expected gs to be a list of at least one tensor, got {describe(gs)}")
     check_same_length(f"{_NAME}: inputs", len(gs), inputs)
     check_same_length(f"{_NAME}: masks", len(gs), masks)
+    if not are_tensors([*gs, *inputs, *masks]):
+        _validate(gs, inputs, masks)  # of all else about them the operator looks, once
     with torch.no_grad():
         return _grouped_masked_gradient(list(gs), list(inputs), list(masks), impl)
 
@@ -69,7 +71,7 @@ def grouped_masked_gradient(
 def _validate(gs: Sequence[Tensor], inputs: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     for i, (g, a, mask) in enumerate(zip(gs, inputs, masks, strict=True)):
         entry = f"{_NAME}: entry {i}"
-        check_gradient(entry, g, a, mask, gs[0].device)
+        check_gradient(entry, g, a, mask, gs[0])
         if mask is None or g.numel() == 0:
             raise ValueError(f"{entry}: expected a mask and a gradient that is not empty, got {describe(g)}")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import accumulate_dtype, check_gradient, check_same_length, describe
+from ..checks import accumulate_dtype, are_tensors, check_gradient, check_same_length, describe
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 from ..registration import custom_op
@@ -65,6 +65,8 @@ def grouped_weight_gradient(
     masks = [None] * len(gs) if masks is None else masks
     check_same_length(f"{_NAME}: inputs", len(gs), inputs)
     check_same_length(f"{_NAME}: masks", len(gs), masks)
+    if not (are_tensors([*gs, *inputs]) and are_tensors(masks, type(None))):
+        _validate(gs, inputs, masks)  # of all else about them the operator looks, once
     with torch.no_grad():
         return _grouped_weight_gradient(list(gs), list(inputs), list(masks), impl)
 
@@ -72,7 +74,7 @@ def grouped_weight_gradient(
 def _validate(gs: Sequence[Tensor], inputs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
     for i, (g, a, mask) in enumerate(zip(gs, inputs, masks, strict=True)):
         entry = f"{_NAME}: entry {i}"
-        check_gradient(entry, g, a, mask, gs[0].device)
+        check_gradient(entry, g, a, mask, gs[0])
 
 
 def _validate_and_allocate(
