@@ -253,6 +253,6 @@ def test_bad_posteriors_are_named():
         ops.jacobian_covariance(A, G, posterior)
     posterior.precision_blocks = (kept, rest_a, rest_s)
     with pytest.raises(TypeError, match=r"posterior: expected an object with basis_s, got NoneType"):
-        ops.jacobian_covariance(a, g, None)
+        ops.jacobian_covariance(A, G, None)
     with pytest.raises(ValueError, match=r"precision_blocks: expected 4 tensors, got 3"):
         ops.jacobian_covariance(A, G, posterior)
