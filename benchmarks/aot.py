@@ -58,7 +58,7 @@ HEIGHTS = {
 OF_FLOAT32 = {"product_kernel", "squares_kernel"}  # any matrix instruction will do, in tf32x3
 # Multiply-adds are meant: a matrix instruction would round to TF32.
 MULTIPLY_ADDS = {"narrow_rows_kernel"}
-_CONSUMER = ("sm_86", "sm_89")
+_CONSUMER = ("sm_86", "sm_89", "sm_120")
 # Kernel, constants, and why bytes on the stack are accepted, per architecture or on all.
 STACK: tuple[tuple[str, dict[str, Any], dict[str, str]], ...] = (
     (
@@ -69,14 +69,9 @@ STACK: tuple[tuple[str, dict[str, Any], dict[str, str]], ...] = (
             "twice per update, one program per stream"
         },
     ),
-    ("orthonormalise_kernel", {"BL": 16}, {"sm_120": "8 bytes with Triton 3.9, one program per stream"}),
-    # Ranks over 32 on a consumer GPU.
-    (
-        "back_project_kernel",
-        {"BL": 128, "BD": 128},
-        {"sm_120": "128 bytes beside masks, with Triton 3.9"},
-    ),
-    ("project_kernel", {"BL": 128, "BM": 16}, {"sm_120": "32 bytes of fp32 in a small batch, Triton 3.9"}),
+    ("orthonormalise_kernel", {"BL": 16}, {"sm_120": "8 bytes, with Triton 3.9; one program per stream"}),
+    # Ranks over 32 in a small batch on a consumer GPU.
+    ("project_kernel", {"BL": 128, "BM": 16}, {"sm_120": "32 bytes of fp32, with Triton 3.9"}),
     # Modules of more than 32 directions on the narrow side, or of more outputs and kept directions than that.
     (
         "kept_rows_kernel",

@@ -53,7 +53,7 @@ def configurations(
         most = 255 if dtype == torch.float16 else None
         return (Configuration(64, 32, 64, 32 if contiguous else 16, 8, 3, max_registers=most),)
     if dtype == torch.float32:
-        return (Configuration(64, 32, 64, 32, 4, 3),)
+        return (Configuration(64, 32, 64, 32, 4, 3, max_registers=168 if block <= 16 else None),)
     if dtype == torch.float16:  # multiplied in float32 with Z, which float16 might not hold
         return (Configuration(64, 64, 64, 32, 4, 3, max_registers=168 if block <= 32 else 255),)
     return (
