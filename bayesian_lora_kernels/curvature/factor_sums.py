@@ -25,10 +25,9 @@ def stream_columns(config: LaplaceConfig, width: int) -> int | None:
 
     Twice the final rank, and the fresh columns beside it. From 64 on a power of two in between takes their place, since
     it is a tile of the kernels: at rank 32, 64 columns instead of 74 are half the products and a quarter of the small
-    matrices. Measured there (width 512, 16 batches of 1024 rows, worst of three seeds), error over the best possible
-    with 74 and with 64 columns: spectrum 1/i 1.0007 and 1.0012, 1/sqrt(i) 1.0047 and 1.0066, flat 1.0100 and 1.0107,
-    massive activations of 1e6 1.0013 and 1.0019, a subspace that changes twice 1.042 and 1.048 (1.066 with 6 fresh
-    columns instead of 10).
+    matrices. Error over the best possible there with 74 and with 64 columns (`python -m benchmarks.stream_columns`):
+    spectrum 1/i 1.0007 and 1.0012, 1/sqrt(i) 1.0047 and 1.0066, flat 1.0100 and 1.0107, massive activations of 1e6
+    1.0074 and 1.0079, directions that change twice 1.033 and 1.042.
 
     Where the columns are the whole width, the sum itself is cheaper and exact.
     """
