@@ -24,6 +24,7 @@ from bayesian_lora_kernels.model.memory import default_budget, examples_within
 from bayesian_lora_kernels.model.pieces import captures
 from bayesian_lora_kernels.model.reading import check_loader
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
+from bayesian_lora_kernels.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Passes:
         loader: any iterable of batches.
         config: see above.
         progress: whether to show a progress bar.
+        processes: that share the fit, each with batches of its own.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class Passes:
         loader: Iterable[Any],
         config: LaplaceConfig,
         progress: bool = False,
+        processes: Processes = ALONE,
     ):
+        self.processes = processes
         self.model, self.layers, self.forward = model, layers, forward
         self.loader, self.config, self.progress = loader, config, progress
         self.likelihood = LIKELIHOODS[config.likelihood]()
