@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,9 +17,9 @@ from bayesian_lora_kernels.calibration import (
     save_figure,
     summary,
 )
-from bayesian_lora_kernels.commands import options, output
+from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.errors import as_input_errors
-from bayesian_lora_kernels.commands.job import add_job_options, load_job, load_posterior
+from bayesian_lora_kernels.commands.job import load_job, load_posterior
 from bayesian_lora_kernels.commands.probabilities import in_lines, laplace_probs
 
 METRICS = {
@@ -34,27 +33,6 @@ METRICS = {
     "aurc": "area under risk-coverage",
 }
 INTERVAL = "ece_interval"  # of the ECE, in the results beside the metrics
-
-
-def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
-    """What `blk evaluate` takes."""
-    parser = subparsers.add_parser(
-        "evaluate",
-        help="accuracy and calibration, with the posterior and without",
-        description="Accuracy and calibration on labelled examples that neither training nor blk calibrate saw, of the "
-        "adapter alone (MAP) and with the posterior that blk fit wrote (Laplace).",
-    )
-    add_job_options(parser, labelled=True)
-    options.add_probabilities(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a reliability diagram, PNG, PDF or SVG")
-    parser.add_argument(
-        "--plot-risk",
-        type=Path,
-        metavar="FILE",
-        help="also draw a risk-coverage diagram: how many answers are wrong if only the surest are given",
-    )
-    options.add_json(parser, "also write the results to this file, as JSON")
-    return parser
 
 
 def run(args: Namespace) -> int:

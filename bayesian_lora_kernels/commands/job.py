@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from bayesian_lora_kernels.commands.adapter import (
 from bayesian_lora_kernels.commands.classifier import set_pad_token
 from bayesian_lora_kernels.commands.dataset import Example, batches, read_examples
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
-from bayesian_lora_kernels.commands.options import add_adapter, add_model, positive
+from bayesian_lora_kernels.commands.options import HELD_OUT
 from bayesian_lora_kernels.commands.task import Task, task_of
 from bayesian_lora_kernels.commands.tokens import choice_tokens, token_text, tokenise_prompts, tokenise_texts
 from bayesian_lora_kernels.config import LaplaceConfig
@@ -36,44 +36,7 @@ from bayesian_lora_kernels.model.forward import IGNORED_LABEL
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 
-DATA, HELD_OUT = "DATA.jsonl", "HELDOUT.jsonl"
 FEW_LABELS = 10  # with fewer, the labels say little
-
-
-def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA, texts: bool = False) -> None:
-    """What `load_job` reads; `data` is what the file of examples is called."""
-    content = (
-        'JSON lines {"prompt": ..., "label": ...}; a label is one of the choices (of a classifier, its name), or its '
-        "index"
-        if labelled
-        else 'JSON lines {"prompt": ...}; labels may be there'
-    )
-    lines = (
-        f'{content}; "messages", a chat, may stand in place of "prompt"; for a reward model, pairs {{"prompt": ..., '
-        '"chosen": ..., "rejected": ...}, texts or lists of messages, of which the prompt may be absent'
-    )
-    if texts:
-        lines += (
-            '; of a causal language model without --choices, {"text": ...} or "messages", of which every token counts'
-        )
-    add_adapter(parser)
-    parser.add_argument("data", type=Path, metavar=data, help=lines)
-    parser.add_argument(
-        "--choices",
-        nargs="+",
-        metavar="CHOICE",
-        help="what a causal language model chooses between, written as it follows the prompt (' A' if a space comes "
-        "first); each stands for the token that it begins with; a classifier or reward model knows by itself",
-    )
-    add_model(parser)
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
-    parser.add_argument(
-        "--max-length",
-        type=positive,
-        metavar="N",
-        help="tokens in a prompt, of which a longer one keeps the last, and a classifier's text what its tokenizer "
-        "keeps; default: what the model is made for",
-    )
 
 
 @dataclass(frozen=True)

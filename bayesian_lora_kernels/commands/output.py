@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
-from bayesian_lora_kernels.posterior.storage import write_text
 
 PICTURES = (".png", ".pdf", ".svg")
 SOURCES = {"data": "the file of examples", "text": "the text"}
@@ -108,5 +107,7 @@ def write_json_lines(path: Path | None, rows: Sequence[Any]) -> None:
 
 def _write(path: Path | None, text: str) -> None:
     if path is not None:
+        from bayesian_lora_kernels.posterior.storage import write_text
+
         with as_input_errors("--json: "):
             write_text(path, text)

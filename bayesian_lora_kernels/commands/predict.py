@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.commands import options, output
+from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.dataset import SIDES
-from bayesian_lora_kernels.commands.job import add_job_options, load_job, load_posterior
+from bayesian_lora_kernels.commands.job import load_job, load_posterior
 from bayesian_lora_kernels.commands.probabilities import in_lines, laplace_probs
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 
 WIDEST = 12
 
 _Group: TypeAlias = tuple[str, Sequence[str], Sequence[Sequence[float]]]  # title, names of the columns, lines
-
-
-def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
-    """What `blk predict` takes."""
-    parser = subparsers.add_parser(
-        "predict",
-        help="probabilities of the choices, line by line",
-        description="For every line the probabilities of the choices, of the adapter alone (MAP) and with the "
-        "posterior that blk fit wrote (Laplace), and the standard deviation (logit_std in the file) of each choice's "
-        "logit less the mean of the choices' logits: what the choices share changes no probability. Of pairs, mean "
-        "and standard deviation of both scores and of their difference, and the probability that the chosen one is "
-        "better.",
-    )
-    add_job_options(parser, labelled=False)
-    options.add_probabilities(parser)
-    options.add_json(parser, "also write the results to this file, as JSON lines: one object for each example")
-    return parser
 
 
 def run(args: Namespace) -> int:
