@@ -392,9 +392,11 @@ class LaplaceLoRA:
             warnings.warn(f"{folder}: saved without its calibration: {calibration.outdated} since", stacklevel=3)
             calibration = None
         tensors, described = fit.curvature.pack()
+        norms = self._square_norms()
         layers = {
             layer.name: {
                 "shape": list(layer.shape),
+                "square_norm": float(norms[layer.name]),
                 "covers": [leaf for leaf in ("weight", "bias") if getattr(layer, leaf)],
                 **described.get(layer.name, {}),
             }

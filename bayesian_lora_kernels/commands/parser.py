@@ -29,7 +29,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="blk", description="Laplace posteriors over LoRA weights.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for add in (_demo, _doctor, _bench, _fit, _calibrate, _evaluate, _predict, _score):
+    for add in (_demo, _doctor, _bench, _fit, _calibrate, _evaluate, _predict, _score, _inspect):
         add(subparsers)
     return parser
 
@@ -203,4 +203,18 @@ def _score(subparsers: Subparsers) -> None:
         "--html", type=Path, metavar="FILE", help="also write the text with each token coloured by mutual information"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="the same as a picture, PNG, PDF or SVG")
+    add_json(parser, "also write the results to this file, as JSON")
+
+
+def _inspect(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "inspect",
+        help="what is in a posterior",
+        description="What the posterior that blk fit wrote holds: settings, prior, evidence, and how many parameters "
+        "of each kind of module the data determine. The model is not loaded.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what blk fit wrote into: an adapter, or its --out")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw spectra, layers and evidence, PNG, PDF or SVG"
+    )
     add_json(parser, "also write the results to this file, as JSON")
