@@ -156,7 +156,7 @@ def load_job(
         raise InputError(f"{posterior}: no posterior ({JSON_NAME}) in it; run blk fit first")
     examples = read_examples(args.data, task.names, labelled, task.pairs, task.texts)
     if labelled and not task.texts:
-        _check_classes(args.data, task, examples, classes)
+        check_classes(args.data, task, examples, classes)
     inputs = load_inputs(folder, task, examples, args.device, args.dtype, args.max_length, posterior)
     return Job(folder.base, task, examples, inputs, args.batch_size)
 
@@ -245,7 +245,12 @@ def _next_command(name: str, file: str, args: Namespace, folder: Path) -> str:
     return shlex.join(words)
 
 
-def _check_classes(data: Path, task: Task, examples: Sequence[Example], classes: int) -> None:
+def check_classes(data: Path, task: Task, examples: Sequence[Example], classes: int) -> None:
+    """Whether a file has labels of enough choices, or enough pairs.
+
+    Raises:
+        InputError: if it has not.
+    """
     seen = {example.label for example in examples if example.label is not None}
     if task.pairs:
         if len(examples) < classes:

@@ -144,6 +144,17 @@ def add_posterior(parser: ArgumentParser) -> None:
     )
 
 
+def add_diagrams(parser: ArgumentParser) -> None:
+    """Of the commands that judge probabilities."""
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a reliability diagram, PNG, PDF or SVG")
+    parser.add_argument(
+        "--plot-risk",
+        type=Path,
+        metavar="FILE",
+        help="also draw a risk-coverage diagram: how many answers are wrong if only the surest are given",
+    )
+
+
 def add_json(parser: ArgumentParser, text: str = "also write the results to this file") -> None:
     """Of every command; `output.check_outputs` looks at it."""
     parser.add_argument("--json", type=Path, metavar="FILE", help=text)

@@ -14,7 +14,12 @@ from typing import Any
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
 
 PICTURES = (".png", ".pdf", ".svg")
-SOURCES = {"data": "the file of examples", "text": "the text"}
+SOURCES = {
+    "data": "the file of examples",
+    "held_out": "the file of held-out examples",
+    "test": "the file of test examples",
+    "text": "the text",
+}
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:

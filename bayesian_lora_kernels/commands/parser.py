@@ -7,10 +7,12 @@ from pathlib import Path
 
 from bayesian_lora_kernels import __version__
 from bayesian_lora_kernels.commands.options import (
+    CURVATURES,
     HELD_OUT,
     Subparsers,
     add_adapter,
     add_device,
+    add_diagrams,
     add_job_options,
     add_json,
     add_model,
@@ -29,7 +31,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="blk", description="Laplace posteriors over LoRA weights.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for add in (_demo, _doctor, _bench, _fit, _calibrate, _evaluate, _predict, _score, _inspect):
+    for add in (_demo, _doctor, _bench, _fit, _calibrate, _evaluate, _compare, _predict, _score, _inspect):
         add(subparsers)
     return parser
 
@@ -147,13 +149,32 @@ def _evaluate(subparsers: Subparsers) -> None:
     )
     add_job_options(parser, labelled=True)
     add_probabilities(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a reliability diagram, PNG, PDF or SVG")
-    parser.add_argument(
-        "--plot-risk",
-        type=Path,
-        metavar="FILE",
-        help="also draw a risk-coverage diagram: how many answers are wrong if only the surest are given",
+    add_diagrams(parser)
+    add_json(parser, "also write the results to this file, as JSON")
+
+
+def _compare(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "compare",
+        help="what makes the adapter calibrated: temperature scaling and each curvature, side by side",
+        description="Accuracy and calibration on TEST.jsonl of the adapter alone (MAP), with a temperature, and with "
+        "Laplace posteriors of several curvatures that are fitted to DATA.jsonl; temperature and posteriors are told "
+        "their level by HELDOUT.jsonl. Nothing is written beside the adapter.",
     )
+    add_job_options(parser, labelled=True)
+    parser.add_argument("held_out", type=Path, metavar=HELD_OUT, help="the same, not among what it was trained on")
+    parser.add_argument("test", type=Path, metavar="TEST.jsonl", help="the same, seen by nothing before")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=(*CURVATURES, "last"),
+        default=["kfac", "ekfac", "exact"],
+        metavar="METHOD",
+        help=f"of {', '.join(CURVATURES)} and last (exact, of the last block only); exact keeps the gradients of all "
+        "training examples; default: kfac ekfac exact",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the fits; default: 0")
+    add_diagrams(parser)
     add_json(parser, "also write the results to this file, as JSON")
 
 
