@@ -14,12 +14,10 @@ from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.calibration import temperature_scale
 from bayesian_lora_kernels.commands import output
-from bayesian_lora_kernels.commands.adapter import TASKS, open_adapter
 from bayesian_lora_kernels.commands.dataset import Example, read_examples
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
 from bayesian_lora_kernels.commands.evaluate import metrics_of, print_diagrams, save_diagrams
-from bayesian_lora_kernels.commands.job import FEW_LABELS, Job, check_classes, load_inputs
-from bayesian_lora_kernels.commands.task import task_of
+from bayesian_lora_kernels.commands.job import FEW_LABELS, Job, check_classes, load_inputs, open_task
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.predictive.calibrate import LabelLikelihood
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
@@ -95,8 +93,7 @@ def run(args: Namespace) -> int:
 
 
 def _load(args: Namespace) -> Data:
-    folder = open_adapter(args.adapter, args.base, tuple(TASKS))
-    task = task_of(folder, args.choices)
+    folder, task = open_task(args, None)
     parts: list[list[Example]] = []
     files = (args.data, args.held_out, args.test)
     for i, path in enumerate(files):

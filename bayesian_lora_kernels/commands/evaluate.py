@@ -20,7 +20,7 @@ from bayesian_lora_kernels.calibration import (
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.errors import as_input_errors
 from bayesian_lora_kernels.commands.job import load_job, load_posterior
-from bayesian_lora_kernels.commands.probabilities import in_lines, laplace_probs
+from bayesian_lora_kernels.commands.probabilities import hint_at_calibration, in_lines, laplace_probs
 
 METRICS = {
     "accuracy": "ACC",
@@ -43,8 +43,9 @@ def run(args: Namespace) -> int:
     """
     folder = args.posterior or args.adapter
     job = load_job(args, labelled=True, posterior=folder)
-    logits, labels = job.judged(load_posterior(job, folder))
-    name, laplace, calibration = laplace_probs(logits, args, folder)
+    logits, labels = job.judged(load_posterior(job.inputs.model, job.task, folder))
+    name, laplace, calibration = laplace_probs(logits, args)
+    hint_at_calibration(logits.calibration, args, folder)
     probs = {"MAP": logits.probs("map"), name: laplace}
     with as_input_errors():
         metrics = {name: metrics_of(values, labels) for name, values in probs.items()}
