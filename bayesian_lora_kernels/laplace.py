@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bayesian_lora_kernels.config import LaplaceConfig, PriorPrecision
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.curvature.passes import Fit, Passes, fit_curvature
+from bayesian_lora_kernels.curvature.shares import check_share
 from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
@@ -37,6 +38,7 @@ from bayesian_lora_kernels.predictive.logits import LogitPredictor, Outputs
 from bayesian_lora_kernels.predictive.scoring import TokenScores, score_tokens
 from bayesian_lora_kernels.predictive.tuning import labelled_predictions, minimise_nll
 from bayesian_lora_kernels.predictive.vocabulary import SAMPLES, VocabularyPosterior, vocabulary_posterior
+from bayesian_lora_kernels.processes import Processes
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 from bayesian_lora_kernels.verification import Verification, verify
 
@@ -107,24 +109,39 @@ class LaplaceLoRA:
         self.prior_precision = given.prior_precision
 
     @in_own_surroundings
-    def fit(self, loader: Iterable[Any], progress: bool = True) -> LaplaceLoRA:
-        """Measure the curvature at the current weights.
+    def fit(self, loader: Iterable[Any], progress: bool = True, *, group: Any = None) -> LaplaceLoRA:
+        """Measure the curvature at the current weights; on several processes, of the data of all of them.
 
         Args:
             loader: batches: mappings (`input_ids`, `attention_mask`, `labels`, ...) or tuples `(inputs, labels)`.
                 Labels are needed for the evidence and for the empirical Fisher only. EKFAC goes over the loader twice.
-            progress: whether to show a progress bar.
+            progress: whether to show a progress bar; of a group, only rank 0 does.
+            group: a `torch.distributed` process group, all of whose processes call this, each with the batches of its
+                own share of the data: as many as it has, or none (`[]`). All of them end with the same curvature, that
+                of all examples (docs/distributed.md). None: this process alone.
 
         Returns:
             Itself. Whatever happens, the model comes back as it was: mode, `.grad`, hooks, requires_grad; and a failed
             fit leaves an earlier one in place.
 
         Raises:
-            ValueError: for an empty loader, bad labels, numbers that are not finite, a layer that is never called.
+            ValueError: for an empty loader, bad labels, numbers that are not finite, a layer that is never called; for
+                processes that differ in settings, layers or weights, and a loader that repeats examples so that all
+                shares are equally long.
+            RuntimeError: if another process of the group failed, or did not come within the group's timeout; it is
+                named.
+
+        Warns:
+            UserWarning: without a group, if the loader shows that it gives this process only a share of the data.
         """
-        passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress)
-        self._fit = fit_curvature(passes)
-        self._weights = MeasuredWeights.of(self.model, self._parameters())
+        processes = Processes(group)
+        with processes.together():
+            check_share(loader, processes, "fit")
+            found = fit_curvature(
+                Passes(self.model, self.layers, self._forward, loader, self.config, progress, processes)
+            )
+            weights = MeasuredWeights.of(self.model, self._parameters())
+        self._fit, self._weights = found, weights
         return self
 
     @in_own_surroundings

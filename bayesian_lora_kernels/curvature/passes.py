@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from bayesian_lora_kernels.model.memory import default_budget, examples_within
 from bayesian_lora_kernels.model.pieces import captures
 from bayesian_lora_kernels.model.reading import check_loader
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
+from bayesian_lora_kernels.posterior.weights import MeasuredWeights
 from bayesian_lora_kernels.processes import ALONE, Processes
 
 
@@ -40,8 +42,16 @@ class Fit:
 class _Totals:
     n_examples: int = 0
     positions: Tensor | int = 0  # that carry a loss
-    log_likelihood: Tensor | None = None
+    log_likelihood: Tensor | float | None = None
     labelled: bool = True
+
+    def of_all(self, processes: Processes) -> _Totals:
+        """Those of all processes together."""
+        known = None if self.log_likelihood is None else float(self.log_likelihood)
+        parts = processes.values([self.n_examples, int(self.positions), known, self.labelled])
+        examples, positions, likelihoods, labelled = zip(*parts, strict=True)
+        seen = [one for one in likelihoods if one is not None]
+        return _Totals(sum(examples), sum(positions), sum(seen) if seen else None, all(labelled))
 
 
 class Passes:
@@ -61,7 +71,8 @@ class Passes:
         loader: any iterable of batches.
         config: see above.
         progress: whether to show a progress bar.
-        processes: that share the fit, each with batches of its own.
+        processes: that share the fit, each with batches of its own; totals are of all of them, and only the first shows
+            a progress bar.
     """
 
     def __init__(
@@ -76,7 +87,7 @@ class Passes:
     ):
         self.processes = processes
         self.model, self.layers, self.forward = model, layers, forward
-        self.loader, self.config, self.progress = loader, config, progress
+        self.loader, self.config, self.progress = loader, config, progress and processes.rank == 0
         self.likelihood = LIKELIHOODS[config.likelihood]()
         self._totals: _Totals | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -134,9 +145,10 @@ class Passes:
                 raise kind(f"batch {index}: {error}") from error
             self.checks.end_batch()
         self.checks.end()
+        totals = totals.of_all(self.processes)
         if totals.n_examples == 0:
             raise ValueError("loader: expected at least one batch with at least one example, got none")
-        if int(totals.positions) == 0:
+        if totals.positions == 0:
             raise ValueError(
                 "mask: expected at least one position that carries a loss, got none in all of the data (a mask of all "
                 "False, or labels that are all -100)"
@@ -167,7 +179,9 @@ class Passes:
         """The gradients of each column of the Fisher, one after the other; see `Capture.backward`."""
         logits, mask, labels, _ = recorded.result
         if logits.device not in self._generators:
-            self._generators[logits.device] = torch.Generator(logits.device).manual_seed(self.config.seed)
+            self._generators[logits.device] = torch.Generator(logits.device).manual_seed(
+                self.processes.seed(self.config.seed)
+            )
         for cotangent, last in self.likelihood.cotangents(
             logits,
             mask,
@@ -193,12 +207,14 @@ class Passes:
             )
 
     def check_called(self, called: Collection[str]) -> None:
-        """Whether every layer was called.
+        """Whether every layer was called, on any process; all of them ask at once.
 
         Raises:
             ValueError: if one was not.
         """
-        missing = [layer.name for layer in self.layers if layer.name not in called]
+        own = [i for i, layer in enumerate(self.layers) if layer.name not in called]
+        nowhere = set.intersection(*map(set, self.processes.values(own)))
+        missing = [layer.name for i, layer in enumerate(self.layers) if i in nowhere]
         if missing:
             raise ValueError(
                 f"{', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}: never called by forward, or "
@@ -229,15 +245,47 @@ def fit_curvature(passes: Passes) -> Fit:
     Raises:
         TypeError: for a loader that is a single batch.
         ValueError: for an empty loader, bad labels, logits, inputs or gradients that are not finite, a layer that is
-            never called; the batch and the module are named.
+            never called; the batch and the module are named. For processes that differ in settings, layers or weights,
+            and a kind that knows nothing of other processes.
+        RuntimeError: if another process failed, or did not come.
     """
     kind = CURVATURES[passes.config.curvature]
+    if passes.processes.size > 1 and not kind.of_all_processes:
+        raise ValueError(
+            f"group: curvature={passes.config.curvature!r} measures the data of its own process only; fit it on one, "
+            "or add up over data.processes in its measure and set of_all_processes = True"
+        )
     check_loader(passes.loader)
     if kind.passes > 1 and isinstance(passes.loader, Iterator):
         raise ValueError(
             f"loader: {passes.config.curvature.upper()} goes over the data twice, expected an iterable that can start "
             "again (a DataLoader or a list), got an iterator"
         )
+    if passes.processes.size > 1:
+        _check_alike(passes)
     with measuring(passes.model):
         curvature = kind.measure(passes)
     return Fit(curvature, passes.n_examples, passes.log_likelihood)
+
+
+def _check_alike(passes: Passes) -> None:
+    """Whether all processes measure the same model in the same way."""
+    parameters = {name: value for layer in passes.layers for name, value in layer.parameters().items()}
+    weights = MeasuredWeights.of(passes.model, parameters)
+    ids = passes.forward.class_token_ids
+    base = (
+        None
+        if weights.base is None
+        else [hashlib.sha256(weights.base[0].cpu().numpy().data).hexdigest(), weights.base[1]]
+    )
+    passes.processes.check_alike(
+        {
+            **passes.config.as_json(),
+            "class_token_ids": None if ids is None else ids.tolist(),
+            "forward": passes.forward.function is not None,
+            "layers": [layer.name for layer in passes.layers],
+            **{layer.name: [*layer.shape, layer.device.type] for layer in passes.layers},
+            "the posterior's weights": weights.digest,
+            "the base model": base,
+        }
+    )
