@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import os
 import warnings
 import weakref
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.config import LaplaceConfig, PriorPrecision
+from bayesian_lora_kernels.curvature.checkpoint import checkpoint_in
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.curvature.passes import Fit, Passes, fit_curvature
 from bayesian_lora_kernels.model import fingerprint
@@ -107,25 +110,73 @@ class LaplaceLoRA:
         self.prior_precision = given.prior_precision
 
     @in_own_surroundings
-    def fit(self, loader: Iterable[Any], progress: bool = True) -> LaplaceLoRA:
+    def fit(
+        self,
+        loader: Iterable[Any],
+        progress: bool = True,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int | None = None,
+    ) -> LaplaceLoRA:
         """Measure the curvature at the current weights.
 
         Args:
             loader: batches: mappings (`input_ids`, `attention_mask`, `labels`, ...) or tuples `(inputs, labels)`.
                 Labels are needed for the evidence and for the empirical Fisher only. EKFAC goes over the loader twice.
             progress: whether to show a progress bar.
+            checkpoint: a folder in which what is measured so far is written down. The same fit of the same data, killed
+                or interrupted, goes on from there to the same result; once it has that, nothing is left there. See
+                docs/long-runs.md.
+            every: batches between checkpoints; None: one a minute, or fewer where they take long to write.
 
         Returns:
             Itself. Whatever happens, the model comes back as it was: mode, `.grad`, hooks, requires_grad; and a failed
             fit leaves an earlier one in place.
 
         Raises:
-            ValueError: for an empty loader, bad labels, numbers that are not finite, a layer that is never called.
+            ValueError: for an empty loader, bad labels, numbers that are not finite, a layer that is never called; for
+                a checkpoint that is damaged, of another fit, or of other data than the loader's.
+            RuntimeError: if another fit writes its checkpoints to the same folder.
+            OSError: if nothing can be written there.
+            torch.OutOfMemoryError: if one example alone does not fit into memory.
         """
-        passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress)
-        self._fit = fit_curvature(passes)
-        self._weights = MeasuredWeights.of(self.model, self._parameters())
+        if every is not None:
+            _check_positive("every", every)
+            if checkpoint is None:
+                raise ValueError("every: expected checkpoint=folder with it, got None")
+        with checkpoint_in(checkpoint, every, self._identity) as kept:
+            passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress, checkpoint=kept)
+            self._fit = fit_curvature(passes)
+            self._weights = MeasuredWeights.of(self.model, self._parameters())
+            if kept is not None:
+                kept.remove()
         return self
+
+    def _identity(self) -> dict[str, Any]:
+        """What two fits have in common if one can go on where the other was."""
+        weights = MeasuredWeights.of(self.model, self._parameters())
+        if weights.digest is None or weights.base is None:
+            raise ValueError(
+                "checkpoint: the weights are not at hand (sharded, on the meta device, or with an adapter merged into "
+                "them), so that nothing would tell whether a checkpoint is of the same; fit without checkpoint"
+            )
+        (values, described), ids = weights.base, self._forward.class_token_ids
+        base = hashlib.sha256(values.cpu().numpy().tobytes() + json.dumps(described, sort_keys=True).encode())
+        return {
+            "settings": self.config.as_json(),
+            "class_token_ids": None if ids is None else ids.tolist(),
+            "custom_forward": self._forward.function is not None,
+            "layers": {
+                layer.name: {
+                    "shape": list(layer.shape),
+                    "covers": [leaf for leaf in ("weight", "bias") if getattr(layer, leaf)],
+                    "device": str(layer.device),
+                }
+                for layer in self.layers
+            },
+            "adapter": weights.digest,
+            "base_model": base.hexdigest(),
+        }
 
     @in_own_surroundings
     def log_marginal_likelihood(self, prior_precision: PriorPrecision | None = None) -> Tensor:
