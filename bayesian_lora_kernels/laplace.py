@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import os
 import warnings
 import weakref
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.config import LaplaceConfig, PriorPrecision
+from bayesian_lora_kernels.curvature.checkpoint import checkpoint_in
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.curvature.passes import Fit, Passes, fit_curvature
 from bayesian_lora_kernels.curvature.shares import check_share
@@ -109,7 +112,15 @@ class LaplaceLoRA:
         self.prior_precision = given.prior_precision
 
     @in_own_surroundings
-    def fit(self, loader: Iterable[Any], progress: bool = True, *, group: Any = None) -> LaplaceLoRA:
+    def fit(
+        self,
+        loader: Iterable[Any],
+        progress: bool = True,
+        *,
+        group: Any = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int | None = None,
+    ) -> LaplaceLoRA:
         """Measure the curvature at the current weights; on several processes, of the data of all of them.
 
         Args:
@@ -119,6 +130,10 @@ class LaplaceLoRA:
             group: a `torch.distributed` process group, all of whose processes call this, each with the batches of its
                 own share of the data: as many as it has, or none (`[]`). All of them end with the same curvature, that
                 of all examples (docs/distributed.md). None: this process alone.
+            checkpoint: a folder in which what is measured so far is written down. The same fit of the same data, killed
+                or interrupted, goes on from there to the same result; once it has that, nothing is left there. See
+                docs/long-runs.md.
+            every: batches between checkpoints; None: one a minute, or fewer where they take long to write.
 
         Returns:
             Itself. Whatever happens, the model comes back as it was: mode, `.grad`, hooks, requires_grad; and a failed
@@ -126,23 +141,57 @@ class LaplaceLoRA:
 
         Raises:
             ValueError: for an empty loader, bad labels, numbers that are not finite, a layer that is never called; for
-                processes that differ in settings, layers or weights, and a loader that repeats examples so that all
-                shares are equally long.
+                processes that differ in settings, layers or weights, a loader that repeats examples so that all shares
+                are equally long, and a checkpoint that is damaged, of another fit, or of other data than the loader's.
             RuntimeError: if another process of the group failed, or did not come within the group's timeout; it is
-                named.
+                named. If another fit writes its checkpoints to the same folder.
+            OSError: if no checkpoint can be written.
+            torch.OutOfMemoryError: if one example alone does not fit into memory.
 
         Warns:
             UserWarning: without a group, if the loader shows that it gives this process only a share of the data.
         """
+        if every is not None:
+            _check_positive("every", every)
+            if checkpoint is None:
+                raise ValueError("every: expected checkpoint=folder with it, got None")
         processes = Processes(group)
-        with processes.together():
+        with processes.together(), checkpoint_in(checkpoint, every, self._identity, processes) as kept:
             check_share(loader, processes, "fit")
-            found = fit_curvature(
-                Passes(self.model, self.layers, self._forward, loader, self.config, progress, processes)
-            )
+            passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress, processes, kept)
+            found = fit_curvature(passes)
             weights = MeasuredWeights.of(self.model, self._parameters())
+            processes.values(None)  # all of them have it
+            if kept is not None:
+                kept.remove()
         self._fit, self._weights = found, weights
         return self
+
+    def _identity(self) -> dict[str, Any]:
+        """What two fits have in common if one can go on where the other was."""
+        weights = MeasuredWeights.of(self.model, self._parameters())
+        if weights.digest is None or weights.base is None:
+            raise ValueError(
+                "checkpoint: the weights are not at hand (sharded, on the meta device, or with an adapter merged into "
+                "them), so that nothing would tell whether a checkpoint is of the same; fit without checkpoint"
+            )
+        (values, described), ids = weights.base, self._forward.class_token_ids
+        base = hashlib.sha256(values.cpu().numpy().tobytes() + json.dumps(described, sort_keys=True).encode())
+        return {
+            "settings": self.config.as_json(),
+            "class_token_ids": None if ids is None else ids.tolist(),
+            "custom_forward": self._forward.function is not None,
+            "layers": {
+                layer.name: {
+                    "shape": list(layer.shape),
+                    "covers": [leaf for leaf in ("weight", "bias") if getattr(layer, leaf)],
+                    "device": str(layer.device),
+                }
+                for layer in self.layers
+            },
+            "adapter": weights.digest,
+            "base_model": base.hexdigest(),
+        }
 
     @in_own_surroundings
     def log_marginal_likelihood(self, prior_precision: PriorPrecision | None = None) -> Tensor:

@@ -58,6 +58,15 @@ class EigenvalueSums:
         for group in self._groups:
             group.sums = Blocks(*islice(same, len(group.sums)))
 
+    def state(self) -> list[Any]:
+        """See `Stateful`."""
+        return [tuple(group.sums) for group in self._groups]
+
+    def restore(self, state: Sequence[Any]) -> None:
+        """See `Stateful`."""
+        for group, sums in zip(self._groups, state, strict=True):
+            group.sums = Blocks(*sums)
+
     def eigenvalues(self) -> dict[str, Blocks]:
         """The corrected curvature eigenvalues, float64."""
         return {name: blocks for group in self._groups for name, blocks in group.eigenvalues().items()}

@@ -136,6 +136,16 @@ class KroneckerSums:
             result[name] = KroneckerFactors(a, s, tail_a, tail_s)
         return result
 
+    def state(self) -> dict[str, Any]:
+        """See `Stateful`."""
+        return {"groups": self._group, "counts": _summed(self._counts), "sums": self._sums.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `Stateful`."""
+        self._group = dict(state["groups"])
+        self._counts = {group: [count] for group, count in state["counts"].items()}
+        self._sums.restore(state["sums"])
+
     def _regroup(self, inputs: Mapping[str, LayerInput]) -> None:
         """Groups as fine as this batch demands: equal group before, equal tensor now."""
         placed: dict[tuple[int | None, object], int] = {}

@@ -66,11 +66,11 @@ class KroneckerCurvature(Curvature):
     def measure_factors(cls, data: Passes) -> dict[str, KroneckerFactors]:
         """A as a mean over tokens, S as a sum over the data set."""
         sums = KroneckerSums(data.config)
-        for index, recorded in data.captures("curvature"):
+        for index, recorded in data.captures("curvature", [sums]):
             data.check_clear(index)
             sums.add_inputs(recorded.inputs, data.checks, f" in batch {index}")
-            for gradients in data.backward(recorded):
-                sums.add_gradients(gradients, recorded.inputs, data.checks, f" in batch {index}")
+            for part, gradients in data.backward(recorded):
+                sums.add_gradients(gradients, part.inputs, data.checks, f" in batch {index}")
         sums.reduce(data.processes, data.layers)
         factors = cls.finish_factors(sums, data.n_examples)
         data.check_called(factors)
@@ -188,8 +188,8 @@ class EigenvalueCorrectedCurvature(KroneckerCurvature):
     ) -> dict[str, Blocks]:
         """Second moments of the gradients along the bases."""
         sums = EigenvalueSums(bases, factors, data.config.tail)
-        for _, recorded in data.captures("eigenvalues", weight_gradients=True):
-            for gradients in data.backward(recorded, weight_gradients=list(bases)):
+        for _, recorded in data.captures("eigenvalues", [sums], weight_gradients=True):
+            for _, gradients in data.backward(recorded, weight_gradients=list(bases)):
                 sums.add(gradients)
         sums.reduce(data.processes)
         return sums.eigenvalues()
