@@ -23,6 +23,7 @@ from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.memory import default_budget, examples_within
 from bayesian_lora_kernels.model.pieces import captures
 from bayesian_lora_kernels.model.reading import check_loader
+from bayesian_lora_kernels.model.sharding import check_apart, in_step
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
 from bayesian_lora_kernels.processes import ALONE, Processes
 
@@ -118,7 +119,8 @@ class Passes:
             ValueError: for an empty loader, bad labels, logits that are not finite; the batch is named.
         """
         totals, self.checks = _Totals(), Deferred()
-        for index, given in enumerate(tqdm(self.loader, desc=what, unit="batch", disable=not self.progress)):
+        batches = tqdm(self.loader, desc=what, unit="batch", disable=not self.progress)
+        for index, given in enumerate(in_step(self.model, batches)):
             try:
                 batch = Batch.of(given, self.device)
                 if batch.size == 0:
@@ -233,6 +235,7 @@ def fit_curvature(passes: Passes) -> Fit:
     """
     kind = CURVATURES[passes.config.curvature]
     check_loader(passes.loader)
+    check_apart(passes.model, passes.processes)
     if kind.passes > 1 and isinstance(passes.loader, Iterator):
         raise ValueError(
             f"loader: {passes.config.curvature.upper()} goes over the data twice, expected an iterable that can start "

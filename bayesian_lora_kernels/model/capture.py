@@ -131,6 +131,7 @@ class Capture:
         self._reached: dict[str, list[bool]] = {}  # which calls the logits depend on, if it is not all of a layer's
         self._mailbox = _Mailbox()
         self._sink: Tensor | None = None
+        self.parameters: dict[str, dict[str, Tensor]] = {}  # of each layer, as its call found them
         self.all_labels = False
         self.batch: Batch
         self.result: ForwardResult
@@ -185,12 +186,21 @@ class Capture:
 
             return record
 
-        if differentiable:
-            self._require_gradients()
+        def ready(layer: LinearLayer) -> Any:
+            def prepare(*_: Any) -> None:
+                self.parameters[layer.name] = found = layer.parameters()
+                _require_gradients([p for p in found.values() if not p.requires_grad])
+
+            return prepare
+
         sourced = {id(m): m for layer in self.layers.values() for m in (layer.input_source, layer.outer)}
         enter, leave = scopes.hooks(self.forward.model) if self.forward.masked else ([], [])
         with hooked(
-            [*enter, *((m, identify) for m in sourced.values())],
+            [
+                *enter,
+                *((m, identify) for m in sourced.values()),
+                *((layer.module, ready(layer)) for layer in self.layers.values() if differentiable),
+            ],
             [*((layer.module, recorder(layer)) for layer in self.layers.values()), *leave],
         ):
             self.result = self.forward(batch, all_labels=all_labels)
@@ -224,18 +234,6 @@ class Capture:
             self.calls[name] = list(self.of_reached(name, calls))
             for new, old in enumerate(itertools.compress(range(len(calls)), reached)):
                 taps[name, old].call = new
-
-    def _require_gradients(self) -> None:
-        frozen = [p for layer in self.layers.values() for p in layer.parameters().values() if not p.requires_grad]
-
-        def freeze() -> None:
-            for p in frozen:
-                p.requires_grad_(False)
-
-        if frozen:
-            undo_when_measured(freeze)
-        for p in frozen:
-            p.requires_grad_(True)
 
     def _check_unchanged(self) -> None:
         for name, calls in self.calls.items():
@@ -398,6 +396,17 @@ class Capture:
             if call in parts:
                 g[:, start:stop] = parts[call]
         return g
+
+
+def _require_gradients(frozen: Sequence[Tensor]) -> None:
+    def freeze() -> None:
+        for p in frozen:
+            p.requires_grad_(False)
+
+    if frozen:
+        undo_when_measured(freeze)
+    for p in frozen:
+        p.requires_grad_(True)
 
 
 def _joined(masks: Sequence[Tensor | None], tokens: Sequence[Tensor]) -> Tensor | None:

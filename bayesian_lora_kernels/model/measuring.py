@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from bayesian_lora_kernels.model.sharding import resharded
+
 Step = Callable[[], None]
 R = TypeVar("R")
 
@@ -64,7 +66,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
                 steps.append(lambda: _set_caches(caches))
                 for module, _ in caches:
                     module._dora_cache = _NoCache()  # type: ignore[assignment]
-                with torch.inference_mode(False), torch.enable_grad():
+                with torch.inference_mode(False), torch.enable_grad(), resharded(model):
                     yield
             finally:
                 uninterrupted(undo)

@@ -16,6 +16,7 @@ from bayesian_lora_kernels.model.capture import Capture, NotByExample
 from bayesian_lora_kernels.model.checks import check, kind_of
 from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.layers import LinearLayer
+from bayesian_lora_kernels.model.sharding import smallest
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def captures(
         ValueError: if the logits depend on no layer, or something that is taken for granted of the model does not hold
             (`docs/method.md`) and cannot be made up for.
     """
+    step = smallest(forward.model, step)
     start, whole = 0, _whole(forward, batch, all_labels) if step < batch.size else None
     while start < batch.size:
         rows, piece = next(batch.pieces(1 if forward.findings.one_at_a_time else step, start))
