@@ -291,14 +291,11 @@ def test_accelerate(name: str, causal: bool, curvature: str):
 
 
 # Offloaded is what has no adapter: attention stays in memory.
+KEPT = ("self_attn", "input_layernorm", "post_attention_layernorm")
 HERE = {
     "model.norm": "cpu",
     "model.rotary_emb": "cpu",
-    **{
-        f"model.layers.{i}.{k}": "cpu"
-        for i in (0, 1)
-        for k in ("self_attn", "input_layernorm", "post_attention_layernorm")
-    },
+    **{f"model.layers.{i}.{k}": "cpu" for i in (0, 1) for k in KEPT},
 }
 ELSEWHERE = {
     "MLPs": ["model.layers.0.mlp", "model.layers.1.mlp"],
@@ -349,7 +346,7 @@ def test_offloaded_without_the_adapter(what: str, where: str, tmp_path: Path):
     assert relative(loaded.predict(batch).covariance, expected.predict(batch).covariance) < 1e-12
     noise = [torch.Generator().manual_seed(0) for _ in range(2)]
     if what == "head":
-        with pytest.raises(ValueError, match="lm_head.weight is on the meta device"):
+        with pytest.raises(ValueError, match=r"lm_head\.weight is on the meta device"):
             laplace.score(batch, 8, noise[0])
     else:
         ours, theirs = (one.score(batch, 8, g).log_prob for one, g in zip((laplace, expected), noise, strict=True))
