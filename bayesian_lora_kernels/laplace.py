@@ -25,6 +25,7 @@ from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
+from bayesian_lora_kernels.model.sharding import in_step, not_sharded
 from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
 from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence
@@ -345,6 +346,7 @@ class LaplaceLoRA:
                 raise ValueError("differences: not of a vocabulary; its probabilities are averages over samples")
             return self.predict_vocabulary(batch)
         fit = self._fitted("predict")
+        (batch,) = in_step(self.model, [batch])
         parsed = Batch.of(batch, model_device(self.model), labels=False)
         mean, (covariance,), indices = self._predictor(fit).predict(parsed, outputs, [self._gaussian()], differences)
         return LogitPosterior(
@@ -387,6 +389,7 @@ class LaplaceLoRA:
         Raises:
             ValueError, TypeError: as `fit` does, for what is not served.
         """
+        not_sharded(self.model, "verify")
         return verify(self.layers, self._forward, self.model, self.config, batch)
 
     @in_own_surroundings
@@ -424,11 +427,11 @@ class LaplaceLoRA:
         _check_positive("n", n)
         posterior = self._gaussian()
         deviations = posterior.sample(n, generator)
-        samples = {}
+        samples, values = {}, self._values()
         for layer in self.layers:
             parts = layer.split(deviations[layer.name])
-            for name, parameter in layer.parameters().items():
-                value = parameter.detach()
+            for name in layer.parameters():
+                value = values[name]
                 deviation = parts[name].to(value.device)
                 if layer.rows is not None:
                     whole = torch.randn(
@@ -619,6 +622,7 @@ class LaplaceLoRA:
 
     def _sampler(self, what: str) -> HiddenSampler:
         self._fitted(what)
+        not_sharded(self.model, what)
         if self.likelihood != "classification":
             raise ValueError(f"{what}: expected likelihood='classification' for a vocabulary, got {self.likelihood!r}")
         if self._forward.head is None:
@@ -630,7 +634,13 @@ class LaplaceLoRA:
         )
 
     def _square_norms(self) -> dict[str, Tensor]:
-        return {layer.name: layer.matrix().double().square().sum() for layer in self.layers}
+        values = self._values()
+        return {layer.name: layer.matrix(values).double().square().sum() for layer in self.layers}
+
+    def _values(self) -> dict[str, Tensor]:
+        """Those of the parameters, at full size."""
+        kept = None if self._weights is None else self._weights.values
+        return kept or {name: p.detach() for name, p in self._parameters().items()}
 
     def _parameters(self) -> dict[str, Tensor]:
         return {name: value for layer in self.layers for name, value in layer.parameters().items()}

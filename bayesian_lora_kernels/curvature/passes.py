@@ -29,6 +29,7 @@ from bayesian_lora_kernels.model.memory import default_budget, examples_within
 from bayesian_lora_kernels.model.out_of_memory import Limit, ran_out
 from bayesian_lora_kernels.model.pieces import captures
 from bayesian_lora_kernels.model.reading import check_loader
+from bayesian_lora_kernels.model.sharding import check_apart, in_step, sharing
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
 from bayesian_lora_kernels.posterior.weights import MeasuredWeights
 from bayesian_lora_kernels.processes import ALONE, Processes
@@ -112,7 +113,7 @@ class Passes:
         self.likelihood = LIKELIHOODS[config.likelihood]()
         self._totals: _Totals | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._limit = Limit()
+        self._limit = Limit(may_change=sharing(model) is ALONE)
         self.checks = Deferred()
         if checkpoint is not None and checkpoint.saved is not None:
             self.restore(checkpoint.saved)
@@ -177,7 +178,7 @@ class Passes:
             torch.OutOfMemoryError: if one example alone does not fit; where several do not, they run in smaller pieces.
         """
         totals, self.checks = _Totals(), Deferred()
-        for index, given in self._batches(what, sums, totals):
+        for index, given in in_step(self.model, self._batches(what, sums, totals)):
             try:
                 batch = Batch.of(given, self.device)
                 if batch.size == 0:
@@ -379,6 +380,7 @@ def fit_curvature(passes: Passes) -> Fit:
             "or add up over data.processes in its measure and set of_all_processes = True"
         )
     check_loader(passes.loader)
+    check_apart(passes.model, passes.processes)
     if kind.passes > 1 and isinstance(passes.loader, Iterator):
         raise ValueError(
             f"loader: {passes.config.curvature.upper()} goes over the data twice, expected an iterable that can start "
