@@ -471,7 +471,7 @@ class LaplaceLoRA:
             }
             for layer in self.layers
         }
-        tensors[BASE], base = weights.base or fingerprint.take(self.model, self._parameters().values())
+        values, base = weights.base or fingerprint.take(self.model, self._parameters().values())
         ids = self._forward.class_token_ids
         description = {
             "settings": self.config.as_json(),
@@ -485,7 +485,7 @@ class LaplaceLoRA:
             "base_model": base,
             "calibration": None if calibration is None else calibration.as_json(),
         }
-        storage.save(folder, tensors, description)
+        storage.save(folder, {**tensors, BASE: values}, description)
 
     @classmethod
     @in_own_surroundings
@@ -512,7 +512,7 @@ class LaplaceLoRA:
             calibration = None if saved is None else Calibration.from_json(saved)
             place, same_weights = find_adapter(model, content)
             config = replace(config, modules=covered_by(model, content["layers"], place))
-        laplace = cls(model, forward, content["class_token_ids"], config=config)
+            laplace = cls(model, forward, content["class_token_ids"], config=config)
         stored = Stored(tensors, content["layers"], place.layers, {x.name: x.device for x in laplace.layers})
         with _errors_name(folder):
             shapes = {layer.name: layer.shape for layer in laplace.layers}
@@ -530,7 +530,7 @@ class LaplaceLoRA:
             if content["version"] > 1:
                 base = content["base_model"]
                 count = sum(tensor["values"] for tensor in base["tensors"].values())
-                values = stored.tensor(BASE, (count,))
+                values = stored.tensor(BASE, (count,), finite=False)
                 fingerprint.check(model, laplace._parameters().values(), place.adapters, values, base)
             else:
                 warnings.warn(

@@ -140,7 +140,7 @@ class KroneckerCurvature(Curvature):
             owner = shared.setdefault(id(factors.a), name)
             if owner == name:
                 parts["a"] = factors.a
-            tensors |= {f"{name}.{key}": value.clone() for key, value in parts.items()}  # they may share their memory
+            tensors |= {f"{name}.{key}": value for key, value in parts.items()}
             described[name] = {"input_factor": owner}
         return tensors, described
 
@@ -158,17 +158,23 @@ class KroneckerCurvature(Curvature):
                     f"{owner}.a: expected the input factor of {name}, of {d_in} rows, got {stored.shape(owner)[1]}"
                 )
             if owner not in inputs:
-                inputs[owner] = stored.tensor(f"{owner}.a", (d_in, None))
+                inputs[owner] = stored.tensor(f"{owner}.a", (d_in, None), device)
             inputs[owner] = inputs[owner].to(device)
-            basis_s = stored.tensor(f"{name}.basis_s", (d_out, None)).to(device)
-            basis_a = stored.tensor(f"{name}.basis_a", (d_in, None)).to(device)
+            basis_s = stored.tensor(f"{name}.basis_s", (d_out, None), device)
+            basis_a = stored.tensor(f"{name}.basis_a", (d_in, None), device)
             k_s, k_a = basis_s.shape[1], basis_a.shape[1]
             sizes: tuple[tuple[int, ...], ...] = ((k_s, k_a), (k_s,), (k_a,), ())  # of the four blocks
-            blocks = [stored.tensor(f"{name}.{key}", size) for key, size in zip(Blocks._fields, sizes, strict=True)]
-            s = stored.tensor(f"{name}.s", (d_out, None)).to(device)
-            tail_s, tail_a = (stored.tensor(f"{name}.{key}", ()).to(device) for key in ("tail_s", "tail_a"))
+            blocks = {
+                key: stored.tensor(f"{name}.{key}", size, device)
+                for key, size in zip(Blocks._fields, sizes, strict=True)
+            }
+            for key, block in blocks.items():
+                if (block < 0).any():
+                    raise ValueError(f"{name}.{key}: expected eigenvalues of a curvature, none of them negative")
+            s = stored.tensor(f"{name}.s", (d_out, None), device)
+            tail_s, tail_a = (stored.tensor(f"{name}.{key}", (), device) for key in ("tail_s", "tail_a"))
             found = stored.names[name]
-            layers[found] = KroneckerDecomposition(basis_s, basis_a, Blocks(*(block.to(device) for block in blocks)))
+            layers[found] = KroneckerDecomposition(basis_s, basis_a, Blocks(**blocks))
             factors[found] = KroneckerFactors(inputs[owner], s, tail_a, tail_s)
         return cls(layers, factors)
 

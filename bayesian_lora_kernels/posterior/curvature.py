@@ -14,6 +14,7 @@ from bayesian_lora_kernels.model.jacobians import Jacobians
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.posterior.stored import Stored
+from bayesian_lora_kernels.posterior.tensor_file import Columns
 
 if TYPE_CHECKING:
     from bayesian_lora_kernels.curvature.passes import Passes
@@ -69,8 +70,11 @@ class Curvature(ABC):
         """Zero-mean samples of the weights' deviations from the MAP, `[n, d_out, d_in]`."""
 
     @abstractmethod
-    def pack(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-        """What a file holds: `{"layer name.key": tensor}`, and what its JSON says of some layers beside their shape."""
+    def pack(self) -> tuple[Mapping[str, Tensor | Columns], dict[str, dict[str, Any]]]:
+        """What a file holds: `{"layer name.key": tensor}`, and what its JSON says of some layers beside their shape.
+
+        A matrix that is too large to be had at once is given as `Columns`.
+        """
 
     @classmethod
     @abstractmethod
