@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
+from typing import Any
 
 from bayesian_lora_kernels import __version__
 from bayesian_lora_kernels.commands.options import (
@@ -24,6 +25,7 @@ from bayesian_lora_kernels.commands.options import (
 )
 
 TINY = "tiny"
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def build_parser() -> ArgumentParser:
@@ -31,9 +33,29 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="blk", description="Laplace posteriors over LoRA weights.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    parser.add_argument(
+        "--print-completion", action=_PrintCompletion, choices=SHELLS, help="a script that completes blk in this shell"
+    )
     for add in (_demo, _doctor, _bench, _fit, _calibrate, _evaluate, _compare, _predict, _score, _inspect):
         add(subparsers)
     return parser
+
+
+class _PrintCompletion(Action):
+    """Print what a shell reads to complete `blk`; paths are completed as such."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error(f"{option_string}: needs shtab; pip install shtab")
+        (commands,) = (action for action in parser._actions if action.dest == "command")
+        for command in dict(commands.choices or {}).values():
+            for action in command._actions:
+                if action.type is Path:
+                    action.complete = shtab.FILE
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
 
 
 def _demo(subparsers: Subparsers) -> None:
