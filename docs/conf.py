@@ -3,6 +3,7 @@
 import re
 from dataclasses import fields
 
+import sphinx_argparse_cli._logic
 from sphinx.application import Sphinx
 
 from bayesian_lora_kernels import LaplaceConfig, __version__
@@ -18,7 +19,7 @@ extensions = [
     "sphinx_argparse_cli",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "requirements.txt"]
+exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath", "attrs_block"]
 myst_heading_anchors = 4
@@ -27,6 +28,7 @@ math_numfig = False
 math_eqref_format = "({number})"
 
 add_module_names = False
+smartquotes_action = "D"  # dashes; quotes stay as they are typed
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_mock_imports = ["laplace"]  # of a peer, that need not be installed
@@ -43,6 +45,11 @@ html_theme = "furo"
 html_title = f"{project} {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+
+# Of the command line's help: JSON and quoted words are code. The extension's own patterns find quotes inside JSON.
+sphinx_argparse_cli._logic._HELP_SUBSTITUTIONS[:] = [
+    (re.compile(r"""(\{.+?\}|(?<!\w)'[^']+?'(?!\w)|(?<!\w)"[^"]+?"(?!\w))"""), r"``\1``")
+]
 
 # Pages of measurements that are made from files outside this folder.
 RESULTS = re.compile(r"\((?:\.\./)+benchmarks/results/(?:[\w-]+/)?([\w-]+)\.md")
@@ -63,6 +70,10 @@ def _as_rst(app: Sphinx, what: str, name: str, obj: object, options: object, lin
         parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
         parts[1::2] = [f"``{part.strip('`')}``" for part in parts[1::2]]
         lines[i] = "".join(parts)
+    # napoleon takes what stands before a colon in the first line of these for a type; a blank line of markup has none.
+    starts = [i + 1 for i, line in enumerate(lines) if line.strip() in ("Returns:", "Yields:")]
+    for i in reversed([0, *starts] if what == "property" else starts):
+        lines.insert(i, " " * (len(lines[i]) - len(lines[i].lstrip())) + "\\ ")
 
 
 def setup(app: Sphinx) -> None:
