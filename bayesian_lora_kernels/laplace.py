@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bayesian_lora_kernels.config import LaplaceConfig, PriorPrecision
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.curvature.passes import Fit, Passes, fit_curvature
+from bayesian_lora_kernels.memory_estimate import MemoryEstimate, estimate_memory
 from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
@@ -126,6 +127,47 @@ class LaplaceLoRA:
         self._fit = fit_curvature(passes)
         self._weights = MeasuredWeights.of(self.model, self._parameters())
         return self
+
+    @in_own_surroundings
+    def memory_estimate(
+        self,
+        batch: Any,
+        outputs: Outputs | Literal["vocabulary"] = None,
+        differences: bool = False,
+        n_examples: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> MemoryEstimate:
+        """Bytes that `fit` on batches like this one and `predict` of it will need, when they need most.
+
+        Both run dry, on a copy of the model without numbers (docs/memory.md): no weight is read or computed with, and
+        the model may be on the meta device.
+
+        Args:
+            batch: as for `fit`, of the size and length of the longest.
+            outputs: as for `predict`; a causal LM without `class_token_ids` predicts its vocabulary.
+            differences: as for `predict`.
+            n_examples: of `curvature="exact"`, that the fit will see; None leaves its rows out.
+            device: where a model on the meta device will be.
+
+        Returns:
+            `.fit` and `.predict`, `{device: bytes}`, and what they are made of; as a string, a table.
+
+        Raises:
+            ValueError, TypeError: as `fit` and `predict` do; for parameters that are no plain tensors (a quantised
+                model), or are on the meta device and no other is named.
+            RuntimeError: for a model whose way depends on the numbers that it computes.
+        """
+        return estimate_memory(
+            self.model,
+            self._forward.function,
+            self.config,
+            self.prior,
+            batch,
+            outputs=outputs,
+            differences=differences,
+            n_examples=n_examples,
+            device=None if device is None else torch.device(device),
+        )
 
     @in_own_surroundings
     def log_marginal_likelihood(self, prior_precision: PriorPrecision | None = None) -> Tensor:
