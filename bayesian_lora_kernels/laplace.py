@@ -135,26 +135,23 @@ class LaplaceLoRA:
         outputs: Outputs | Literal["vocabulary"] = None,
         differences: bool = False,
         n_examples: int | None = None,
-        device: torch.device | str | None = None,
     ) -> MemoryEstimate:
         """Bytes that `fit` on batches like this one and `predict` of it will need, when they need most.
 
-        Both run dry, on a copy of the model without numbers (docs/memory.md): no weight is read or computed with, and
-        the model may be on the meta device.
+        Both run dry, on a copy of the model without its numbers (docs/memory.md): nothing is computed with weights.
 
         Args:
             batch: as for `fit`, of the size and length of the longest.
             outputs: as for `predict`; a causal LM without `class_token_ids` predicts its vocabulary.
             differences: as for `predict`.
             n_examples: of `curvature="exact"`, that the fit will see; None leaves its rows out.
-            device: where a model on the meta device will be.
 
         Returns:
             `.fit` and `.predict`, `{device: bytes}`, and what they are made of; as a string, a table.
 
         Raises:
             ValueError, TypeError: as `fit` and `predict` do; for parameters that are no plain tensors (a quantised
-                model), or are on the meta device and no other is named.
+                model).
             RuntimeError: for a model whose way depends on the numbers that it computes.
         """
         return estimate_memory(
@@ -166,7 +163,6 @@ class LaplaceLoRA:
             outputs=outputs,
             differences=differences,
             n_examples=n_examples,
-            device=None if device is None else torch.device(device),
         )
 
     @in_own_surroundings

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.exact import FunctionSpaceCurvature
@@ -244,7 +244,12 @@ class _Subject:
             vocabulary_posterior(sampler, batch).probs()
             return
         predictor = LogitPredictor(self.model, self.layers, self.forward, curvature.whole_jacobians, budget)
-        predictor.predict(Batch.of(batch, self.device, labels=False), outputs, [posterior], differences)
+        parsed = Batch.of(batch, self.device, labels=False)
+        if isinstance(outputs, (Tensor, int, type(None))):  # the first pieces show what all the others need
+            parsed = parsed.rows(0, min(parsed.size, 2 * predictor.examples_at_once(parsed, outputs)))
+            if isinstance(outputs, Tensor) and outputs.ndim == 2:
+                outputs = outputs[: parsed.size]
+        predictor.predict(parsed, outputs, [posterior], differences)
 
     def _batches(self, given: Any) -> int:
         """How many batches of a fit show all that it ever holds: until wide factors have taken their first rows."""
