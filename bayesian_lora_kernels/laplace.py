@@ -21,6 +21,7 @@ from bayesian_lora_kernels.curvature.checkpoint import checkpoint_in
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.curvature.passes import Fit, Passes, fit_curvature
 from bayesian_lora_kernels.curvature.shares import check_share
+from bayesian_lora_kernels.memory_estimate import MemoryEstimate, estimate_memory
 from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
@@ -193,6 +194,43 @@ class LaplaceLoRA:
             "adapter": weights.digest,
             "base_model": base.hexdigest(),
         }
+
+    @in_own_surroundings
+    def memory_estimate(
+        self,
+        batch: Any,
+        outputs: Outputs | Literal["vocabulary"] = None,
+        differences: bool = False,
+        n_examples: int | None = None,
+    ) -> MemoryEstimate:
+        """Bytes that `fit` on batches like this one and `predict` of it will need, when they need most.
+
+        Both run dry, on a copy of the model without its numbers (docs/memory.md): nothing is computed with weights.
+
+        Args:
+            batch: as for `fit`, of the size and length of the longest.
+            outputs: as for `predict`; a causal LM without `class_token_ids` predicts its vocabulary.
+            differences: as for `predict`.
+            n_examples: of `curvature="exact"`, that the fit will see; None leaves its rows out.
+
+        Returns:
+            `.fit` and `.predict`, `{device: bytes}`, and what they are made of; as a string, a table.
+
+        Raises:
+            ValueError, TypeError: as `fit` and `predict` do; for parameters that are no plain tensors (a quantised
+                model).
+            RuntimeError: for a model whose way depends on the numbers that it computes.
+        """
+        return estimate_memory(
+            self.model,
+            self._forward.function,
+            self.config,
+            self.prior,
+            batch,
+            outputs=outputs,
+            differences=differences,
+            n_examples=n_examples,
+        )
 
     @in_own_surroundings
     def log_marginal_likelihood(self, prior_precision: PriorPrecision | None = None) -> Tensor:

@@ -171,13 +171,16 @@ class AdapterFolder:
         )
 
 
-def open_adapter(folder: Path, base: str | None, tasks: Sequence[str] = (CAUSAL_LM,)) -> AdapterFolder:
+def open_adapter(
+    folder: Path, base: str | None, tasks: Sequence[str] = (CAUSAL_LM,), weights: bool = True
+) -> AdapterFolder:
     """Read an adapter folder's configuration.
 
     Args:
         folder: that `save_pretrained` of PEFT wrote.
         base: folder or hub name of the base model; None: what the adapter says.
         tasks: what it may be for.
+        weights: whether it must have its weights.
 
     Raises:
         InputError: if it is for something else, or does not say what its base is.
@@ -193,7 +196,7 @@ def open_adapter(folder: Path, base: str | None, tasks: Sequence[str] = (CAUSAL_
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object")
-    if not any((folder / name).is_file() for name in WEIGHTS):
+    if weights and not any((folder / name).is_file() for name in WEIGHTS):
         raise InputError(f"{folder}: no adapter weights in it; expected {' or '.join(WEIGHTS)}")
     task = config.get("task_type") or CAUSAL_LM
     if task not in tasks:

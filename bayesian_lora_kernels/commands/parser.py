@@ -16,6 +16,7 @@ from bayesian_lora_kernels.commands.options import (
     add_diagrams,
     add_job_options,
     add_json,
+    add_memory_options,
     add_model,
     add_posterior,
     add_probabilities,
@@ -101,7 +102,8 @@ def _doctor(subparsers: Subparsers) -> None:
         help="what this machine can run, and a self-test",
         description="Versions, devices, what can run here and why not the rest, and a self-test. With an adapter and a "
         "file of prompts, also a test on that model: Jacobians against autograd, logits against those of each example "
-        "alone, a fit in pieces against one in one piece.",
+        "alone, a fit in pieces against one in one piece. With a batch size and a length, the memory that a fit and a "
+        "prediction will need; no weights are loaded for that.",
     )
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="PEFT adapter folder to verify")
     parser.add_argument("--model", metavar="MODEL", help="its base model; default: what the adapter says")
@@ -118,6 +120,7 @@ def _doctor(subparsers: Subparsers) -> None:
         "machine, and remember the outcome",
     )
     add_device(parser)
+    add_memory_options(parser)
     add_json(parser, "also write the report to this file")
 
 

@@ -115,6 +115,14 @@ class Forward:
         rows = self.class_token_ids
         return {name: rows.to(linear.weight.device) for name, linear in self.head.linears.items()}
 
+    @property
+    def n_logits(self) -> int | None:
+        """How many logits there will be, as far as that is known before the model runs."""
+        if self.class_token_ids is not None:
+            return len(self.class_token_ids)
+        labels = getattr(getattr(self.base, "config", None), "num_labels", None)
+        return labels if self.function is None and self.head is None and isinstance(labels, int) else None
+
     def in_head(self, layer_name: str) -> bool:
         """Whether a layer is part of the output head."""
         return self.head is not None and (layer_name + ".").startswith(self.head.name + ".")
