@@ -58,5 +58,5 @@ def test_faults_are_found(
     """Of the reading code, each planted."""
     monkeypatch.setattr("fuzz.run.targets", lambda scratch: made)
     monkeypatch.setattr(*FAULTS[name])
-    assert run(Path(), 20, seed=3) == 1
+    assert run(Path(), 10, seed=3) == 1
     assert " 0 findings" not in capsys.readouterr().out
