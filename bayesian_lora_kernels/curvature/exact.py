@@ -70,7 +70,7 @@ class FunctionSpaceCurvature(Curvature):
     def measure(cls, data: Passes) -> FunctionSpaceCurvature:
         """One pass for the rows."""
         store = RowStore(data.memory_budget, data.config.row_dtype)
-        for gradients in data.weight_gradients("rows"):
+        for gradients in data.weight_gradients("rows", [store]):
             store.append({layer.name: gradients[layer.name].flatten(start_dim=1) for layer in data.layers})
         return cls(store, {layer.name: layer.shape for layer in data.layers}, data.device)
 

@@ -7,6 +7,7 @@ Sources: Martens, Grosse 2015, "Optimizing neural networks with Kronecker-factor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,7 @@ from bayesian_lora_kernels.posterior.kronecker import (
 )
 from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.posterior.stored import Stored
+from bayesian_lora_kernels.processes import Processes
 
 ROUNDING = 1e-2  # of the length of an eigenvector in a file
 
@@ -44,6 +46,7 @@ class KroneckerCurvature(Curvature):
     """
 
     whole_jacobians: ClassVar[bool] = False
+    of_all_processes: ClassVar[bool] = True
     factors: Mapping[str, KroneckerFactors]
 
     def __init__(self, layers: Mapping[str, KroneckerDecomposition], factors: Mapping[str, KroneckerFactors]):
@@ -53,7 +56,7 @@ class KroneckerCurvature(Curvature):
     def measure(cls, data: Passes) -> KroneckerCurvature:
         """One pass for the factors."""
         factors = cls.measure_factors(data)
-        bases = eigenbases(factors)
+        factors, bases = _agreed(data.processes, factors, eigenbases(factors))
         values = cls.measure_eigenvalues(data, factors, bases)
         layers = {}
         for layer in data.layers:
@@ -65,11 +68,12 @@ class KroneckerCurvature(Curvature):
     def measure_factors(cls, data: Passes) -> dict[str, KroneckerFactors]:
         """A as a mean over tokens, S as a sum over the data set."""
         sums = KroneckerSums(data.config)
-        for index, recorded in data.captures("curvature"):
+        for index, recorded in data.captures("curvature", [sums]):
             data.check_clear(index)
             sums.add_inputs(recorded.inputs, data.checks, f" in batch {index}")
-            for gradients in data.backward(recorded):
-                sums.add_gradients(gradients, recorded.inputs, data.checks, f" in batch {index}")
+            for part, gradients in data.backward(recorded):
+                sums.add_gradients(gradients, part.inputs, data.checks, f" in batch {index}")
+        sums.reduce(data.processes, data.layers)
         factors = cls.finish_factors(sums, data.n_examples)
         data.check_called(factors)
         return factors
@@ -196,7 +200,25 @@ class EigenvalueCorrectedCurvature(KroneckerCurvature):
     ) -> dict[str, Blocks]:
         """Second moments of the gradients along the bases."""
         sums = EigenvalueSums(bases, factors, data.config.tail)
-        for _, recorded in data.captures("eigenvalues", weight_gradients=True):
-            for gradients in data.backward(recorded, weight_gradients=list(bases)):
+        for _, recorded in data.captures("eigenvalues", [sums], weight_gradients=True):
+            for _, gradients in data.backward(recorded, weight_gradients=list(bases)):
                 sums.add(gradients)
+        sums.reduce(data.processes)
         return sums.eigenvalues()
+
+
+def _agreed(
+    processes: Processes, factors: Mapping[str, KroneckerFactors], bases: Mapping[str, tuple[Eigenbasis, Eigenbasis]]
+) -> tuple[dict[str, KroneckerFactors], dict[str, tuple[Eigenbasis, Eigenbasis]]]:
+    """The same on all processes, although these decompose for themselves."""
+    tensors = [
+        tensor
+        for name, one in factors.items()
+        for tensor in (one.a, one.s, one.tail_a, one.tail_s, *bases[name][0], *bases[name][1])
+    ]
+    same = iter(processes.agree(tensors))
+    found_factors, found_bases = {}, {}
+    for name in factors:
+        found_factors[name] = KroneckerFactors(*islice(same, 4))
+        found_bases[name] = Eigenbasis(*islice(same, 3)), Eigenbasis(*islice(same, 3))
+    return found_factors, found_bases

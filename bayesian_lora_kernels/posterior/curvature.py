@@ -36,6 +36,7 @@ class Curvature(ABC):
         whole_jacobians: whether `covariance` wants every layer's Jacobian as `[N, C, d_out, d_in]`, rather than as what
             it is made of.
         independent_layers: whether no entry of the matrix couples two layers.
+        of_all_processes: whether `measure` adds up over `Passes.processes`; if not, a fit of several is refused.
         factors: Kronecker factors of each layer, if there are any.
     """
 
@@ -43,6 +44,7 @@ class Curvature(ABC):
     masked: ClassVar[bool] = True
     whole_jacobians: ClassVar[bool] = True
     independent_layers: ClassVar[bool] = True
+    of_all_processes: ClassVar[bool] = False
     factors: Mapping[str, KroneckerFactors] | None = None
 
     @classmethod

@@ -166,7 +166,8 @@ def adapter_digest(parameters: Mapping[str, Tensor]) -> str:
         value = parameters[name].detach()
         digest.update(f"{name} {list(value.shape)}\n".encode())
         for piece in value.reshape(-1).split(2**20):
-            digest.update(piece.cpu().to(torch.float64).numpy().data)
+            # A copy: of a tensor that NumPy has seen the storage cannot be freed, as FSDP does.
+            digest.update(piece.to("cpu", torch.float64, copy=True).numpy().data)
     return digest.hexdigest()
 
 
