@@ -13,6 +13,7 @@
 # make test-floors: part of the tests with the lowest versions that pyproject.toml allows, Python 3.10 and PyTorch 2.6 among
 #   them: 3 GB to download and 5 GB of disk, since they bring NVIDIA's packages; less where PIP_FLAGS names an index of CPU
 #   builds
+# make fuzz: 100,000 damaged posteriors and adapter folders; COUNT=1000 for fewer
 # make test-saves: two processes save into one folder at once, 1,000 times, while a third reads
 # make docs: these pages as a site in docs/_build; a warning is an error. make pages: runs the pages' code and writes what it
 #   prints into them; PAGES="docs/tutorials/classification.md" for some
@@ -41,7 +42,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: demo demo-llm test test-all test-interpret test-floors test-saves models models-check release-check lint \
-  format bench study aot aot-check roofline clean docs pages help
+  format bench study aot aot-check roofline clean docs pages fuzz help
 .DEFAULT_GOAL := help
 
 help:
@@ -60,6 +61,9 @@ test: $(PEERS)
 
 test-all: $(PEERS)
 	@$(SPREAD) -q
+
+fuzz: $(READY)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz $(COUNT)
 
 test-saves: $(READY)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m saves
