@@ -34,7 +34,8 @@ class Processes:
         group: see below.
         rank: of this process in the group, from 0.
         size: how many there are.
-        sent: bytes that this process gave to others, as the operations count them, whatever the network does.
+        sent: bytes of numbers that this process gave to others, as the operations count them.
+        told: bytes of text that others read of this process.
 
     Args:
         group: a process group; None: this process alone, which talks to no one.
@@ -48,7 +49,7 @@ class Processes:
 
     def __init__(self, group: Any = None):
         self.group = group
-        self.rank, self.size, self.sent = 0, 1, 0
+        self.rank, self.size, self.sent, self.told = 0, 1, 0, 0
         if group is None:
             return
         if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
@@ -90,7 +91,7 @@ class Processes:
         found: dict[int, Any] = {}
         with self._store_there():
             self._post(step, text)
-            self.sent += (self.size - 1) * len(text)
+            self.told += (self.size - 1) * len(text)
             missing = self._wait(step, self._timeout, lambda rank, said: found.update({rank: self._read(rank, said)}))
             if missing:
                 raise OtherProcessError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -273,11 +274,9 @@ def _check_alike(passes: Passes) -> None:
     parameters = {name: value for layer in passes.layers for name, value in layer.parameters().items()}
     weights = MeasuredWeights.of(passes.model, parameters)
     ids = passes.forward.class_token_ids
-    base = (
-        None
-        if weights.base is None
-        else [hashlib.sha256(weights.base[0].cpu().numpy().data).hexdigest(), weights.base[1]]
-    )
+    base = hashlib.sha256()
+    if weights.base is not None:
+        base.update(json.dumps(weights.base[1]).encode() + weights.base[0].cpu().numpy().tobytes())
     passes.processes.check_alike(
         {
             **passes.config.as_json(),
@@ -285,7 +284,7 @@ def _check_alike(passes: Passes) -> None:
             "forward": passes.forward.function is not None,
             "layers": [layer.name for layer in passes.layers],
             **{layer.name: [*layer.shape, layer.device.type] for layer in passes.layers},
-            "the posterior's weights": weights.digest,
-            "the base model": base,
+            "SHA-256 of the posterior's weights": weights.digest,
+            "SHA-256 of the base model's": base.hexdigest(),
         }
     )
