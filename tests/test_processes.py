@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from ranks.start import run
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature import shares
 from bayesian_lora_kernels.curvature.reduction import TOGETHER, leading
 from bayesian_lora_kernels.processes import Processes
+from benchmarks import traffic
 
 OTHER = "OtherProcessError: rank 1 of the group"
 
@@ -39,6 +42,20 @@ def test_two_processes_are_as_one(tmp_path):
 
 def test_a_process_that_rounds_otherwise_takes_the_numbers_of_the_first(tmp_path):
     assert run(faults.rounds_otherwise, 2, tmp_path) == ["nothing wrong"] * 2
+
+
+def test_traffic_is_as_modelled_whatever_the_number_of_batches(tmp_path):
+    held = traffic.Held.of(traffic.small_layers(traffic.Chain()), LaplaceConfig(**traffic.SMALL))
+    for curvature in ("kfac", "ekfac"):
+        found = [run(traffic.sent, 2, tmp_path, batches, curvature) for batches in (1, 5)]
+        assert found[0] == found[1]
+        assert found[0] == pytest.approx([held.sent(2, curvature)] * 2, rel=0.01)
+
+
+def test_the_table_of_traffic_is_that_of_the_model():
+    document = (Path(traffic.__file__).parents[1] / "docs" / "performance.md").read_text()
+    for row in traffic.modelled():
+        assert row in document
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
