@@ -31,6 +31,7 @@ def some_checks(group):
     checks.check_merge(group)
     checks.check_moods(group)
     checks.check_samples(group)
+    checks.check_repeats(group)
     checks.check_gathered(group, "empty")
     checks.check_calibration(group, "uneven")
     return "equal"

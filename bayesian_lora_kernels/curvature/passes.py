@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.factor_sums import Rows, checked_square_sums, not_finite
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
+from bayesian_lora_kernels.curvature.repeats import Sketch, warn_of_repeats
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.deferred import Deferred
@@ -45,12 +46,14 @@ class _Totals:
     positions: Tensor | int = 0  # that carry a loss
     log_likelihood: Tensor | float | None = None
     labelled: bool = True
+    sketch: Sketch = field(default_factory=Sketch)
 
     def of_all(self, processes: Processes) -> _Totals:
         """Those of all processes together."""
         known = None if self.log_likelihood is None else float(self.log_likelihood)
-        parts = processes.values([self.n_examples, int(self.positions), known, self.labelled])
-        examples, positions, likelihoods, labelled = zip(*parts, strict=True)
+        parts = processes.values([self.n_examples, int(self.positions), known, self.labelled, self.sketch.least])
+        examples, positions, likelihoods, labelled, sketches = zip(*parts, strict=True)
+        warn_of_repeats(sketches)
         seen = [one for one in likelihoods if one is not None]
         return _Totals(sum(examples), sum(positions), sum(seen) if seen else None, all(labelled))
 
@@ -135,6 +138,8 @@ class Passes:
                 batch = Batch.of(given, self.device)
                 if batch.size == 0:
                     continue
+                if self.processes.size > 1 and self._totals is None:
+                    totals.sketch.add(batch)
                 step = examples_within(self.config.memory_budget, batch, self.layers, weight_gradients=weight_gradients)
                 for _, recorded in captures(self.layers, self.forward, batch, step, all_labels=True):
                     self.checks.prefix = f"batch {index}: "

@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from . import checks
 
+RANDOM = 15
+
 
 def everything() -> Iterator[tuple[str, Callable[[Any], None]]]:
     """Every check with its name."""
@@ -24,7 +26,15 @@ def everything() -> Iterator[tuple[str, Callable[[Any], None]]]:
         for settings in ({"curvature": "ekfac"}, {"tokens": "reduce"}, {"tokens": "last"}):
             what = ", ".join(f"{key}={value}" for key, value in settings.items())
             yield f"{what}, {kind}", functools.partial(checks.check_mlp, kind=kind, **settings)
-    for check in (checks.check_merge, checks.check_moods, checks.check_samples, checks.check_scores):
+    for seed in range(RANDOM):
+        yield f"random settings {seed}", functools.partial(checks.check_random, seed=seed)
+    for check in (
+        checks.check_repeats,
+        checks.check_merge,
+        checks.check_moods,
+        checks.check_samples,
+        checks.check_scores,
+    ):
         yield check.__name__, check
 
 

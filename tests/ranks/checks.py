@@ -6,13 +6,15 @@ Every check runs on all processes of a group at once, and raises on each of them
 from __future__ import annotations
 
 import hashlib
+import random
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from dense import relative
-from models import Case, llama, mlp
+from models import Case, bert, llama, mlp
 from torch import Tensor, nn
 
 import bayesian_lora_kernels as blk
@@ -185,6 +187,44 @@ def check_moods(group: Any) -> None:
         assert len(sharing(single)) == shared, mood
         check_factors(single, group_fit)
         check_same_bits(group_fit, group)
+
+
+def check_repeats(group: Any) -> None:
+    """The same texts on all processes, in another order and otherwise padded: they are warned of, others are not."""
+    case = llama((5, 3, 6, 4, 7, 2, 5, 3, 4, 6), layers=1)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(rank)).tolist()
+    laplace = blk.LaplaceLoRA(case.model, fisher="empirical", rank=None, **case.arguments)
+    for loader, expected in (
+        ([case.batch(order[i : i + 3], side="left" if rank else "right") for i in range(0, 10, 3)], size > 1),
+        (own_loader(case, group, "turns"), False),
+    ):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            laplace.fit(loader, progress=False, group=group)
+        said = [str(one.message) for one in seen if "the same examples" in str(one.message)]
+        assert [one[:48] for one in said] == ["fit: ranks 0 and 1 of the group were given the s"] * expected
+
+
+def check_random(group: Any, seed: int) -> None:
+    """Any settings, models and shares, in batches of any size."""
+    draw = random.Random(seed)
+    case = draw.choice([mlp, llama, bert])()
+    rank, size, n = dist.get_rank(group), dist.get_world_size(group), len(case.examples)
+    owners = [draw.randrange(size) for _ in range(n)]
+    own = [i for i in range(n) if owners[i] == rank]
+    step = draw.randint(1, 3)
+    loader = [case.batch(own[i : i + step]) for i in range(0, len(own), step)]
+    settings = {
+        "curvature": draw.choice(["kfac", "ekfac"]),
+        "tokens": draw.choice(["expand", "reduce", "last"]),
+        "fisher": draw.choice(["exact", "empirical"]),
+        "seed": draw.randint(-5, 5),
+        "prior_precision": 10 ** draw.uniform(-2, 2),
+    }
+    single, shared = both(case, loader, group, **settings)
+    check_factors(single, shared)
+    check_equal(single, shared, case, group)
 
 
 def check_samples(group: Any) -> None:
