@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bayesian_lora_kernels.config import LaplaceConfig, PriorPrecision
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.curvature.passes import Fit, Passes, fit_curvature
-from bayesian_lora_kernels.curvature.shares import check_share
+from bayesian_lora_kernels.curvature.shares import own_share
 from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
@@ -127,8 +127,8 @@ class LaplaceLoRA:
 
         Raises:
             ValueError: for an empty loader, bad labels, numbers that are not finite, a layer that is never called; for
-                processes that differ in settings, layers or weights, and a loader that repeats examples so that all
-                shares are equally long.
+                processes that differ in settings, layers or weights, and a loader that repeats examples, so that all
+                shares are equally long, without a way to tell which.
             RuntimeError: if another process of the group failed, or did not come within the group's timeout; it is
                 named.
 
@@ -137,7 +137,7 @@ class LaplaceLoRA:
         """
         processes = Processes(group)
         with processes.together():
-            check_share(loader, processes, "fit")
+            loader = own_share(loader, processes, "fit")
             found = fit_curvature(
                 Passes(self.model, self.layers, self._forward, loader, self.config, progress, processes)
             )
@@ -202,7 +202,7 @@ class LaplaceLoRA:
         likelihood = LIKELIHOODS[self.likelihood]()
         processes = Processes(group)
         with processes.together():
-            check_share(val_loader, processes, "optimize_prior_precision")
+            val_loader = own_share(val_loader, processes, "optimize_prior_precision")
             found = minimise_nll(self._predictor(fit), likelihood, val_loader, fit.curvature, processes)
         self.prior_precision = found
         return self
@@ -257,7 +257,7 @@ class LaplaceLoRA:
         likelihood = LIKELIHOODS[self.likelihood]()
         found, scale, processes = LabelLikelihood(), self.variance_scale, Processes(group)
         with processes.together():
-            check_share(val_loader, processes, "calibrate")
+            val_loader = own_share(val_loader, processes, "calibrate")
             processes.check_alike(self._prior_numbers())
             for mean, (covariance,), labels in labelled_predictions(
                 self._predictor(fit), likelihood, val_loader, [self._gaussian()], progress, processes

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,15 @@ from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from models import mlp
 from ranks import checks, faults
 from ranks.start import run
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.config import LaplaceConfig
@@ -30,6 +40,7 @@ def some_checks(group):
     checks.check_low_rank(group, "uneven")
     checks.check_merge(group)
     checks.check_moods(group)
+    checks.check_sampler(group)
     checks.check_samples(group)
     checks.check_repeats(group)
     checks.check_gathered(group, "empty")
@@ -111,15 +122,7 @@ def test_what_a_group_cannot_be_served(tmp_path):
     found = run(faults.refused, 2, tmp_path)
     assert found[0]["own kind"].startswith("ValueError: group: curvature='alone' measures the data of its own process")
     assert found[0]["no data"] == "ValueError: loader: expected at least one batch with at least one example, got none"
-    for name, part in (
-        ("repeats", "repeats examples to make the shares equally long, and they would count twice. DataLoader(Subset("),
-        ("same share", "rank 1 of the group failed: ValueError: loader: expected share 1 of 2"),
-        (
-            "other size",
-            "expected share 0 of 2, as this process is in the group, its DistributedSampler gives share 0 of 3",
-        ),
-    ):
-        assert part in found[0][name], name
+    assert "rank 1 of the group failed: ValueError: loader: expected share 1 of 2" in found[0]["same share"]
     assert "expected share 1 of 2, as this process is in the group" in found[1]["same share"]
     for name, part in (
         ("prior", "the prior precision of first is 1.0 on rank 0 and 2.0 on rank 1"),
@@ -225,30 +228,69 @@ def test_the_share_of_a_loader(name):
         assert (found.size, found.rank, found.repeats) == (2, 1, repeats)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, repeats) in LOADERS.items() if repeats is not None])
-def test_repeats_are_seen_where_there_are_any(name):
-    """The two shares together, compared with what is in the data."""
-    loader, repeats = LOADERS[name]
-    sampler, dataset = getattr(loader, "batch_sampler", None), loader.dataset
-    seen = []
-    for rank in (0, 1):
-        if isinstance(dataset, IterableDatasetShard):
-            dataset.process_index = rank
-            seen += [int(y) for _, y in dataset]
-        elif isinstance(sampler, BatchSamplerShard):
-            sampler.process_index = rank
-            seen += [i for batch in sampler for i in batch]
-        else:
-            sampler.sampler.rank = rank
-            seen += [i for batch in sampler for i in batch]
-    if isinstance(dataset, IterableDatasetShard):
-        assert len(seen) == 8
-    else:
-        assert (len(seen) > len(set(seen))) == repeats
-    for one in (dataset, sampler, getattr(sampler, "sampler", None)):
-        for key in ("process_index", "rank"):
-            if hasattr(one, key):
-                setattr(one, key, 1)
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["sampler", "shard", "split shard"])
+def test_the_shares_of_a_group_have_every_example_once(kind, size, monkeypatch):
+    """The places in the data that all processes are given, for data and batches of every length."""
+    monkeypatch.setattr(shares.Batch, "of", staticmethod(lambda batch: Rows(batch)))
+    for n, batch, shuffle in itertools.product(range(1, 14), (1, 2, 3), (False, True)):
+        if kind == "split shard":
+            batch *= size
+        seen = []
+        for rank in range(size):
+            loader = shard_of(kind, n, batch, rank, size, shuffle)
+            group = SimpleNamespace(group=object(), rank=rank, size=size)
+            for rows in shares.own_share(loader, group, "fit"):
+                seen += rows
+        assert sorted(seen) == [*range(n)], (n, batch, shuffle)
+
+
+class Rows:
+    """A batch that is a list of places."""
+
+    def __init__(self, given):
+        self.given, self.size = given, len(given)
+
+    def rows(self, start, stop):
+        return Rows(self.given[start:stop])
+
+
+def shard_of(kind, n, batch, rank, size, shuffle):
+    if kind == "sampler":
+        sampler = DistributedSampler(range(n), size, rank, shuffle=shuffle, seed=3)
+        return DataLoader(range(n), batch, sampler=sampler, collate_fn=list)
+    order = (
+        RandomSampler(range(n), generator=torch.Generator().manual_seed(n)) if shuffle else SequentialSampler(range(n))
+    )
+    shard = BatchSamplerShard(BatchSampler(order, batch, False), size, rank, split_batches=kind == "split shard")
+    return DataLoader(range(n), batch_sampler=shard, collate_fn=list)
+
+
+def test_repeats_that_cannot_be_told_are_refused():
+    group = SimpleNamespace(group=object(), rank=1, size=2)
+    sampler = DistributedSampler(range(7), 2, 1)
+    for loader in (
+        LOADERS["stream"][0],
+        DataLoader(range(7), batch_sampler=Odd(sampler, 2, False)),
+    ):
+        with pytest.raises(ValueError, match=r"repeats examples .* count twice\. DataLoader\(Subset\(dataset, range\("):
+            shares.own_share(loader, group, "fit")
+    loader = DataLoader(range(7), 2, sampler=sampler, collate_fn=lambda rows: torch.zeros(3, 1))
+    with pytest.raises(
+        ValueError, match=r"expected the examples that its sampler chose, .* a batch of 3 in place of 2"
+    ):
+        [*shares.own_share(loader, group, "fit")]
+    for what, share in (
+        (r"expected share 1 of 2, .* gives share 0 of 2", (2, 0)),
+        (r"share 1 of 2, .* 1 of 3", (3, 1)),
+    ):
+        loader = DataLoader(range(6), sampler=DistributedSampler(range(6), *share))
+        with pytest.raises(ValueError, match=rf"{what}"):
+            shares.own_share(loader, group, "fit")
+
+
+class Odd(BatchSampler):
+    """Nobody knows how it makes batches."""
 
 
 def test_a_share_without_a_group_is_warned_of():

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from dense import relative
 from models import Case, bert, llama, mlp
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
 
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.config import LaplaceConfig
@@ -44,7 +45,7 @@ def own_loader(case: Case, group: Any, kind: str, size: int = 2) -> list[Any]:
     return [case.batch(own[i : i + size]) for i in range(0, len(own), size)]
 
 
-def both(case: Case, loader: list[Any], group: Any, **settings: Any) -> tuple[blk.LaplaceLoRA, blk.LaplaceLoRA]:
+def both(case: Case, loader: Any, group: Any, **settings: Any) -> tuple[blk.LaplaceLoRA, blk.LaplaceLoRA]:
     """The fit of a single process with all the data, and that of the group with a loader each."""
     settings = {**case.arguments, "fisher": "exact", "rank": None, "prior_precision": 0.7, **settings}
     single = blk.LaplaceLoRA(case.model, **settings).fit(case.loader(3), progress=False)
@@ -223,6 +224,16 @@ def check_random(group: Any, seed: int) -> None:
         "prior_precision": 10 ** draw.uniform(-2, 2),
     }
     single, shared = both(case, loader, group, **settings)
+    check_factors(single, shared)
+    check_equal(single, shared, case, group)
+
+
+def check_sampler(group: Any) -> None:
+    """What a `DistributedSampler` repeats counts once."""
+    case, size = mlp(n=10), dist.get_world_size(group)
+    data = [*zip(case.examples, case.labels, strict=True)]
+    loader = DataLoader(data, 2, sampler=DistributedSampler(data, size, dist.get_rank(group), shuffle=True))
+    single, shared = both(case, loader, group, curvature="ekfac")
     check_factors(single, shared)
     check_equal(single, shared, case, group)
 

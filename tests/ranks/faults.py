@@ -112,17 +112,15 @@ def other_settings(group: Any) -> list[str]:
 
 def refused(group: Any) -> dict[str, str]:
     """What a group cannot be served, by name, with the error."""
-    rank, case = dist.get_rank(group), mlp(n=17)
-    bad, data = rank == BAD, [*zip(case.examples, case.labels, strict=True)]
+    bad, case = dist.get_rank(group) == BAD, mlp(n=17)
+    data = [*zip(case.examples, case.labels, strict=True)]
 
     class Alone(kfac.KroneckerCurvature):
         of_all_processes = False
 
     register("alone")(Alone)
     errors = {"own kind": fitted(group, case, case.loader(9), curvature="alone"), "no data": fitted(group, case, [])}
-    for name, size, which in (("repeats", 2, rank), ("same share", 2, 0), ("other size", 3, rank)):
-        sampler = DistributedSampler(data, size, which, drop_last=name == "same share")
-        errors[name] = fitted(group, case, DataLoader(data, 4, sampler=sampler))
+    errors["same share"] = fitted(group, case, DataLoader(data, 4, sampler=DistributedSampler(data, 2, 0)))
     laplace = blk.LaplaceLoRA(case.model, fisher="exact").fit(case.loader(9), progress=False)
     for name, precision, batch, outputs in (
         ("prior", 2.0 if bad else 1.0, case.batch(), None),
