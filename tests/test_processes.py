@@ -277,7 +277,7 @@ def test_repeats_that_cannot_be_told_are_refused():
             shares.own_share(loader, group, "fit")
     loader = DataLoader(range(7), 2, sampler=sampler, collate_fn=lambda rows: torch.zeros(3, 1))
     with pytest.raises(
-        ValueError, match=r"expected the examples that its sampler chose, .* a batch of 3 in place of 2"
+        ValueError, match=r"the examples that its sampler chose, .* a batch of 3 in place of 2"
     ):
         [*shares.own_share(loader, group, "fit")]
     for what, share in (
