@@ -52,14 +52,14 @@ class Processes:
         self.rank, self.size, self.sent, self.told = 0, 1, 0, 0
         if group is None:
             return
+        if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:  # what `new_group` gives to others
+            raise ValueError("group: this process is not in it")
         if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
             raise TypeError(
                 "group: expected a torch.distributed process group, such as torch.distributed.group.WORLD, or None for "
                 f"this process alone, got {type(group).__name__}"
             )
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        if self.rank < 0:
-            raise ValueError("group: this process is not in it")
         self._number = self._made[group] = self._made.get(group, 0) + 1
         self._step = 0
 

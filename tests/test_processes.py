@@ -276,9 +276,7 @@ def test_repeats_that_cannot_be_told_are_refused():
         with pytest.raises(ValueError, match=r"repeats examples .* count twice\. DataLoader\(Subset\(dataset, range\("):
             shares.own_share(loader, group, "fit")
     loader = DataLoader(range(7), 2, sampler=sampler, collate_fn=lambda rows: torch.zeros(3, 1))
-    with pytest.raises(
-        ValueError, match=r"the examples that its sampler chose, .* a batch of 3 in place of 2"
-    ):
+    with pytest.raises(ValueError, match=r"the examples that its sampler chose, .* a batch of 3 in place of 2"):
         [*shares.own_share(loader, group, "fit")]
     for what, share in (
         (r"expected share 1 of 2, .* gives share 0 of 2", (2, 0)),

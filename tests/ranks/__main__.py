@@ -16,12 +16,29 @@ import torch.distributed as dist
 from . import checks
 
 RANDOM = 15
+BY_SHARES = (
+    checks.check_kfac,
+    checks.check_low_rank,
+    checks.check_wrapped,
+    checks.check_gathered,
+    checks.check_calibration,
+)
+OTHERS = (
+    checks.check_subgroup,
+    checks.check_sampler,
+    checks.check_repeats,
+    checks.check_merge,
+    checks.check_moods,
+    checks.check_samples,
+    checks.check_scores,
+    checks.check_progress,
+)
 
 
 def everything() -> Iterator[tuple[str, Callable[[Any], None]]]:
     """Every check with its name."""
     for kind in checks.SHARES:
-        for check in (checks.check_kfac, checks.check_low_rank, checks.check_gathered, checks.check_calibration):
+        for check in BY_SHARES:
             yield f"{check.__name__}, {kind}", functools.partial(check, kind=kind)
         for settings in ({"curvature": "ekfac"}, {"tokens": "reduce"}, {"tokens": "last"}):
             what = ", ".join(f"{key}={value}" for key, value in settings.items())

@@ -5,9 +5,11 @@ Every check runs on all processes of a group at once, and raises on each of them
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.config import LaplaceConfig
+from bayesian_lora_kernels.curvature import passes
 from bayesian_lora_kernels.curvature.factor_sums import FactorSum, FactorSums
 from bayesian_lora_kernels.curvature.reduction import SumOfAll, reduce
 from bayesian_lora_kernels.model.deferred import AT_ONCE
@@ -312,3 +315,48 @@ def check_calibration(group: Any, kind: str) -> None:
     assert 1e-3 < precisions[0] < 1e3
     assert precisions[1] == pytest.approx(precisions[0], rel=1e-9)
     assert len(set(everyone(precisions[1], group))) == 1
+
+
+def check_wrapped(group: Any, kind: str) -> None:
+    """DistributedDataParallel with buffers, which it sends to all processes in forward: with shares of any length."""
+    case = mlp(n=9)
+    case.model.register_buffer("unused", torch.ones(3, dtype=torch.float64))
+    single, _ = both(case, [*case.loader(9)] if dist.get_rank(group) == 0 else [], group)
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(case.model))
+    shared = blk.LaplaceLoRA(wrapped, fisher="exact", rank=None, prior_precision=0.7)
+    shared.fit(own_loader(case, group, kind), progress=False, group=group)
+    for name, one in single.factors.items():
+        assert relative(shared.factors[f"module.{name}"].a, one.a) < EXACTLY
+        assert relative(shared.factors[f"module.{name}"].s, one.s) < EXACTLY
+    own = share(9, group, kind)
+    if own:
+        expected = single.predict(case.batch(own))
+        assert relative(shared.predict(case.batch(own)).covariance, expected.covariance) < EXACTLY
+    check_same_bits(shared, group)
+
+
+def check_subgroup(group: Any) -> None:
+    """Some of the processes, the last first; and its own timeout."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    members = [*range(size - 1, 0, -1)] or [0]
+    part = dist.new_group(members, timeout=timedelta(seconds=42), use_local_synchronization=False)
+    case = mlp(n=7)
+    if rank not in members:
+        with pytest.raises(ValueError, match="group: this process is not in it"):
+            blk.LaplaceLoRA(case.model).fit(case.loader(2), progress=False, group=part)
+        return
+    assert Processes(part)._timeout == 42
+    single, shared = both(case, own_loader(case, part, "uneven"), part)
+    check_factors(single, shared)
+    check_equal(single, shared, case, part)
+
+
+def check_progress(group: Any) -> None:
+    """One bar for all processes."""
+    case, shown, bar = mlp(n=6), [], passes.tqdm
+    passes.tqdm = lambda loader, **settings: shown.append(not settings["disable"]) or loader
+    try:
+        blk.LaplaceLoRA(case.model).fit(own_loader(case, group, "turns"), group=group)
+    finally:
+        passes.tqdm = bar
+    assert shown == [dist.get_rank(group) == 0]
