@@ -167,6 +167,7 @@ class Passes:
         """
         totals, self.checks = _Totals(), Deferred()
         for index, given in self._batches(what, sums, totals):
+            self._limit.where = f"batch {index}: "
             try:
                 batch = Batch.of(given, self.device)
                 if batch.size == 0:

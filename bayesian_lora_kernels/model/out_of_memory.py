@@ -14,10 +14,12 @@ class Limit:
 
     Attributes:
         examples: at most; None as long as memory has not run out.
+        where: what messages begin with.
     """
 
     def __init__(self) -> None:
         self.examples: int | None = None
+        self.where = ""
 
     def within(self, step: int) -> int:
         """A number of examples that is no more than this."""
@@ -31,11 +33,11 @@ class Limit:
         """
         if examples < 2:
             raise torch.OutOfMemoryError(
-                f"a single example does not fit into memory ({error}); shorten it, or use gradient checkpointing, a "
+                f"{self.where}a single example does not fit into memory ({error}); shorten it, or use gradient checkpointing, a "
                 "smaller dtype or another device"
             ) from error
         self.examples = examples // 2
-        logger.info("memory ran out with %d examples at a time: from here on %d", examples, self.examples)
+        logger.info("%smemory ran out with %d examples at a time: from here on %d", self.where, examples, self.examples)
 
 
 def ran_out(error: BaseException) -> bool:
