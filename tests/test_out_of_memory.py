@@ -122,9 +122,7 @@ def test_one_example_that_does_not_fit(method, monkeypatch):
     with (
         short(monkeypatch, method, 0, MESSAGES["host"], most=0.5),
         untouched(case.model),
-        pytest.raises(
-            torch.OutOfMemoryError, match=r"^batch 0: a single example does not fit into memory \(.*can't allocate"
-        ),
+        pytest.raises(torch.OutOfMemoryError, match=r"^batch 0: a single example does not fit .*can't allocate"),
     ):
         laplace.fit(case.loader(4), progress=False)
     assert laplace.posterior.curvature is before

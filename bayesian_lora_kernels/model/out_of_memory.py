@@ -33,8 +33,8 @@ class Limit:
         """
         if examples < 2:
             raise torch.OutOfMemoryError(
-                f"{self.where}a single example does not fit into memory ({error}); shorten it, or use gradient checkpointing, a "
-                "smaller dtype or another device"
+                f"{self.where}a single example does not fit into memory ({error}); shorten it, or use gradient "
+                "checkpointing, a smaller dtype or another device"
             ) from error
         self.examples = examples // 2
         logger.info("%smemory ran out with %d examples at a time: from here on %d", self.where, examples, self.examples)
