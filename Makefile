@@ -10,6 +10,7 @@
 #   Triton of TRITON_VERSIONS, in environments of their own
 # make models: families of models and kinds of adapters, each against autograd, and writes docs/models.md; models-check
 #   only compares with it
+# make test-faults: fits with checkpoints under kill -9 and on full disks
 # make test-floors: part of the tests with the lowest versions that pyproject.toml allows, Python 3.10 and PyTorch 2.6 among
 #   them: 3 GB to download and 5 GB of disk, since they bring NVIDIA's packages; less where PIP_FLAGS names an index of CPU
 #   builds
@@ -37,7 +38,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # ninja is in the environment; the compiler finds it there
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo demo-llm test test-all test-interpret test-floors models models-check release-check lint format bench study aot \
+.PHONY: demo demo-llm test test-all test-faults test-interpret test-floors models models-check release-check lint format bench study aot \
   aot-check roofline clean help
 .DEFAULT_GOAL := help
 
@@ -57,6 +58,10 @@ test: $(PEERS)
 
 test-all: $(PEERS)
 	@$(SPREAD) -q
+
+# KILLS=100 for more of them
+test-faults: $(READY)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults --kills $(or $(KILLS),20)
 
 models: $(READY)
 	@PYTHONPATH=tests $(BIN)/python -m families

@@ -45,11 +45,11 @@ def counted(model: Any) -> Any:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_it_goes_on_to_the_same_result(setting, tmp_path):
-    """Stopped before every batch of every pass; what was counted is read again, and not run."""
+    """Stopped before any batch; what was counted is read again, and not run."""
     one = case()
     loader = one.loader(2)
     expected = tensors(laplace(one, setting).fit(loader, progress=False))
-    for after in range(PASSES[setting] * len(loader)):
+    for after in range(0, PASSES[setting] * len(loader), PASSES[setting]):
         folder = tmp_path / str(after)
         stopped(setting, folder, after, one)
         with counted(one.model) as ran:
