@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader
 
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.curvature import checkpoint, checkpoint_folder
+from bayesian_lora_kernels.model import deferred
+from bayesian_lora_kernels.model.deferred import Deferred
 
 RANK = "rank-0"
 
@@ -267,6 +269,27 @@ def test_how_often(tmp_path, monkeypatch):
     written.clear()
     blk.LaplaceLoRA(one.model).fit(Slow(one.loader(2)), progress=False, checkpoint=tmp_path)
     assert written == [2, 6, 7]  # a minute; then 20 times the 10 s that it took; and what is finished
+
+
+def test_nothing_is_written_that_has_not_been_looked_at(tmp_path, monkeypatch):
+    """Flags of a GPU are looked at a batch later; not where that would be after a checkpoint."""
+
+    def later(self: Deferred, bad: torch.Tensor, error: Any) -> None:
+        self._new.append((bad, error))
+
+    monkeypatch.setattr(Deferred, "add", later)
+    monkeypatch.setattr(deferred, "_to_host", lambda flags: (flags, None))
+    one = mlp(n=8)
+    loader = one.loader(2)
+    loader[1][0][0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        blk.LaplaceLoRA(one.model, check="off").fit(loader, progress=False, checkpoint=tmp_path, every=1)
+    loader[1][0][0] = 0.0
+    expected = tensors(blk.LaplaceLoRA(one.model).fit(loader, progress=False))
+    with counted(one.model) as ran:
+        found = blk.LaplaceLoRA(one.model, check="off").fit(loader, progress=False, checkpoint=tmp_path)
+    assert differences(tensors(found), expected) == []
+    assert len(ran) == 3
 
 
 @pytest.mark.parametrize("every", [0, -1, True, 1.5, "1"])
