@@ -136,8 +136,7 @@ class LaplaceLoRA:
         Raises:
             ValueError: for an empty loader, bad labels, numbers that are not finite, a layer that is never called; for
                 a checkpoint that is damaged, of another fit, or of other data than the loader's.
-            RuntimeError: if another fit writes its checkpoints to the same folder.
-            OSError: if nothing can be written there.
+            OSError: if another fit writes its checkpoints to the same folder, or nothing can be written there.
             torch.OutOfMemoryError: if one example alone does not fit into memory.
         """
         if every is not None:

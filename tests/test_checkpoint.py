@@ -407,12 +407,32 @@ def test_two_fits_into_one_folder(tmp_path):
     def both() -> Any:
         for batch in one.loader(2):
             yield batch
-            with pytest.raises(RuntimeError, match=f"{tmp_path}.*another fit writes its checkpoints there"):
+            with pytest.raises(BlockingIOError, match=f"{tmp_path}.*another fit writes its checkpoints there"):
                 laplace(one, "exact").fit(one.loader(2), progress=False, checkpoint=tmp_path)
 
     expected = tensors(laplace(one, "exact").fit(one.loader(2), progress=False))
     found = laplace(one, "exact").fit(both(), progress=False, checkpoint=tmp_path, every=1)
     assert differences(tensors(found), expected) == []
+
+
+def test_a_loaders_workers_do_not_hold_the_folder(tmp_path):
+    """They outlive a killed fit by some seconds."""
+    reading, writing = os.pipe()
+    with checkpoint_folder.held(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            os.read(reading, 1)  # until the parent goes on
+            os._exit(0)
+    os.close(reading)
+    with (
+        checkpoint_folder.held(tmp_path),
+        pytest.raises(BlockingIOError, match="another fit"),
+        checkpoint_folder.held(tmp_path),
+    ):
+        pass
+    os.close(writing)
+    os.waitpid(child, 0)
 
 
 # ---- it cannot be read, or written -----------------------------------------------------------------------------------

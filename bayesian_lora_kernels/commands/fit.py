@@ -29,6 +29,12 @@ def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
     parser.add_argument("--per-module", action="store_true", help="one prior precision for each module")
     options.add_settings(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: the adapter's folder")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="where to keep what is measured, to go on from after a kill",
+    )
     options.add_json(parser, "also write the results to this file, as JSON")
     return parser
 
@@ -46,7 +52,7 @@ def run(args: Namespace) -> int:
     with as_input_errors():
         laplace = job.laplace(config)
         started = time.perf_counter()
-        laplace.fit(job.batches(), progress=sys.stderr.isatty())
+        laplace.fit(job.batches(), progress=sys.stderr.isatty(), checkpoint=args.checkpoint)
         laplace.optimize_prior_precision(per_module=args.per_module)
         evidence = float(laplace.log_marginal_likelihood())
         seconds = time.perf_counter() - started
