@@ -11,6 +11,7 @@
 # make models: families of models and kinds of adapters, each against autograd, and writes docs/models.md; models-check
 #   only compares with it
 # make test-distributed: fits of one, two and three processes, as torchrun starts them, against one process
+# make test-faults: fits with checkpoints under kill -9 and on full disks
 # make test-floors: part of the tests with the lowest versions that pyproject.toml allows, Python 3.10 and PyTorch 2.6 among
 #   them: 3 GB to download and 5 GB of disk, since they bring NVIDIA's packages; less where PIP_FLAGS names an index of CPU
 #   builds
@@ -43,7 +44,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: demo demo-llm test test-all test-interpret test-floors test-saves models models-check release-check lint \
-  format bench study aot aot-check roofline clean docs pages fuzz test-distributed help
+  format bench study aot aot-check roofline clean docs pages fuzz test-distributed test-faults help
 .DEFAULT_GOAL := help
 
 help:
@@ -68,9 +69,14 @@ fuzz: $(READY)
 
 test-saves: $(READY)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m saves
+
 test-distributed: $(READY)
 	@for n in 1 2 3; do \
 	  PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=$$n -m ranks || exit 1; done
+
+# KILLS=100 for more of them
+test-faults: $(READY)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults --kills $(or $(KILLS),20)
 
 models: $(READY)
 	@PYTHONPATH=tests $(BIN)/python -m families

@@ -148,8 +148,8 @@ class LaplaceLoRA:
                 are equally long, without a way to tell which, and a checkpoint that is damaged, of another fit, or of
                 other data than the loader's.
             RuntimeError: if another process of the group failed, or did not come within the group's timeout; it is
-                named. If another fit writes its checkpoints to the same folder.
-            OSError: if no checkpoint can be written.
+                named.
+            OSError: if another fit writes its checkpoints to the same folder, or nothing can be written there.
             torch.OutOfMemoryError: if one example alone does not fit into memory.
 
         Warns:

@@ -148,6 +148,12 @@ def _fit(subparsers: Subparsers) -> None:
     parser.add_argument("--per-module", action="store_true", help="one prior precision for each module")
     add_settings(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: the adapter's folder")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="where to keep what is measured, to go on from after a kill",
+    )
     add_json(parser, "also write the results to this file, as JSON")
 
 

@@ -124,7 +124,12 @@ class Passes:
             self.restore(checkpoint.saved)
 
     def state(self) -> dict[str, Any]:
-        """What is no pass' own; see `Stateful`."""
+        """What is no pass' own; see `Stateful`.
+
+        Raises:
+            ValueError: for what was wrong with a batch: nothing is written down that has not been looked at.
+        """
+        self.checks.end()
         return {
             "totals": None if self._totals is None else self._totals.state(),
             "generators": {str(device): one.get_state() for device, one in self._generators.items()},
@@ -186,6 +191,7 @@ class Passes:
         """
         totals, self.checks = _Totals(), Deferred()
         for index, given in in_step(self.model, self._batches(what, sums, totals)):
+            self._limit.where = f"batch {index}: "
             try:
                 batch = Batch.of(given, self.device)
                 if batch.size == 0:
