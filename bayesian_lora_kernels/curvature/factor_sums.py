@@ -183,9 +183,13 @@ class FactorSums:
             for (total, _, _), matrix in zip(here, updated, strict=True):
                 total.matrix = matrix
 
+    def flush(self) -> None:
+        """Update the low-rank sums by the rows that were gathered for them."""
+        self._update([total for total in self.sums.values() if total.waiting])
+
     def finish(self, scales: Mapping[Hashable, float]) -> dict[Hashable, tuple[Tensor, Tensor]]:
         """`{key: (factor, tail)}`, every factor multiplied by its scale."""
-        self._update([total for total in self.sums.values() if total.waiting])
+        self.flush()
         groups: dict[tuple[object, ...], list[Hashable]] = {}
         for key in scales:
             total = self.sums[key]

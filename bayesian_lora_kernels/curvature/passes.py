@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.checkpoint import Checkpoint
 from bayesian_lora_kernels.curvature.factor_sums import Rows, checked_square_sums, not_finite
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
+from bayesian_lora_kernels.curvature.repeats import Sketch, warn_of_repeats
 from bayesian_lora_kernels.curvature.state import Stateful
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
@@ -28,7 +31,9 @@ from bayesian_lora_kernels.model.memory import default_budget, examples_within
 from bayesian_lora_kernels.model.out_of_memory import Limit, ran_out
 from bayesian_lora_kernels.model.pieces import captures
 from bayesian_lora_kernels.model.reading import check_loader
+from bayesian_lora_kernels.model.sharding import check_apart, in_step, sharing
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
+from bayesian_lora_kernels.posterior.weights import MeasuredWeights
 from bayesian_lora_kernels.processes import ALONE, Processes
 
 
@@ -45,14 +50,25 @@ class Fit:
 class _Totals:
     n_examples: int = 0
     positions: Tensor | int = 0  # that carry a loss
-    log_likelihood: Tensor | None = None
+    log_likelihood: Tensor | float | None = None
     labelled: bool = True
+    sketch: Sketch = field(default_factory=Sketch)
+
+    def of_all(self, processes: Processes) -> _Totals:
+        """Those of all processes together."""
+        known = None if self.log_likelihood is None else float(self.log_likelihood)
+        parts = processes.values([self.n_examples, int(self.positions), known, self.labelled, self.sketch.least])
+        examples, positions, likelihoods, labelled, sketches = zip(*parts, strict=True)
+        warn_of_repeats(sketches)
+        seen = [one for one in likelihoods if one is not None]
+        return _Totals(sum(examples), sum(positions), sum(seen) if seen else None, all(labelled))
 
     def state(self) -> dict[str, Any]:
-        return vars(self)
+        return {**vars(self), "sketch": self.sketch.least}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
+        self.sketch.least = list(state["sketch"])
+        vars(self).update({key: value for key, value in state.items() if key != "sketch"})
 
 
 class _Names(set[str]):
@@ -80,7 +96,8 @@ class Passes:
         loader: any iterable of batches.
         config: see above.
         progress: whether to show a progress bar.
-        processes: that share the fit, each with batches of its own.
+        processes: that share the fit, each with batches of its own; totals are of all of them, and only the first shows
+            a progress bar.
         checkpoint: what an earlier fit has counted, and where this one writes it down.
     """
 
@@ -97,11 +114,11 @@ class Passes:
     ):
         self.processes, self.checkpoint = processes, checkpoint
         self.model, self.layers, self.forward = model, layers, forward
-        self.loader, self.config, self.progress = loader, config, progress
+        self.loader, self.config, self.progress = loader, config, progress and processes.rank == 0
         self.likelihood = LIKELIHOODS[config.likelihood]()
         self._totals: _Totals | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._limit = Limit()
+        self._limit = Limit(may_change=sharing(model) is ALONE)
         self.checks = Deferred()
         if checkpoint is not None and checkpoint.saved is not None:
             self.restore(checkpoint.saved)
@@ -123,7 +140,9 @@ class Passes:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `Stateful`."""
-        self._totals = None if state["totals"] is None else _Totals(**state["totals"])
+        if state["totals"] is not None:
+            self._totals = _Totals()
+            self._totals.restore(state["totals"])
         for device, own in state["generators"].items():
             self._generator(torch.device(device)).set_state(own)
         self._limit.examples = state["examples"]
@@ -171,12 +190,14 @@ class Passes:
             torch.OutOfMemoryError: if one example alone does not fit; where several do not, they run in smaller pieces.
         """
         totals, self.checks = _Totals(), Deferred()
-        for index, given in self._batches(what, sums, totals):
+        for index, given in in_step(self.model, self._batches(what, sums, totals)):
             self._limit.where = f"batch {index}: "
             try:
                 batch = Batch.of(given, self.device)
                 if batch.size == 0:
                     continue
+                if self.processes.size > 1 and self._totals is None:
+                    totals.sketch.add(batch)
                 step = examples_within(self.config.memory_budget, batch, self.layers, weight_gradients=weight_gradients)
                 for recorded in self._pieces(batch, step, functools.partial(self._count, index, totals)):
                     yield index, recorded
@@ -185,16 +206,17 @@ class Passes:
                 raise kind(f"batch {index}: {error}") from error
             self.checks.end_batch()
         self.checks.end()
+        if self.checkpoint is not None:
+            self.checkpoint.end_pass([totals, *(sums or ())], self, self.loader)
+        totals = totals.of_all(self.processes)
         if totals.n_examples == 0:
             raise ValueError("loader: expected at least one batch with at least one example, got none")
-        if int(totals.positions) == 0:
+        if totals.positions == 0:
             raise ValueError(
                 "mask: expected at least one position that carries a loss, got none in all of the data (a mask of all "
                 "False, or labels that are all -100)"
             )
         self._totals = self._totals or totals
-        if self.checkpoint is not None:
-            self.checkpoint.end_pass([totals, *(sums or ())], self, self.loader)
 
     def _batches(self, what: str, sums: Sequence[Stateful] | None, totals: _Totals) -> Iterable[tuple[int, Any]]:
         """Those that are not counted yet, and their numbers."""
@@ -295,7 +317,7 @@ class Passes:
     def _generator(self, device: torch.device) -> torch.Generator:
         """Of the columns that are drawn."""
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.config.seed)
+            self._generators[device] = torch.Generator(device).manual_seed(self.processes.seed(self.config.seed))
         return self._generators[device]
 
     def _drawn(self, device: torch.device) -> Tensor:
@@ -315,12 +337,14 @@ class Passes:
             )
 
     def check_called(self, called: Collection[str]) -> None:
-        """Whether every layer was called.
+        """Whether every layer was called, on any process; all of them ask at once.
 
         Raises:
             ValueError: if one was not.
         """
-        missing = [layer.name for layer in self.layers if layer.name not in called]
+        own = [i for i, layer in enumerate(self.layers) if layer.name not in called]
+        nowhere = set.intersection(*map(set, self.processes.values(own)))
+        missing = [layer.name for i, layer in enumerate(self.layers) if i in nowhere]
         if missing:
             raise ValueError(
                 f"{', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}: never called by forward, or "
@@ -360,15 +384,46 @@ def fit_curvature(passes: Passes) -> Fit:
     Raises:
         TypeError: for a loader that is a single batch.
         ValueError: for an empty loader, bad labels, logits, inputs or gradients that are not finite, a layer that is
-            never called; the batch and the module are named.
+            never called; the batch and the module are named. For processes that differ in settings, layers or weights,
+            and a kind that knows nothing of other processes.
+        RuntimeError: if another process failed, or did not come.
     """
     kind = CURVATURES[passes.config.curvature]
+    if passes.processes.size > 1 and not kind.of_all_processes:
+        raise ValueError(
+            f"group: curvature={passes.config.curvature!r} measures the data of its own process only; fit it on one, "
+            "or add up over data.processes in its measure and set of_all_processes = True"
+        )
     check_loader(passes.loader)
+    check_apart(passes.model, passes.processes)
     if kind.passes > 1 and isinstance(passes.loader, Iterator):
         raise ValueError(
             f"loader: {passes.config.curvature.upper()} goes over the data twice, expected an iterable that can start "
             "again (a DataLoader or a list), got an iterator"
         )
+    if passes.processes.size > 1:
+        _check_alike(passes)
     with measuring(passes.model):
         curvature = kind.measure(passes)
     return Fit(curvature, passes.n_examples, passes.log_likelihood)
+
+
+def _check_alike(passes: Passes) -> None:
+    """Whether all processes measure the same model in the same way."""
+    parameters = {name: value for layer in passes.layers for name, value in layer.parameters().items()}
+    weights = MeasuredWeights.of(passes.model, parameters)
+    ids = passes.forward.class_token_ids
+    base = hashlib.sha256()
+    if weights.base is not None:
+        base.update(json.dumps(weights.base[1]).encode() + weights.base[0].cpu().numpy().tobytes())
+    passes.processes.check_alike(
+        {
+            **passes.config.as_json(),
+            "class_token_ids": None if ids is None else ids.tolist(),
+            "forward": passes.forward.function is not None,
+            "layers": [layer.name for layer in passes.layers],
+            **{layer.name: [*layer.shape, layer.device.type] for layer in passes.layers},
+            "SHA-256 of the posterior's weights": weights.digest,
+            "SHA-256 of the base model's": base.hexdigest(),
+        }
+    )

@@ -15,10 +15,14 @@ class Limit:
     Attributes:
         examples: at most; None as long as memory has not run out.
         where: what messages begin with.
+
+    Args:
+        may_change: False where other processes run the same model in step with this one, and would not know.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, may_change: bool = True) -> None:
         self.examples: int | None = None
+        self.may_change = may_change
         self.where = ""
 
     def within(self, step: int) -> int:
@@ -29,8 +33,13 @@ class Limit:
         """Memory ran out with so many.
 
         Raises:
-            torch.OutOfMemoryError: if it was one.
+            torch.OutOfMemoryError: if it was one, or the number may not change.
         """
+        if not self.may_change:
+            raise torch.OutOfMemoryError(
+                f"memory ran out with {examples} examples at a time ({error}), which the other processes that FSDP "
+                "shards the model over cannot know; pass smaller batches, or a smaller memory_budget"
+            ) from error
         if examples < 2:
             raise torch.OutOfMemoryError(
                 f"{self.where}a single example does not fit into memory ({error}); shorten it, or use gradient "

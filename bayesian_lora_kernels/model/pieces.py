@@ -18,6 +18,7 @@ from bayesian_lora_kernels.model.checks import check, kind_of
 from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.out_of_memory import Limit, ran_out
+from bayesian_lora_kernels.model.sharding import smallest
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def captures(
         torch.OutOfMemoryError: if one example alone does not fit.
     """
     start, whole, cut = 0, None, False
+    step = smallest(forward.model, step)
     while start < batch.size:
         step = step if limit is None else limit.within(step)
         if step < batch.size and not cut:
