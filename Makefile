@@ -13,6 +13,7 @@
 # make test-floors: part of the tests with the lowest versions that pyproject.toml allows, Python 3.10 and PyTorch 2.6 among
 #   them: 3 GB to download and 5 GB of disk, since they bring NVIDIA's packages; less where PIP_FLAGS names an index of CPU
 #   builds
+# make test-saves: two processes save into one folder at once, 1,000 times, while a third reads
 # make release-check: builds sdist and wheel, installs and tries them
 #
 # Every target sets up .venv by itself. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to every pip install.
@@ -37,7 +38,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # ninja is in the environment; the compiler finds it there
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo demo-llm test test-all test-interpret test-floors models models-check release-check lint format bench study aot \
+.PHONY: demo demo-llm test test-all test-interpret test-floors test-saves models models-check release-check lint format bench study aot \
   aot-check roofline clean help
 .DEFAULT_GOAL := help
 
@@ -57,6 +58,9 @@ test: $(PEERS)
 
 test-all: $(PEERS)
 	@$(SPREAD) -q
+
+test-saves: $(READY)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m saves
 
 models: $(READY)
 	@PYTHONPATH=tests $(BIN)/python -m families

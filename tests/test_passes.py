@@ -7,8 +7,8 @@ import pytest
 from benchmarks.passes import passes
 
 KINDS = ("K-FAC", "EKFAC", "exact")
-# A tenth of what the versions before launched for 448 matrices (benchmarks/results/passes.md), whatever their number.
-AT_MOST = {"exact, once": 224, "exact, prediction": 458}
+# Before rows of many layers were taken together, 2,247 and 16,176 for 448 matrices (benchmarks/results/passes.md).
+AT_MOST = {"exact, once": 20, "exact, prediction": 130}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def test_launches_do_not_grow_with_the_number_of_modules(counted):
     assert len(deep) == 4 * len(KINDS)
     for stretch, seen in deep.items():
         assert seen.launches == shallow[stretch].launches, stretch
-        assert seen.launches.total() <= AT_MOST.get(stretch, 300), stretch
+        assert seen.launches.total() <= AT_MOST.get(stretch, 200), stretch
 
 
 def test_a_batch_is_waited_for_once_at_most(counted):

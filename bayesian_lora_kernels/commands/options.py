@@ -6,22 +6,59 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace, _SubParsersAction
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bayesian_lora_kernels.commands.errors import InputError
 from bayesian_lora_kernels.config import LaplaceConfig, choices
-from bayesian_lora_kernels.curvature import CURVATURES
-from bayesian_lora_kernels.predictive.calibrate import METHODS as CALIBRATED
-from bayesian_lora_kernels.predictive.distribution import PROBABILITY_METHODS
+
+if TYPE_CHECKING:
+    import torch
 
 Subparsers: TypeAlias = "_SubParsersAction[ArgumentParser]"
 
+DATA, HELD_OUT = "DATA.jsonl", "HELDOUT.jsonl"
+CURVATURES = ("kfac", "ekfac", "exact")
+METHODS = ("pairwise", "scalar", "probit", "bridge", "mc")  # of probabilities, but for the model's own
+CALIBRATED = ("pairwise", "scalar")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 # Those that --choices and the evidence do not say already.
 SETTINGS = {one.name for one in fields(LaplaceConfig)} - {"class_token_ids", "likelihood", "prior_precision"}
-METHODS = tuple(method for method in PROBABILITY_METHODS if method != "map")
+
+
+def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA, texts: bool = False) -> None:
+    """What `load_job` reads; `data` is what the file of examples is called."""
+    content = (
+        'JSON lines {"prompt": ..., "label": ...}; a label is one of the choices (of a classifier, its name), or its '
+        "index"
+        if labelled
+        else 'JSON lines {"prompt": ...}; labels may be there'
+    )
+    lines = (
+        f'{content}; "messages", a chat, may stand in place of "prompt"; for a reward model, pairs {{"prompt": ..., '
+        '"chosen": ..., "rejected": ...}, texts or lists of messages, of which the prompt may be absent'
+    )
+    if texts:
+        lines += (
+            '; of a causal language model without --choices, {"text": ...} or "messages", of which every token counts'
+        )
+    add_adapter(parser)
+    parser.add_argument("data", type=Path, metavar=data, help=lines)
+    parser.add_argument(
+        "--choices",
+        nargs="+",
+        metavar="CHOICE",
+        help="what a causal language model chooses between, written as it follows the prompt (' A' if a space comes "
+        "first); each stands for the token that it begins with; a classifier or reward model knows by itself",
+    )
+    add_model(parser)
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
+    parser.add_argument(
+        "--max-length",
+        type=positive,
+        metavar="N",
+        help="tokens in a prompt, of which a longer one keeps the last, and a classifier's text what its tokenizer "
+        "keeps; default: what the model is made for",
+    )
 
 
 def add_adapter(parser: ArgumentParser) -> None:
@@ -52,7 +89,7 @@ def add_settings(parser: ArgumentParser) -> None:
             continue
         about = one.metadata["help"].replace("`", "").replace("%", "%%").replace("None", "none")
         given: dict[str, Any] = {"type": _number, "metavar": "N"}
-        if allowed := tuple(CURVATURES) if one.name == "curvature" else choices(one.name):
+        if allowed := CURVATURES if one.name == "curvature" else choices(one.name):
             given = {"choices": allowed}
         elif isinstance(one.default, bool):
             given = {"action": BooleanOptionalAction}
@@ -107,6 +144,17 @@ def add_posterior(parser: ArgumentParser) -> None:
     )
 
 
+def add_diagrams(parser: ArgumentParser) -> None:
+    """Of the commands that judge probabilities."""
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a reliability diagram, PNG, PDF or SVG")
+    parser.add_argument(
+        "--plot-risk",
+        type=Path,
+        metavar="FILE",
+        help="also draw a risk-coverage diagram: how many answers are wrong if only the surest are given",
+    )
+
+
 def add_json(parser: ArgumentParser, text: str = "also write the results to this file") -> None:
     """Of every command; `output.check_outputs` looks at it."""
     parser.add_argument("--json", type=Path, metavar="FILE", help=text)
@@ -138,7 +186,12 @@ def _number(text: str) -> int | None:
 def _dtype(text: str) -> torch.dtype | None:
     if text not in (*DTYPES[1:], "none"):
         raise ArgumentTypeError(f"expected one of {', '.join(DTYPES[1:])}, none, got {text!r}")
-    return None if text == "none" else getattr(torch, text)
+    if text == "none":
+        return None
+    import torch
+
+    dtype: torch.dtype = getattr(torch, text)
+    return dtype
 
 
 def _pattern(text: str) -> str | None:

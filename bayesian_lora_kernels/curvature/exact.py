@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,12 +18,15 @@ from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.curvature.passes import Passes
 from bayesian_lora_kernels.curvature.rows import RowStore
 from bayesian_lora_kernels.model.jacobians import Jacobians
+from bayesian_lora_kernels.model.memory import default_budget
 from bayesian_lora_kernels.posterior.curvature import Curvature, register
 from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.posterior.stored import Stored
+from bayesian_lora_kernels.posterior.tensor_file import Columns
 
 # Rows that are widened to float64 at a time: on a GPU few launches count, on a CPU what its caches hold.
-SLICE_BYTES = {"cpu": 8 * 2**20, "cuda": 128 * 2**20}
+SLICE_BYTES = 128 * 2**20
+CPU_SLICE_BYTES = 4 * 2**20
 GRAM = "gram"
 
 Columnwise = Callable[[slice], Tensor]
@@ -80,7 +83,7 @@ class FunctionSpaceCurvature(Curvature):
         shapes = {layer.name: layer.shape for layer in data.layers}
         widths = {name: math.prod(shape) for name, shape in shapes.items()}
         store = RowStore(widths, data.memory_budget, data.config.row_dtype)
-        for gradients in data.weight_gradients("rows"):
+        for gradients in data.weight_gradients("rows", [store]):
             store.append({name: gradients[name].flatten(start_dim=1) for name in widths})
         return cls(store, shapes, data.device)
 
@@ -142,9 +145,7 @@ class FunctionSpaceCurvature(Curvature):
         own -= (projected / (1 + prepared.values)) @ projected.mT
         return (own + own.mT) / 2
 
-    def sample(
-        self, n: int, prior: Prior, prepared: Prepared, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def sample(self, n: int, prior: Prior, prepared: Prepared, generator: torch.Generator | None) -> dict[str, Tensor]:
         """See `Curvature`: float64.
 
         With `Z` white and D the inverse prior precisions, `D^1/2 (I - M^T g(M M^T) M) Z`, M = R D^1/2, has covariance
@@ -167,9 +168,7 @@ class FunctionSpaceCurvature(Curvature):
             scale = scales(columns)
             sample[:, columns] -= correction.mT @ self._rows(columns) * scale
             sample[:, columns] *= scale
-        return {
-            name: sample[:, self.store.columns[name]].reshape(n, *shape) for name, shape in self._shapes.items()
-        }
+        return {name: sample[:, self.store.columns[name]].reshape(n, *shape) for name, shape in self._shapes.items()}
 
     def prepare(self, prior: Prior) -> Prepared:
         """See `Curvature`."""
@@ -183,20 +182,30 @@ class FunctionSpaceCurvature(Curvature):
         values, vectors = torch.linalg.eigh(weighted)
         return Prepared(variances, values.clamp_min(0), vectors)
 
-    def pack(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    def pack(self) -> tuple[dict[str, Tensor | Columns], dict[str, dict[str, Any]]]:
         """See `Curvature`."""
-        return {**{f"{name}.rows": self.store.rows(name) for name in self.store.names}, GRAM: self.gram}, {}
+        tensors: dict[str, Tensor | Columns] = {GRAM: self.gram}
+        for name in self.store.names:
+            tensors[f"{name}.rows"] = Columns(self.store.width(name), partial(self.store.rows, name))
+        return tensors, {}
 
     @classmethod
     def unpack(cls, stored: Stored) -> FunctionSpaceCurvature:
         """See `Curvature`."""
-        n = len(stored.tensor(GRAM, (None, None)))
-        rows, shapes = {}, {}
-        for layer, name in stored.names.items():
-            shapes[name] = stored.shape(layer)
-            rows[name] = stored.tensor(f"{layer}.rows", (n, math.prod(shapes[name])))
+        n, _ = stored.sizes(GRAM, (None, None))
+        if n == 0:
+            raise ValueError(f"{GRAM}: expected at least one row")
+        shapes = {name: stored.shape(layer) for layer, name in stored.names.items()}
         device = next(iter(stored.devices.values()))
-        return cls(RowStore.of(rows), shapes, device, stored.tensor(GRAM, (n, n)))
+        store = RowStore({name: math.prod(shape) for name, shape in shapes.items()}, default_budget(device))
+        step = max(SLICE_BYTES // (8 * store.n_columns), 1)
+        for start in range(0, n, step):
+            block = {}
+            for layer, name in stored.names.items():
+                shape, rows = (n, math.prod(shapes[name])), slice(start, min(start + step, n))
+                block[name] = stored.tensor(f"{layer}.rows", shape, stored.device(layer), rows=rows)
+            store.append(block)
+        return cls(store, shapes, device, stored.tensor(GRAM, (n, n), device))
 
     def _gram(self, scales: Columnwise | None = None) -> Tensor:
         """`R R^T`, of columns that are scaled."""
@@ -221,7 +230,7 @@ class FunctionSpaceCurvature(Curvature):
 
     def _step(self, beside: int = 0) -> int:
         """Columns at a time, of the rows and of `beside` other ones."""
-        bound = SLICE_BYTES.get(self.device.type, SLICE_BYTES["cuda"])
+        bound = CPU_SLICE_BYTES if self.device.type == "cpu" else SLICE_BYTES
         return max(bound // (8 * max(self.store.n_rows, beside, 1)), 1)
 
     def _rows(self, columns: slice) -> Tensor:

@@ -6,11 +6,13 @@ import itertools
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from bayesian_lora_kernels.curvature.state import Rows
 
 
 class RowStore:
@@ -41,16 +43,7 @@ class RowStore:
         self._edges = [0, *itertools.accumulate(self._widths)]
         self.columns = dict(zip(self.names, map(slice, self._edges, self._edges[1:]), strict=True))
         self._blocks: list[Tensor] = []
-        self._layers: list[Tensor] | None = None  # instead of blocks, in the order of `names`
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    @classmethod
-    def of(cls, rows: Mapping[str, Tensor]) -> RowStore:
-        """A store that holds finished matrices `[n, P]` of layers, without copying them."""
-        store = cls({name: matrix.shape[1] for name, matrix in rows.items()}, budget=0)
-        store._layers = [rows[name] for name in store.names]
-        store.n_rows = len(store._layers[0])
-        return store
 
     @property
     def n_columns(self) -> int:
@@ -81,6 +74,22 @@ class RowStore:
         else:
             self._blocks.append(block if self.place == "device" else block.cpu())
 
+    def since(self, start: int) -> dict[str, Tensor]:
+        """The rows of every layer from one on, wherever they lie."""
+        blocks = self._all_blocks()
+        ends = itertools.accumulate(map(len, blocks))
+        late = [b[max(start - end, -len(b)) :] for b, end in zip(blocks, ends, strict=True) if start < end]
+        return dict(zip(self.names, torch.cat(late).split(self._widths, dim=1), strict=True))
+
+    def state(self) -> Rows:
+        """See `Stateful`."""
+        return Rows(self.n_rows, self.since)
+
+    def restore(self, state: Iterable[Mapping[str, Tensor]]) -> None:
+        """See `Stateful`."""
+        for block in state:
+            self.append(block)
+
     def rows(self, name: str, columns: slice = slice(None)) -> Tensor:
         """`[n, columns]` of one layer, wherever it lies."""
         start, stop, _ = columns.indices(self.width(name))
@@ -89,11 +98,7 @@ class RowStore:
 
     def read(self, columns: slice) -> Tensor:
         """`[n, columns]`, columns of all layers together, wherever they lie."""
-        if self._layers is not None:
-            return self.cut(self._layers, columns)
-        if self.place == "file" and not self._blocks:
-            self._blocks = [self._map()]
-        blocks = [block[:, columns] for block in self._blocks]
+        blocks = [block[:, columns] for block in self._all_blocks()]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def slices(self, step: int) -> Iterator[slice]:
@@ -137,6 +142,11 @@ class RowStore:
             for block in blocks:
                 self.dtype = block.dtype
                 file.write(block.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def _all_blocks(self) -> list[Tensor]:
+        if self.place == "file" and not self._blocks:
+            self._blocks = [self._map()]
+        return self._blocks
 
     def _map(self) -> Tensor:
         assert self.dtype is not None
