@@ -74,7 +74,7 @@ def test_safetensors_reads_what_is_written_in_pieces(tmp_path: Path, monkeypatch
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
 def test_rows_that_memory_does_not_hold_are_saved_and_read(tmp_path: Path) -> None:
-    """200 MB of rows in files, of which saving and loading hold no more than pieces: 40 MB are allowed."""
+    """100 MB of rows in files, of which saving and loading hold no more than pieces: 40 MB are allowed."""
     script = """
 import resource, sys, torch
 from pathlib import Path
@@ -88,10 +88,11 @@ exact.default_budget = lambda device: 2**20
 torch.set_num_threads(1)
 torch.ones(300, 300) @ torch.ones(300, 300)  # what a library allocates once
 store = RowStore({"one": 200_000, "two": 50_000}, 2**20)
-for step in range(50):
+for step in range(25):
     store.append({"one": torch.full((4, 200_000), float(step)), "two": torch.full((4, 50_000), -float(step))})
 shapes = {"one": (200, 1000), "two": (50, 1000)}
-gram = torch.eye(200, dtype=torch.float64)
+numbers = torch.arange(25, dtype=torch.float64).repeat_interleave(4)
+gram = 250_000 * torch.outer(numbers, numbers)
 device = torch.device("cpu")
 curvature = exact.FunctionSpaceCurvature(store, shapes, device, gram)
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
@@ -105,7 +106,7 @@ tensors, _ = storage.load(sys.argv[1])
 layers = {name: {"shape": shape} for name, shape in shapes.items()}
 stored = Stored(tensors, layers, {name: name for name in shapes}, dict.fromkeys(shapes, device))
 again = exact.FunctionSpaceCurvature.unpack(stored)
-assert again.store.n_rows == 200
+assert again.store.n_rows == 100
 for columns in (slice(0, 3), slice(49_000, 50_000)):
     for name in shapes:
         assert torch.equal(again.store.rows(name, columns), store.rows(name, columns))
@@ -117,7 +118,7 @@ except RuntimeError:
     run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.strip() == "the limit holds"
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) > 200 * 10**6
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) >= 100 * 10**6
 
 
 # ---- a disk that is full, or not to be written -----------------------------------------------------------------------

@@ -28,6 +28,7 @@ from bayesian_lora_kernels.posterior.tensor_file import Columns
 SLICE_BYTES = 128 * 2**20
 CPU_SLICE_BYTES = 4 * 2**20
 GRAM = "gram"
+ROUNDING = 1e-3  # of the rows' square lengths in a file
 
 Columnwise = Callable[[slice], Tensor]
 
@@ -197,15 +198,20 @@ class FunctionSpaceCurvature(Curvature):
             raise ValueError(f"{GRAM}: expected at least one row")
         shapes = {name: stored.shape(layer) for layer, name in stored.names.items()}
         device = next(iter(stored.devices.values()))
+        gram = stored.tensor(GRAM, (n, n), device)
         store = RowStore({name: math.prod(shape) for name, shape in shapes.items()}, default_budget(device))
+        squares = torch.zeros(n, dtype=torch.float64, device=device)
         step = max(SLICE_BYTES // (8 * store.n_columns), 1)
         for start in range(0, n, step):
-            block = {}
+            block, rows = {}, slice(start, min(start + step, n))
             for layer, name in stored.names.items():
-                shape, rows = (n, math.prod(shapes[name])), slice(start, min(start + step, n))
-                block[name] = stored.tensor(f"{layer}.rows", shape, stored.device(layer), rows=rows)
+                shape = n, math.prod(shapes[name])
+                found = block[name] = stored.tensor(f"{layer}.rows", shape, stored.device(layer), rows=rows)
+                squares[rows] += torch.linalg.vector_norm(found, dim=1, dtype=torch.float64).square().to(device)
             store.append(block)
-        return cls(store, shapes, device, stored.tensor(GRAM, (n, n), device))
+        if not torch.allclose(squares, gram.diagonal(), rtol=ROUNDING, atol=0):
+            raise ValueError(f"{GRAM}: expected the inner products of the rows")
+        return cls(store, shapes, device, gram)
 
     def _gram(self, scales: Columnwise | None = None) -> Tensor:
         """`R R^T`, of columns that are scaled."""

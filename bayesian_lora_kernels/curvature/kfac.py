@@ -33,6 +33,8 @@ from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.posterior.stored import Stored
 from bayesian_lora_kernels.processes import Processes
 
+ROUNDING = 1e-2  # of the length of an eigenvector in a file
+
 
 @register("kfac")
 class KroneckerCurvature(Curvature):
@@ -162,6 +164,10 @@ class KroneckerCurvature(Curvature):
             inputs[owner] = inputs[owner].to(device)
             basis_s = stored.tensor(f"{name}.basis_s", (d_out, None), device)
             basis_a = stored.tensor(f"{name}.basis_a", (d_in, None), device)
+            for key, basis in (("basis_s", basis_s), ("basis_a", basis_a)):
+                norms = torch.linalg.vector_norm(basis, dim=0, dtype=torch.float64)
+                if ((norms - 1).abs() > ROUNDING).any():
+                    raise ValueError(f"{name}.{key}: expected columns of length 1")
             k_s, k_a = basis_s.shape[1], basis_a.shape[1]
             sizes: tuple[tuple[int, ...], ...] = ((k_s, k_a), (k_s,), (k_a,), ())  # of the four blocks
             blocks = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.curvature.state import Rows
+from bayesian_lora_kernels.curvature.state import GrowingRows
 
 
 class RowStore:
@@ -44,6 +44,13 @@ class RowStore:
         self.columns = dict(zip(self.names, map(slice, self._edges, self._edges[1:]), strict=True))
         self._blocks: list[Tensor] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def of(cls, widths: Mapping[str, int], matrix: Tensor) -> RowStore:
+        """A store that holds a finished matrix, its columns in the order of `names`, without copying it."""
+        store = cls(widths, budget=0)
+        store._blocks, store.n_rows = [matrix], len(matrix)
+        return store
 
     @property
     def n_columns(self) -> int:
@@ -81,9 +88,9 @@ class RowStore:
         late = [b[max(start - end, -len(b)) :] for b, end in zip(blocks, ends, strict=True) if start < end]
         return dict(zip(self.names, torch.cat(late).split(self._widths, dim=1), strict=True))
 
-    def state(self) -> Rows:
+    def state(self) -> GrowingRows:
         """See `Stateful`."""
-        return Rows(self.n_rows, self.since)
+        return GrowingRows(self.n_rows, self.since)
 
     def restore(self, state: Iterable[Mapping[str, Tensor]]) -> None:
         """See `Stateful`."""

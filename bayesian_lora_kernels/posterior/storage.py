@@ -95,11 +95,10 @@ def _tidy(folder: Path, alone: bool) -> None:
     """
     for path in _abandoned(folder):
         _remove(path)
+    path = folder / JSON_NAME
     try:
-        named = json.loads((folder / JSON_NAME).read_bytes())["tensors"]["file"]
-    except FileNotFoundError:
-        named = None
-    except (ValueError, KeyError, TypeError):
+        named = json.loads(path.read_bytes())["tensors"]["file"] if path.is_file() else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return  # damaged: whose tensors these are is not to be known
     for path in folder.glob("laplace-*.safetensors"):
         if len(path.stem) == len("laplace-") + 16 and path.name != named and (alone or _is_old(path)):
