@@ -52,8 +52,8 @@ def check_derivatives(seen: Seen) -> None:
             what = "has none" if g is None else f"is not its derivative (off by {abs(1 - backward / forward):.1e})"
             raise ValueError(
                 f"{name} ({type(module).__name__}): a backward pass through this quantised layer {what}. Some are made "
-                "for inference only: those that quantise their inputs as well (quantise weights only), and 4-bit layers "
-                "of bitsandbytes on a CPU once they have run in eval mode without gradients (load the model again)"
+                "for inference only: those that quantise their inputs as well (quantise weights only), and those "
+                "of bitsandbytes' 4 bits that a CPU has run in eval mode without gradients (load the model again)"
             )
 
 
