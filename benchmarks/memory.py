@@ -3,8 +3,8 @@
 `python -m benchmarks.memory --json FILE` writes the numbers, and a table beside it. Each case runs in a process of its
 own, which does the same with a tiny model first, so that code which loads at first use is there. Then the freed heap
 goes back to the system, Linux's high-water mark of the resident set is reset, and the model is made, fitted, and
-predicts. A peak is the high-water mark less the resident set before the model was made: it has the model in it. glibc is
-told to give every larger block back to the system when it is freed; what it would keep is its own, and no need.
+predicts. A peak is the high-water mark less the resident set before the model was made: it has the model in it. glibc
+is told to give every larger block back to the system when it is freed; what it would keep is its own, and no need.
 """
 
 from __future__ import annotations
