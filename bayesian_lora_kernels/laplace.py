@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import os
 import warnings
 import weakref
@@ -15,13 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.config import LaplaceConfig, PriorPrecision
+from bayesian_lora_kernels.curvature.checkpoint import checkpoint_in
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.curvature.passes import Fit, Passes, fit_curvature
+from bayesian_lora_kernels.curvature.shares import check_share
 from bayesian_lora_kernels.memory_estimate import MemoryEstimate, estimate_memory
 from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
+from bayesian_lora_kernels.model.sharding import in_step, not_sharded
 from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
 from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence
@@ -38,6 +43,7 @@ from bayesian_lora_kernels.predictive.logits import LogitPredictor, Outputs
 from bayesian_lora_kernels.predictive.scoring import TokenScores, score_tokens
 from bayesian_lora_kernels.predictive.tuning import labelled_predictions, minimise_nll
 from bayesian_lora_kernels.predictive.vocabulary import SAMPLES, VocabularyPosterior, vocabulary_posterior
+from bayesian_lora_kernels.processes import Processes
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 from bayesian_lora_kernels.verification import Verification, verify
 
@@ -108,25 +114,86 @@ class LaplaceLoRA:
         self.prior_precision = given.prior_precision
 
     @in_own_surroundings
-    def fit(self, loader: Iterable[Any], progress: bool = True) -> LaplaceLoRA:
-        """Measure the curvature at the current weights.
+    def fit(
+        self,
+        loader: Iterable[Any],
+        progress: bool = True,
+        *,
+        group: Any = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int | None = None,
+    ) -> LaplaceLoRA:
+        """Measure the curvature at the current weights; on several processes, of the data of all of them.
 
         Args:
             loader: batches: mappings (`input_ids`, `attention_mask`, `labels`, ...) or tuples `(inputs, labels)`.
                 Labels are needed for the evidence and for the empirical Fisher only. EKFAC goes over the loader twice.
-            progress: whether to show a progress bar.
+            progress: whether to show a progress bar; of a group, only rank 0 does.
+            group: a `torch.distributed` process group, all of whose processes call this, each with the batches of its
+                own share of the data: as many as it has, or none (`[]`). All of them end with the same curvature, that
+                of all examples (docs/distributed.md). None: this process alone.
+            checkpoint: a folder in which what is measured so far is written down. The same fit of the same data, killed
+                or interrupted, goes on from there to the same result; once it has that, nothing is left there. See
+                docs/long-runs.md.
+            every: batches between checkpoints; None: one a minute, or fewer where they take long to write.
 
         Returns:
             Itself. Whatever happens, the model comes back as it was: mode, `.grad`, hooks, requires_grad; and a failed
             fit leaves an earlier one in place.
 
         Raises:
-            ValueError: for an empty loader, bad labels, numbers that are not finite, a layer that is never called.
+            ValueError: for an empty loader, bad labels, numbers that are not finite, a layer that is never called; for
+                processes that differ in settings, layers or weights, a loader that repeats examples so that all shares
+                are equally long, and a checkpoint that is damaged, of another fit, or of other data than the loader's.
+            RuntimeError: if another process of the group failed, or did not come within the group's timeout; it is
+                named. If another fit writes its checkpoints to the same folder.
+            OSError: if no checkpoint can be written.
+            torch.OutOfMemoryError: if one example alone does not fit into memory.
+
+        Warns:
+            UserWarning: without a group, if the loader shows that it gives this process only a share of the data.
         """
-        passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress)
-        self._fit = fit_curvature(passes)
-        self._weights = MeasuredWeights.of(self.model, self._parameters())
+        if every is not None:
+            _check_positive("every", every)
+            if checkpoint is None:
+                raise ValueError("every: expected checkpoint=folder with it, got None")
+        processes = Processes(group)
+        with processes.together(), checkpoint_in(checkpoint, every, self._identity, processes) as kept:
+            check_share(loader, processes, "fit")
+            passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress, processes, kept)
+            found = fit_curvature(passes)
+            weights = MeasuredWeights.of(self.model, self._parameters())
+            processes.values(None)  # all of them have it
+            if kept is not None:
+                kept.remove()
+        self._fit, self._weights = found, weights
         return self
+
+    def _identity(self) -> dict[str, Any]:
+        """What two fits have in common if one can go on where the other was."""
+        weights = MeasuredWeights.of(self.model, self._parameters())
+        if weights.digest is None or weights.base is None:
+            raise ValueError(
+                "checkpoint: the weights are not at hand (sharded, on the meta device, or with an adapter merged into "
+                "them), so that nothing would tell whether a checkpoint is of the same; fit without checkpoint"
+            )
+        (values, described), ids = weights.base, self._forward.class_token_ids
+        base = hashlib.sha256(values.cpu().numpy().tobytes() + json.dumps(described, sort_keys=True).encode())
+        return {
+            "settings": self.config.as_json(),
+            "class_token_ids": None if ids is None else ids.tolist(),
+            "custom_forward": self._forward.function is not None,
+            "layers": {
+                layer.name: {
+                    "shape": list(layer.shape),
+                    "covers": [leaf for leaf in ("weight", "bias") if getattr(layer, leaf)],
+                    "device": str(layer.device),
+                }
+                for layer in self.layers
+            },
+            "adapter": weights.digest,
+            "base_model": base.hexdigest(),
+        }
 
     @in_own_surroundings
     def memory_estimate(
@@ -317,6 +384,7 @@ class LaplaceLoRA:
                 raise ValueError("differences: not of a vocabulary; its probabilities are averages over samples")
             return self.predict_vocabulary(batch)
         fit = self._fitted("predict")
+        (batch,) = in_step(self.model, [batch])
         parsed = Batch.of(batch, model_device(self.model), labels=False)
         mean, (covariance,), indices = self._predictor(fit).predict(parsed, outputs, [self._gaussian()], differences)
         return LogitPosterior(
@@ -359,6 +427,7 @@ class LaplaceLoRA:
         Raises:
             ValueError, TypeError: as `fit` does, for what is not served.
         """
+        not_sharded(self.model, "verify")
         return verify(self.layers, self._forward, self.model, self.config, batch)
 
     @in_own_surroundings
@@ -396,11 +465,11 @@ class LaplaceLoRA:
         _check_positive("n", n)
         posterior = self._gaussian()
         deviations = posterior.sample(n, generator)
-        samples = {}
+        samples, values = {}, self._values()
         for layer in self.layers:
             parts = layer.split(deviations[layer.name])
-            for name, parameter in layer.parameters().items():
-                value = parameter.detach()
+            for name in layer.parameters():
+                value = values[name]
                 deviation = parts[name].to(value.device)
                 if layer.rows is not None:
                     whole = torch.randn(
@@ -430,15 +499,17 @@ class LaplaceLoRA:
             warnings.warn(f"{folder}: saved without its calibration: {calibration.outdated} since", stacklevel=3)
             calibration = None
         tensors, described = fit.curvature.pack()
+        norms = self._square_norms()
         layers = {
             layer.name: {
                 "shape": list(layer.shape),
+                "square_norm": float(norms[layer.name]),
                 "covers": [leaf for leaf in ("weight", "bias") if getattr(layer, leaf)],
                 **described.get(layer.name, {}),
             }
             for layer in self.layers
         }
-        tensors[BASE], base = weights.base or fingerprint.take(self.model, self._parameters().values())
+        values, base = weights.base or fingerprint.take(self.model, self._parameters().values())
         ids = self._forward.class_token_ids
         description = {
             "settings": self.config.as_json(),
@@ -452,7 +523,7 @@ class LaplaceLoRA:
             "base_model": base,
             "calibration": None if calibration is None else calibration.as_json(),
         }
-        storage.save(folder, tensors, description)
+        storage.save(folder, {**tensors, BASE: values}, description)
 
     @classmethod
     @in_own_surroundings
@@ -479,7 +550,7 @@ class LaplaceLoRA:
             calibration = None if saved is None else Calibration.from_json(saved)
             place, same_weights = find_adapter(model, content)
             config = replace(config, modules=covered_by(model, content["layers"], place))
-        laplace = cls(model, forward, content["class_token_ids"], config=config)
+            laplace = cls(model, forward, content["class_token_ids"], config=config)
         stored = Stored(tensors, content["layers"], place.layers, {x.name: x.device for x in laplace.layers})
         with _errors_name(folder):
             shapes = {layer.name: layer.shape for layer in laplace.layers}
@@ -497,7 +568,7 @@ class LaplaceLoRA:
             if content["version"] > 1:
                 base = content["base_model"]
                 count = sum(tensor["values"] for tensor in base["tensors"].values())
-                values = stored.tensor(BASE, (count,))
+                values = stored.tensor(BASE, (count,), finite=False)
                 fingerprint.check(model, laplace._parameters().values(), place.adapters, values, base)
             else:
                 warnings.warn(
@@ -589,6 +660,7 @@ class LaplaceLoRA:
 
     def _sampler(self, what: str) -> HiddenSampler:
         self._fitted(what)
+        not_sharded(self.model, what)
         if self.likelihood != "classification":
             raise ValueError(f"{what}: expected likelihood='classification' for a vocabulary, got {self.likelihood!r}")
         if self._forward.head is None:
@@ -600,7 +672,13 @@ class LaplaceLoRA:
         )
 
     def _square_norms(self) -> dict[str, Tensor]:
-        return {layer.name: layer.matrix().double().square().sum() for layer in self.layers}
+        values = self._values()
+        return {layer.name: layer.matrix(values).double().square().sum() for layer in self.layers}
+
+    def _values(self) -> dict[str, Tensor]:
+        """Those of the parameters, at full size."""
+        kept = None if self._weights is None else self._weights.values
+        return kept or {name: p.detach() for name, p in self._parameters().items()}
 
     def _parameters(self) -> dict[str, Tensor]:
         return {name: value for layer in self.layers for name, value in layer.parameters().items()}

@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import peft
@@ -29,7 +30,7 @@ from .peak_memory import reset_peak
 FITS, PREDICTIONS = 200, 10_000
 READINGS = 100
 CURVATURES = ("kfac", "ekfac", "exact")
-LIMIT = 0.01  # of what is resident after a tenth of the work, when every kind of call has been made
+LIMIT = 2 * 10**6  # bytes, after a tenth of the work, when every kind of call has been made
 
 
 def model() -> peft.PeftModel:
@@ -93,12 +94,10 @@ def predict(laplace: LaplaceLoRA, given: dict[str, Tensor], number: int) -> None
 
 
 def growth(readings: list[dict[str, int]]) -> float:
-    """Of the resident set from the second tenth of the readings to the last, as a share."""
+    """Bytes of the resident set from the second tenth of the readings to the last."""
     tenth = max(len(readings) // 10, 1)
-    early, late = (
-        sum(one["resident"] for one in part) / len(part) for part in (readings[tenth : 2 * tenth], readings[-tenth:])
-    )
-    return late / early - 1
+    early, late = (fmean(one["resident"] for one in part) for part in (readings[tenth : 2 * tenth], readings[-tenth:]))
+    return late - early
 
 
 def plot(readings: list[dict[str, int]], path: Path) -> None:
@@ -132,8 +131,9 @@ def main() -> None:
     summary: dict[str, Any] = {"growth": grown, "limit": LIMIT, "readings": readings}
     first, last = readings[len(readings) // 10], readings[-1]
     print(
-        f"{last['fits']} fits, {last['predictions']} predictions: resident {first['resident'] / 1e6:.1f} MB after a tenth, "
-        f"{last['resident'] / 1e6:.1f} MB at the end ({100 * grown:+.2f} %); tensors {first['tensors']}, {last['tensors']}"
+        f"{last['fits']} fits, {last['predictions']} predictions: resident {first['resident'] / 1e6:.1f} MB after a "
+        f"tenth, {last['resident'] / 1e6:.1f} MB at the end; growth {grown / 1e3:+.0f} kB; tensors {first['tensors']}, "
+        f"{last['tensors']}"
     )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

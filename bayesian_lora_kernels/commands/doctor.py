@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import platform
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from bayesian_lora_kernels.commands.dataset import batches, read_examples
 from bayesian_lora_kernels.commands.errors import FAILED, InputError, as_input_errors
 from bayesian_lora_kernels.commands.job import load_inputs
 from bayesian_lora_kernels.commands.kernels import format_kernels, verify_kernels
-from bayesian_lora_kernels.commands.memory import add_memory_options, estimate
-from bayesian_lora_kernels.commands.options import Subparsers, add_device, add_json
+from bayesian_lora_kernels.commands.memory import estimate
 from bayesian_lora_kernels.commands.task import task_of
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.ops import native
@@ -29,36 +27,6 @@ from bayesian_lora_kernels.verification import Verification
 PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy", "matplotlib")
 TOLERANCE = 1e-10
 EXAMPLES = 8  # of the file; the one with most padding among them and its neighbour are compared
-
-
-def add_parser(subparsers: Subparsers) -> ArgumentParser:
-    """What `blk doctor` takes."""
-    parser = subparsers.add_parser(
-        "doctor",
-        help="what this machine can run, and a self-test",
-        description="Versions, devices, what can run here and why not the rest, and a self-test. With an adapter and a "
-        "file of prompts, also a test on that model: Jacobians against autograd, logits against those of each example "
-        "alone, a fit in pieces against one in one piece. With a batch size and a length, the memory that a fit and a "
-        "prediction will need; no weights are loaded for that.",
-    )
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="PEFT adapter folder to verify")
-    parser.add_argument("--model", metavar="MODEL", help="its base model; default: what the adapter says")
-    parser.add_argument(
-        "--data", type=Path, metavar="FILE", help="JSON lines to verify it on, as for blk fit; no labels are needed"
-    )
-    parser.add_argument("--choices", nargs="+", metavar="CHOICE", help="what the model chooses between, as for blk fit")
-    parser.add_argument(
-        "--verify",
-        nargs="?",
-        const="",
-        metavar="PATTERN",
-        help="also compare every GPU kernel (or those whose names the regular expression finds) with float64 on this "
-        "machine, and remember the outcome",
-    )
-    add_device(parser)
-    add_memory_options(parser)
-    add_json(parser, "also write the report to this file")
-    return parser
 
 
 def run(args: Namespace) -> int:

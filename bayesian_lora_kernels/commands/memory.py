@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import Namespace
 from typing import Any
 
 import torch
@@ -12,38 +11,11 @@ from torch import nn
 
 from bayesian_lora_kernels.commands.adapter import CAUSAL_LM, TASKS, AdapterFolder, choose_device, open_adapter
 from bayesian_lora_kernels.commands.errors import InputError, as_failures, as_input_errors, loading
-from bayesian_lora_kernels.commands.options import positive
+from bayesian_lora_kernels.commands.options import VOCABULARY
 from bayesian_lora_kernels.config import LaplaceConfig
-from bayesian_lora_kernels.curvature import CURVATURES
 from bayesian_lora_kernels.memory_estimate import estimate_memory, readable
 from bayesian_lora_kernels.model.memory import free_bytes
 from bayesian_lora_kernels.posterior.prior import Prior
-
-VOCABULARY = "vocabulary"
-UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def add_memory_options(parser: ArgumentParser) -> None:
-    """Of an estimate."""
-    group = parser.add_argument_group(
-        "memory", "with --adapter, a folder with an adapter_config.json, and a base model with a config.json"
-    )
-    group.add_argument("--batch-size", type=positive, metavar="N", help="texts in a batch")
-    group.add_argument("--length", type=positive, metavar="T", help="tokens of a text")
-    group.add_argument(
-        "--curvature", choices=tuple(CURVATURES), default=LaplaceConfig.curvature, help="default: %(default)s"
-    )
-    group.add_argument(
-        "--budget", type=_bytes, metavar="BYTES", help="memory_budget, such as 8GB; default: half of what is left free"
-    )
-    group.add_argument(
-        "--outputs",
-        type=_outputs,
-        default=2,
-        metavar="C",
-        help="how many choices or labels are predicted, or `vocabulary`; default: 2",
-    )
-    group.add_argument("--examples", type=positive, metavar="N", help="of the fit, for the rows of exact")
 
 
 def estimate(args: Namespace) -> tuple[str, dict[str, Any]]:
@@ -128,14 +100,3 @@ def _asked(folder: AdapterFolder, args: Namespace, budget: int) -> tuple[Laplace
         settings["class_token_ids"] = range(args.outputs)
     with as_input_errors():
         return LaplaceConfig(**settings), batch
-
-
-def _outputs(text: str) -> int | str:
-    return text if text == VOCABULARY else positive(text)
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text)
-    if found is None or not (size := round(float(found[1]) * UNITS[found[2]])):
-        raise ArgumentTypeError(f"expected bytes, such as 8GB or 500MB, got {text!r}")
-    return size

@@ -14,6 +14,7 @@ from bayesian_lora_kernels.curvature.likelihood import Classification, Likelihoo
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import model_device
 from bayesian_lora_kernels.model.reading import check_loader
+from bayesian_lora_kernels.model.sharding import in_step
 from bayesian_lora_kernels.posterior.curvature import Curvature
 from bayesian_lora_kernels.posterior.evidence import minimise_on_grid
 from bayesian_lora_kernels.posterior.posterior import Posterior
@@ -66,7 +67,8 @@ def labelled_predictions(
     """
     check_loader(loader, "val_loader")
     seen = False
-    for index, given in enumerate(tqdm(loader, desc="held-out data", unit="batch", disable=not progress)):
+    batches = tqdm(loader, desc="held-out data", unit="batch", disable=not progress)
+    for index, given in enumerate(in_step(predictor.model, batches)):
         batch = Batch.of(given, model_device(predictor.model))
         labels = batch.labels
         if labels is None:
