@@ -13,6 +13,7 @@
 # make test-floors: part of the tests with the lowest versions that pyproject.toml allows, Python 3.10 and PyTorch 2.6 among
 #   them: 3 GB to download and 5 GB of disk, since they bring NVIDIA's packages; less where PIP_FLAGS names an index of CPU
 #   builds
+# make soak: 200 fits and 10,000 predictions in one process; memory must not grow; writes docs/soak.svg
 # make test-saves: two processes save into one folder at once, 1,000 times, while a third reads
 # make docs: these pages as a site in docs/_build; a warning is an error. make pages: runs the pages' code and writes what it
 #   prints into them; PAGES="docs/tutorials/classification.md" for some
@@ -194,6 +195,9 @@ format: $(READY)
 
 bench: $(READY)
 	@$(PYTEST) -q benchmarks --benchmark-only
+
+soak: $(READY)
+	@$(BIN)/python -m benchmarks.soak --json benchmarks/results/cpu-2026-11/soak.json --plot docs/soak
 
 study: $(STUDIED)
 	@$(BIN)/python -m benchmarks.calibration.methods --ratings $(RATINGS) --out blk-study $(STUDY)
