@@ -15,9 +15,11 @@ from bayesian_lora_kernels.commands.errors import FAILED, CommandError
 from bayesian_lora_kernels.commands.output import check_outputs, warn
 from bayesian_lora_kernels.commands.parser import build_parser
 
+INTERRUPTED = 130  # as a shell says of Ctrl-C
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code (0 for success, 1 for failure, 2 for bad use)."""
+    """Run a command; returns the exit code (0 for success, 1 for failure, 2 for bad use, 130 after Ctrl-C)."""
     args = build_parser().parse_args(arguments)
     with warnings.catch_warnings(), _logged_warnings():
         warnings.showwarning = _show  # without a place in the source, which says nothing to who runs a command
@@ -30,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # whoever reads has seen enough, such as `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except KeyboardInterrupt:
+            print(f"blk {args.command}: interrupted", file=sys.stderr)
+            return INTERRUPTED
         except (CommandError, OSError) as error:
             print(f"blk {args.command}: {error}", file=sys.stderr)
             return error.code if isinstance(error, CommandError) else FAILED

@@ -253,7 +253,7 @@ def _means(
             for row in range(len(recorded.logits)):
                 own = logits_alone(recorded, row)
                 if own is not None:
-                    off = distance(logits_together(recorded, row), own.detach(), lowest_dtype(forward))
+                    off = distance(logits_together(recorded, row), own.detach(), lowest_dtype(recorded))
                     worst, compared = max(worst, off), True
     note = "" if compared else "forward=... is not asked about single examples"
     return [Agreement(what, "", worst if compared else None, limit, note)]

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from dense import relative
 from models import in_float64
 from situations import CURVATURES, Scene, adapted, judge, judge_scene, labelled, padded, run_last, run_plain
 from torch import Tensor, nn
@@ -285,9 +287,70 @@ def test_accelerate(name: str, causal: bool, curvature: str):
         model = ACCELERATE[name](llama(causal))
         return blk.LaplaceLoRA(model, **settings).fit([batch], progress=False).predict(batch).covariance
 
-    from dense import relative
-
     judge(ours, OFFLOAD, lambda got: relative(got, expected))
+
+
+# Offloaded is what has no adapter: attention stays in memory.
+KEPT = ("self_attn", "input_layernorm", "post_attention_layernorm")
+HERE = {
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    **{f"model.layers.{i}.{k}": "cpu" for i in (0, 1) for k in KEPT},
+}
+ELSEWHERE = {
+    "MLPs": ["model.layers.0.mlp", "model.layers.1.mlp"],
+    "embedding": ["model.embed_tokens", "model.layers.1.mlp"],
+    "head": ["model.embed_tokens", "model.layers.0.mlp", "lm_head"],
+}
+
+
+def base() -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).double()
+
+
+def offloaded(where: str, parts: list[str], folder: Path) -> Any:
+    """Parts of the base model in the memory of the CPU beside its modules, or on disk; the adapter comes afterwards."""
+    import accelerate
+
+    model = base()
+    others = {"model.layers.0.mlp", "model.layers.1.mlp", "model.embed_tokens", "lm_head"} - {*parts}
+    places = {**HERE, **dict.fromkeys(others, "cpu"), **dict.fromkeys(parts, where)}
+    if where == "disk":
+        accelerate.dispatch_model(model, places, offload_dir=str(folder), force_hooks=True, main_device="cpu")
+    else:
+        for part in parts:
+            accelerate.cpu_offload(model.get_submodule(part), execution_device="cpu")
+    return adapted(model, ["q_proj", "v_proj"], double=False, task_type="CAUSAL_LM")
+
+
+@needs_accelerate
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_offloaded_without_the_adapter(what: str, where: str, tmp_path: Path):
+    batch = labelled(padded([6, 4, 5, 6], 40))
+    plain = adapted(base(), ["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    expected = blk.LaplaceLoRA(plain, class_token_ids=IDS, rank=None).fit([batch], progress=False)
+    expected.save_pretrained(tmp_path / "posterior")
+    model = offloaded(where, ELSEWHERE[what], tmp_path / "weights")
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = plain.get_parameter(name).data
+    assert any(p.is_meta for p in model.parameters())
+    laplace = blk.LaplaceLoRA(model, class_token_ids=IDS, rank=None).fit([batch], progress=False)
+    assert relative(laplace.predict(batch).covariance, expected.predict(batch).covariance) < 1e-12
+    assert abs(float(laplace.log_marginal_likelihood() - expected.log_marginal_likelihood())) < 1e-9
+    with pytest.warns(UserWarning, match="on the meta device"):
+        loaded = blk.LaplaceLoRA.from_pretrained(model, tmp_path / "posterior")
+    assert relative(loaded.predict(batch).covariance, expected.predict(batch).covariance) < 1e-12
+    noise = [torch.Generator().manual_seed(0) for _ in range(2)]
+    if what == "head":
+        with pytest.raises(ValueError, match=r"lm_head\.weight is on the meta device"):
+            laplace.score(batch, 8, noise[0])
+    else:
+        ours, theirs = (one.score(batch, 8, g).log_prob for one, g in zip((laplace, expected), noise, strict=True))
+        assert relative(ours, theirs) < 1e-12
 
 
 # LoRA on parameters

@@ -28,7 +28,7 @@ def run(args: Namespace) -> int:
     job = load_job(args, labelled=True, posterior=folder, classes=2)
     if len(job.labels) < FEW_LABELS:
         output.warn(f"{args.data}: {len(job.labels)} labels say little; {FEW_LABELS} do, a hundred are good")
-    laplace = load_posterior(job, folder)
+    laplace = load_posterior(job.inputs.model, job.task, folder)
     logits, labels = job.judged(laplace)
     evidence = LabelLikelihood()
     with as_input_errors():

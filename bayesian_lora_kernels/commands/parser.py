@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
+from typing import Any
 
 from bayesian_lora_kernels import __version__
 from bayesian_lora_kernels.commands.options import (
+    CURVATURES,
     HELD_OUT,
     Subparsers,
     add_adapter,
     add_device,
+    add_diagrams,
     add_job_options,
     add_json,
+    add_memory_options,
     add_model,
     add_posterior,
     add_probabilities,
@@ -22,6 +26,7 @@ from bayesian_lora_kernels.commands.options import (
 )
 
 TINY = "tiny"
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def build_parser() -> ArgumentParser:
@@ -29,9 +34,29 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="blk", description="Laplace posteriors over LoRA weights.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for add in (_demo, _doctor, _bench, _fit, _calibrate, _evaluate, _predict, _score):
+    parser.add_argument(
+        "--print-completion", action=_PrintCompletion, choices=SHELLS, help="a script that completes blk in this shell"
+    )
+    for add in (_demo, _doctor, _bench, _fit, _calibrate, _evaluate, _compare, _predict, _score, _inspect):
         add(subparsers)
     return parser
+
+
+class _PrintCompletion(Action):
+    """Print what a shell reads to complete `blk`; paths are completed as such."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error(f"{option_string}: needs shtab; pip install shtab")
+        (commands,) = (action for action in parser._actions if action.dest == "command")
+        for command in dict(commands.choices or {}).values():
+            for action in command._actions:
+                if action.type is Path:
+                    action.complete = shtab.FILE
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
 
 
 def _demo(subparsers: Subparsers) -> None:
@@ -77,7 +102,8 @@ def _doctor(subparsers: Subparsers) -> None:
         help="what this machine can run, and a self-test",
         description="Versions, devices, what can run here and why not the rest, and a self-test. With an adapter and a "
         "file of prompts, also a test on that model: Jacobians against autograd, logits against those of each example "
-        "alone, a fit in pieces against one in one piece.",
+        "alone, a fit in pieces against one in one piece. With a batch size and a length, the memory that a fit and a "
+        "prediction will need; no weights are loaded for that.",
     )
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="PEFT adapter folder to verify")
     parser.add_argument("--model", metavar="MODEL", help="its base model; default: what the adapter says")
@@ -94,6 +120,7 @@ def _doctor(subparsers: Subparsers) -> None:
         "machine, and remember the outcome",
     )
     add_device(parser)
+    add_memory_options(parser)
     add_json(parser, "also write the report to this file")
 
 
@@ -121,6 +148,12 @@ def _fit(subparsers: Subparsers) -> None:
     parser.add_argument("--per-module", action="store_true", help="one prior precision for each module")
     add_settings(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: the adapter's folder")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="where to keep what is measured, to go on from after a kill",
+    )
     add_json(parser, "also write the results to this file, as JSON")
 
 
@@ -147,13 +180,32 @@ def _evaluate(subparsers: Subparsers) -> None:
     )
     add_job_options(parser, labelled=True)
     add_probabilities(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a reliability diagram, PNG, PDF or SVG")
-    parser.add_argument(
-        "--plot-risk",
-        type=Path,
-        metavar="FILE",
-        help="also draw a risk-coverage diagram: how many answers are wrong if only the surest are given",
+    add_diagrams(parser)
+    add_json(parser, "also write the results to this file, as JSON")
+
+
+def _compare(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "compare",
+        help="what makes the adapter calibrated: temperature scaling and each curvature, side by side",
+        description="Accuracy and calibration on TEST.jsonl of the adapter alone (MAP), with a temperature, and with "
+        "Laplace posteriors of several curvatures that are fitted to DATA.jsonl; temperature and posteriors are told "
+        "their level by HELDOUT.jsonl. Nothing is written beside the adapter.",
     )
+    add_job_options(parser, labelled=True)
+    parser.add_argument("held_out", type=Path, metavar=HELD_OUT, help="the same, not among what it was trained on")
+    parser.add_argument("test", type=Path, metavar="TEST.jsonl", help="the same, seen by nothing before")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=(*CURVATURES, "last"),
+        default=["kfac", "ekfac", "exact"],
+        metavar="METHOD",
+        help=f"of {', '.join(CURVATURES)} and last (exact, of the last block only); exact keeps the gradients of all "
+        "training examples; default: kfac ekfac exact",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the fits; default: 0")
+    add_diagrams(parser)
     add_json(parser, "also write the results to this file, as JSON")
 
 
@@ -203,4 +255,18 @@ def _score(subparsers: Subparsers) -> None:
         "--html", type=Path, metavar="FILE", help="also write the text with each token coloured by mutual information"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="the same as a picture, PNG, PDF or SVG")
+    add_json(parser, "also write the results to this file, as JSON")
+
+
+def _inspect(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "inspect",
+        help="what is in a posterior",
+        description="What the posterior that blk fit wrote holds: settings, prior, evidence, and how many parameters "
+        "of each kind of module the data determine. The model is not loaded.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what blk fit wrote into: an adapter, or its --out")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw spectra, layers and evidence, PNG, PDF or SVG"
+    )
     add_json(parser, "also write the results to this file, as JSON")

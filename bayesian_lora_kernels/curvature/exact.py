@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,12 +18,15 @@ from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.curvature.passes import Passes
 from bayesian_lora_kernels.curvature.rows import RowStore
 from bayesian_lora_kernels.model.jacobians import Jacobians
+from bayesian_lora_kernels.model.memory import default_budget
 from bayesian_lora_kernels.posterior.curvature import Curvature, register
 from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.posterior.stored import Stored
+from bayesian_lora_kernels.posterior.tensor_file import Columns
 
 SLICE_BYTES = 128 * 2**20
 GRAM = "gram"
+ROUNDING = 1e-3  # of the rows' square lengths in a file
 
 
 @register("exact")
@@ -67,7 +70,7 @@ class FunctionSpaceCurvature(Curvature):
     def measure(cls, data: Passes) -> FunctionSpaceCurvature:
         """One pass for the rows."""
         store = RowStore(data.memory_budget, data.config.row_dtype)
-        for gradients in data.weight_gradients("rows"):
+        for gradients in data.weight_gradients("rows", [store]):
             store.append({layer.name: gradients[layer.name].flatten(start_dim=1) for layer in data.layers})
         return cls(store, {layer.name: layer.shape for layer in data.layers}, data.device)
 
@@ -167,20 +170,34 @@ class FunctionSpaceCurvature(Curvature):
         values, vectors = torch.linalg.eigh(weighted)
         return values.clamp_min(0), vectors
 
-    def pack(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    def pack(self) -> tuple[dict[str, Tensor | Columns], dict[str, dict[str, Any]]]:
         """See `Curvature`."""
-        return {**{f"{name}.rows": self.store.rows(name) for name in self.store.names}, GRAM: self.gram}, {}
+        tensors: dict[str, Tensor | Columns] = {GRAM: self.gram}
+        for name in self.store.names:
+            tensors[f"{name}.rows"] = Columns(self.store.width(name), partial(self.store.rows, name))
+        return tensors, {}
 
     @classmethod
     def unpack(cls, stored: Stored) -> FunctionSpaceCurvature:
         """See `Curvature`."""
-        n = len(stored.tensor(GRAM, (None, None)))
-        rows, shapes = {}, {}
-        for layer, name in stored.names.items():
-            shapes[name] = stored.shape(layer)
-            rows[name] = stored.tensor(f"{layer}.rows", (n, math.prod(shapes[name])))
+        n, _ = stored.sizes(GRAM, (None, None))
+        if n == 0:
+            raise ValueError(f"{GRAM}: expected at least one row")
+        shapes = {name: stored.shape(layer) for layer, name in stored.names.items()}
         device = next(iter(stored.devices.values()))
-        return cls(RowStore.of(rows), shapes, device, stored.tensor(GRAM, (n, n)))
+        gram = stored.tensor(GRAM, (n, n), device)
+        store, squares = RowStore(default_budget(device)), torch.zeros(n, dtype=torch.float64, device=device)
+        step = max(SLICE_BYTES // (8 * sum(map(math.prod, shapes.values()))), 1)
+        for start in range(0, n, step):
+            block, rows = {}, slice(start, min(start + step, n))
+            for layer, name in stored.names.items():
+                shape = n, math.prod(shapes[name])
+                found = block[name] = stored.tensor(f"{layer}.rows", shape, stored.device(layer), rows=rows)
+                squares[rows] += torch.linalg.vector_norm(found, dim=1, dtype=torch.float64).square().to(device)
+            store.append(block)
+        if not torch.allclose(squares, gram.diagonal(), rtol=ROUNDING, atol=0):
+            raise ValueError(f"{GRAM}: expected the inner products of the rows")
+        return cls(store, shapes, device, gram)
 
     def _gram_of(self, names: list[str], prior: Prior | None) -> Tensor:
         total: Tensor | None = None

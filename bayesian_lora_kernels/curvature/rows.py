@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from bayesian_lora_kernels.curvature.state import GrowingRows
 
 
 class RowStore:
@@ -74,6 +77,25 @@ class RowStore:
                 self._blocks.pop(name, None)  # the mapping of the shorter file
             else:
                 self._blocks.setdefault(name, []).append(block if self.place == "device" else block.cpu())
+
+    def since(self, start: int) -> dict[str, Tensor]:
+        """The rows of every layer from one on, wherever they lie."""
+        found = {}
+        for name in self.names:
+            blocks = [self.rows(name)] if self.place == "file" else self._blocks[name]
+            ends = itertools.accumulate(map(len, blocks))
+            late = [b[max(start - end, -len(b)) :] for b, end in zip(blocks, ends, strict=True) if start < end]
+            found[name] = torch.cat(late)
+        return found
+
+    def state(self) -> GrowingRows:
+        """See `Stateful`."""
+        return GrowingRows(self.n_rows, self.since)
+
+    def restore(self, state: Iterable[Mapping[str, Tensor]]) -> None:
+        """See `Stateful`."""
+        for block in state:
+            self.append(block)
 
     def rows(self, name: str, columns: slice = slice(None)) -> Tensor:
         """`[n, columns]` of one layer, wherever it lies."""

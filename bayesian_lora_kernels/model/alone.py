@@ -26,7 +26,7 @@ LABELS = "labels"
 @torch.no_grad()
 def check_alone(recorded: Capture) -> None:
     """The example with most padding, by itself and without it, gives what it gives in the batch."""
-    forward, inputs = recorded.forward, recorded.batch.inputs
+    inputs = recorded.batch.inputs
     if not isinstance(inputs, Mapping):
         return
     row = most_padded(recorded.batch)
@@ -37,7 +37,7 @@ def check_alone(recorded: Capture) -> None:
         return
     mask = inputs.get(MASK)
     mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    dtype = lowest_dtype(forward)
+    dtype = lowest_dtype(recorded)
     off = distance(logits_together(recorded, row), own, dtype)
     if off <= tolerance_of(dtype, 1e-5, 1e-2, 0.4):
         if mask is not None and not mask.all():
@@ -69,7 +69,7 @@ def _compare_inputs(recorded: Capture, row: int, alone: Mapping[str, list[Tensor
         there = torch.cat(rows) if rows else here[:0]
         if any(relation.name == "before padding" for relation in forward.findings.relations.get(name, [])):
             there = there[: len(here)]  # the model fills up windows when it runs alone, too
-        limit = tolerance_of(lowest_dtype(forward), 1e-5, 1e-2, 0.4)
+        limit = tolerance_of(lowest_dtype(recorded), 1e-5, 1e-2, 0.4)
         same = here.shape == there.shape and (here - there).abs().sum() <= limit * there.abs().sum()
         if not same:
             forward.findings.unclear[name] = (

@@ -28,6 +28,10 @@ from bayesian_lora_kernels.model.measuring import hooked, undo_when_measured
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 
 WAITING_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # of output gradients that wait for a grouped operation
+REENTRANT = (
+    "under torch.no_grad() or under checkpointing with use_reentrant=True, which only loss.backward() sees through; "
+    "checkpoint with use_reentrant=False"
+)
 Receive = Callable[[str, int, Tensor], None]
 T = TypeVar("T")
 
@@ -57,12 +61,14 @@ class Call(NamedTuple):
         a: the module's input, as it came: `[..., in_features]`.
         version: of its storage then.
         key: of that tensor.
+        graph: whether it ran with gradients.
         masks: that may describe its tokens, the likeliest first.
     """
 
     a: Tensor
     version: int
     key: tuple[Any, ...]
+    graph: bool
     masks: tuple[TokenMask, ...]
 
 
@@ -108,16 +114,20 @@ class _Tap(torch.autograd.Function):
 
 def _taps_behind(logits: Tensor) -> dict[tuple[str, int], Any]:
     """`{(layer, number of its call): tap}` of all taps that a backward pass from the logits runs through."""
-    taps, seen, ahead = {}, set(), [logits.grad_fn]
+    taps = (node for node in _nodes(logits) if getattr(node, "_forward_cls", None) is _Tap)
+    return {(node.name, node.call): node for node in taps}
+
+
+def _nodes(logits: Tensor) -> Iterator[Any]:
+    """Every node of the graph once."""
+    seen, ahead = set(), [logits.grad_fn]
     while ahead:
         node: Any = ahead.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if getattr(node, "_forward_cls", None) is _Tap:
-            taps[node.name, node.call] = node
+        yield node
         ahead += [before for before, _ in node.next_functions]
-    return taps
 
 
 class Capture:
@@ -131,6 +141,7 @@ class Capture:
         self._reached: dict[str, list[bool]] = {}  # which calls the logits depend on, if it is not all of a layer's
         self._mailbox = _Mailbox()
         self._sink: Tensor | None = None
+        self.parameters: dict[str, dict[str, Tensor]] = {}  # of each layer, as its call found them
         self.all_labels = False
         self.batch: Batch
         self.result: ForwardResult
@@ -178,19 +189,28 @@ class Capture:
                     )
                 calls = self.calls[layer.name]
                 key = (given[id(layer.input_source)][0], a.dtype, bool(layer.weight), bool(layer.bias))
-                calls.append(Call(a, a._version, key, given[id(layer.outer)][1]))
+                calls.append(Call(a, a._version, key, torch.is_grad_enabled(), given[id(layer.outer)][1]))
                 if self._sink is None:
                     self._sink = torch.zeros((), device=output.device, dtype=torch.float32, requires_grad=True)
                 return _Tap.apply(output, self._sink, self._mailbox, layer.name, len(calls) - 1)
 
             return record
 
-        if differentiable:
-            self._require_gradients()
+        def ready(layer: LinearLayer) -> Any:
+            def prepare(*_: Any) -> None:
+                self.parameters[layer.name] = found = layer.parameters()
+                _require_gradients([p for p in found.values() if not p.requires_grad])
+
+            return prepare
+
         sourced = {id(m): m for layer in self.layers.values() for m in (layer.input_source, layer.outer)}
         enter, leave = scopes.hooks(self.forward.model) if self.forward.masked else ([], [])
         with hooked(
-            [*enter, *((m, identify) for m in sourced.values())],
+            [
+                *enter,
+                *((m, identify) for m in sourced.values()),
+                *((layer.module, ready(layer)) for layer in self.layers.values() if differentiable),
+            ],
             [*((layer.module, recorder(layer)) for layer in self.layers.values()), *leave],
         ):
             self.result = self.forward(batch, all_labels=all_labels)
@@ -200,13 +220,26 @@ class Capture:
                 "disabled or not active?), or forward runs under torch.no_grad()"
             )
         self.batch = replace(batch, size=len(self.logits))  # of objects that nobody can count, the logits tell it
+        self._check_graph()
         self._drop_unreached()
         self._check_unchanged()
+
+    def release(self) -> None:
+        """Lets the graph go, and with it most of the memory; no backward pass follows."""
+        self.result = self.result._replace(logits=self.logits.detach())
 
     def of_reached(self, name: str, calls: Sequence[T]) -> Sequence[T]:
         """Of all calls of a layer, in another forward pass too, those that the logits depend on."""
         reached = self._reached.get(name)
         return calls if reached is None or len(reached) != len(calls) else list(itertools.compress(calls, reached))
+
+    def _check_graph(self) -> None:
+        """A call without gradients is a constant, unless checkpointing hides it from all but `loss.backward()`."""
+        hidden = {name: calls for name, calls in self.calls.items() if not all(call.graph for call in calls)}
+        checkpointed = bool(hidden) and any("CheckpointFunction" in type(n).__name__ for n in _nodes(self.logits))
+        for name, calls in hidden.items():
+            if checkpointed or not any(call.graph for call in calls):
+                raise ValueError(f"{name}: it runs without gradients, {REENTRANT}, or leave it out with modules=...")
 
     def _drop_unreached(self) -> None:
         """Forget calls that the logits do not depend on, of layers with several.
@@ -224,18 +257,6 @@ class Capture:
             self.calls[name] = list(self.of_reached(name, calls))
             for new, old in enumerate(itertools.compress(range(len(calls)), reached)):
                 taps[name, old].call = new
-
-    def _require_gradients(self) -> None:
-        frozen = [p for layer in self.layers.values() for p in layer.parameters().values() if not p.requires_grad]
-
-        def freeze() -> None:
-            for p in frozen:
-                p.requires_grad_(False)
-
-        if frozen:
-            undo_when_measured(freeze)
-        for p in frozen:
-            p.requires_grad_(True)
 
     def _check_unchanged(self) -> None:
         for name, calls in self.calls.items():
@@ -382,6 +403,10 @@ class Capture:
                 retain_graph=retain_graph,
                 allow_unused=True,
             )[1:]
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):
+                raise ValueError(f"the model runs partly {REENTRANT}") from error
+            raise
         finally:
             self._mailbox.receive = None
 
@@ -398,6 +423,17 @@ class Capture:
             if call in parts:
                 g[:, start:stop] = parts[call]
         return g
+
+
+def _require_gradients(frozen: Sequence[Tensor]) -> None:
+    def freeze() -> None:
+        for p in frozen:
+            p.requires_grad_(False)
+
+    if frozen:
+        undo_when_measured(freeze)
+    for p in frozen:
+        p.requires_grad_(True)
 
 
 def _joined(masks: Sequence[Tensor | None], tokens: Sequence[Tensor]) -> Tensor | None:

@@ -134,7 +134,7 @@ def _layout_of(recorded: Capture, probe: Probe, name: str, call: int) -> Layout 
         return options[0] if options else None
     if key not in probe.found or plain is None or plain.shape[:-1] != shape[:-1]:
         return None
-    tolerance = tolerance_of(lowest_dtype(recorded.forward), 1e-8, 1e-3, 0.1)
+    tolerance = tolerance_of(lowest_dtype(recorded), 1e-8, 1e-3, 0.1)
     for layout in options:
         own = layout.tokens(plain, n)
         own = own.flip(0) if turned else own

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.names import active_adapters, adapter_of, adapter_owner, join, unique_names
+from bayesian_lora_kernels.model.sharding import is_sharded, whole
 
 VALUES = 8
 SMALLEST = 2.0**-24  # of float16 that is not zero: below it values are not told apart
@@ -127,7 +128,7 @@ def check(
     if skipped:
         warnings.warn(
             f"base model: compared {len(expected) - absent} of {len(expected) + description['skipped']} frozen "
-            "tensors; the others are sharded or on the meta device, here or where the posterior was saved",
+            "tensors; the others are on the meta device, here or where the posterior was saved",
             stacklevel=3,
         )
     for name, (own, _) in _frozen(model, posterior, adapters).items():
@@ -198,23 +199,24 @@ def _embedding_rows(model: nn.Module) -> dict[int, int]:
 
 
 def at_hand(tensor: Tensor) -> bool:
-    """Whether its numbers are here: neither on the meta device nor sharded."""
-    return tensor.device.type != "meta" and not hasattr(tensor, "device_mesh")  # that of a DTensor
+    """Whether its numbers are here, or with the processes that share the model."""
+    return tensor.device.type != "meta"
 
 
 def _plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A tensor, or those that a quantised one is made of."""
-    if hasattr(tensor, "__tensor_flatten__"):
+    if hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor):
         for part in tensor.__tensor_flatten__()[0]:
             yield from _plain_parts(f"{name}.{part}", getattr(tensor, part))
     else:
-        yield name, tensor.data
+        yield name, tensor.detach()
 
 
 def _gather(tensor: Tensor, count: int) -> Tensor:
     """`count` values, one of each of as many equal parts of the flattened tensor, `[count]` float32 on the CPU."""
     if count == 0:
         return torch.zeros(0)
+    tensor = whole(tensor)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if tensor.is_floating_point() and tensor.element_size() == 1:

@@ -23,6 +23,7 @@ from bayesian_lora_kernels.model.host import both, on_host, to_device
 from bayesian_lora_kernels.model.masks import before_pads, last_valid, parameters_of
 from bayesian_lora_kernels.model.measuring import hooked
 from bayesian_lora_kernels.model.reading import DECODER_MASK, MASK_KEYS
+from bayesian_lora_kernels.model.sharding import sharing
 from bayesian_lora_kernels.surroundings import callers_surroundings
 
 IGNORED_LABEL = -100
@@ -68,7 +69,7 @@ class Forward:
 
     Raises:
         ValueError: if class ids are given for a model that has no output head over a vocabulary, repeat, or lie outside
-            the vocabulary.
+            the vocabulary; for a model that is spread in a way that is not served.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Forward:
         masked: bool = True,
         check: str = "first",
     ):
+        sharing(model)  # refuses what is spread in a way that is not served
         self.model, self.prefix = unwrapped(model)
         self.function = function
         self.masked = masked
@@ -112,6 +114,14 @@ class Forward:
             return {}
         rows = self.class_token_ids
         return {name: rows.to(linear.weight.device) for name, linear in self.head.linears.items()}
+
+    @property
+    def n_logits(self) -> int | None:
+        """How many logits there will be, as far as that is known before the model runs."""
+        if self.class_token_ids is not None:
+            return len(self.class_token_ids)
+        labels = getattr(getattr(self.base, "config", None), "num_labels", None)
+        return labels if self.function is None and self.head is None and isinstance(labels, int) else None
 
     def in_head(self, layer_name: str) -> bool:
         """Whether a layer is part of the output head."""
@@ -393,5 +403,6 @@ def _up_to_the_last_label(targets: Tensor) -> Tensor:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Device of the model's first parameter."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    """Device of the model's first parameter that is in memory: what accelerate offloads is on the meta device."""
+    devices = dict.fromkeys(p.device for p in model.parameters())
+    return next((device for device in devices if device.type != "meta"), next(iter(devices), torch.device("cpu")))

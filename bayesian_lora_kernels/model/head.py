@@ -216,6 +216,11 @@ def _with_adapters(head: OutputHead) -> OutputHead:
             f"outputs='vocabulary': {name} is a {type(inner).__name__}, expected an nn.Linear, with LoRA or without"
         )
     weight = inner.weight
+    if weight.is_meta:
+        raise ValueError(
+            f"outputs='vocabulary': {name}.weight is on the meta device: accelerate offloads it to the CPU or to disk. "
+            "Keep the output head in memory (in the device_map), or choose tokens with class_token_ids and predict"
+        )
     if weight.ndim != 2 or not weight.is_floating_point() or weight.shape[0] != inner.out_features:
         raise ValueError(
             f"outputs='vocabulary': {name} keeps its weight as {weight.dtype} {list(weight.shape)}; expected an output "

@@ -66,14 +66,11 @@ class LinearLayer:
         """`[..., d_out]` from the module's outputs, or their gradients, `[..., out_features]`."""
         return outputs if self.rows is None else outputs[..., self.rows]
 
-    def matrix(self) -> Tensor:
-        """Current parameters as `[d_out, d_in]`, detached."""
-        columns = []
-        if self.weight:
-            columns.append(self.module.weight.detach())
-        if self.bias:
-            columns.append(self.module.bias.detach()[:, None])
-        matrix = torch.cat(columns, dim=1)
+    def matrix(self, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Parameters as `[d_out, d_in]`, detached: `values` by their names, or the current ones."""
+        values = self.parameters() if values is None else values
+        parts = [values[name].detach() for name in self.parameters()]
+        matrix = torch.cat([part if part.ndim == 2 else part[:, None] for part in parts], dim=1)
         return matrix if self.rows is None else matrix[self.rows]
 
     def split(self, matrices: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ twice. A Python signal handler (Ctrl-C) runs in the main thread and between any 
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 import threading
@@ -18,7 +19,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from bayesian_lora_kernels.model.sharding import resharded
+
+CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps it
 Step = Callable[[], None]
 R = TypeVar("R")
 
@@ -39,7 +44,8 @@ def measuring(model: nn.Module) -> Iterator[None]:
     Every module's own mode is back afterwards, and so is all that `undone` wrote down inside.
 
     transformers checkpoints activations only in training mode. Layers that do so, and have no dropout of their own,
-    keep that flag, so that a model which was trained under checkpointing is also measured under it.
+    keep that flag, so that a model which was trained under checkpointing is also measured under it; without reentry,
+    which only `loss.backward()` sees through.
     """
     with _lock(model):
         outer, left = _current.steps, True
@@ -57,14 +63,17 @@ def measuring(model: nn.Module) -> Iterator[None]:
                 modes = [(module, module.training) for module in model.modules()]
                 steps.append(lambda: _set_modes(modes))
                 model.eval()
-                for module, _ in modes:
-                    if _checkpoints_safely(module):
-                        module.training = True
+                checkpointed = [module for module, _ in modes if _checkpoints(module)]
+                functions = [(module, vars(module)[CHECKPOINT]) for module in checkpointed]
+                steps.append(lambda: _set_functions(functions))
+                for module, function in functions:
+                    module.training = True
+                    setattr(module, CHECKPOINT, functools.partial(function, use_reentrant=False))
                 caches = [(m, m._dora_cache) for m, _ in modes if isinstance(getattr(m, "_dora_cache", None), dict)]
                 steps.append(lambda: _set_caches(caches))
                 for module, _ in caches:
                     module._dora_cache = _NoCache()  # type: ignore[assignment]
-                with torch.inference_mode(False), torch.enable_grad():
+                with torch.inference_mode(False), torch.enable_grad(), resharded(model):
                     yield
             finally:
                 uninterrupted(undo)
@@ -223,10 +232,14 @@ def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
         module.training = training
 
 
-def _checkpoints_safely(module: nn.Module) -> bool:
-    if not getattr(module, "gradient_checkpointing", False):
-        return False
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    reentrant = getattr(function, "keywords", {}).get("use_reentrant", True)
+def _set_functions(functions: Iterable[tuple[nn.Module, Any]]) -> None:
+    for module, function in functions:
+        setattr(module, CHECKPOINT, function)
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    """Whether it runs under PyTorch's checkpointing in training mode, and that mode changes nothing else about it."""
+    function = vars(module).get(CHECKPOINT)
+    known = getattr(function, "func", None) is checkpoint
     drops = any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(module).items())
-    return function is not None and not reentrant and not drops
+    return bool(getattr(module, "gradient_checkpointing", False)) and known and not drops

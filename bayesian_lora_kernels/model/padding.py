@@ -179,7 +179,7 @@ def _with_noisy_padding(recorded: Capture, vectors: bool) -> _Noisy | None:
     if mask is not None:
         difference = difference.masked_fill(~mask[..., None].to(difference.device), 0)
     size = float(difference.max()) / max(float(before.abs().max()), torch.finfo(before.dtype).tiny)
-    level = tolerance_of(lowest_dtype(forward), 1e-10, 1e-5, 3e-2)
+    level = tolerance_of(lowest_dtype(recorded), 1e-10, 1e-5, 3e-2)
     padding = {}
     for name, found in inputs.items():
         for i, (call, a) in enumerate(zip(recorded.calls[name], recorded.of_reached(name, found), strict=False)):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.model.capture import Capture
-from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.surroundings import callers_surroundings
@@ -57,18 +56,18 @@ class Probe:
         if mask is not None:
             cotangent = cotangent.masked_fill(~mask[..., None].to(logits.device), 0)
         parameters = [
-            (layer, leaf, p)
-            for layer in self.recorded.layers.values()
-            for leaf, p in (("weight", layer.module.weight), ("bias", layer.module.bias))
-            if (layer.weight if leaf == "weight" else layer.bias) and p.requires_grad
+            (layer, p)
+            for name, layer in self.recorded.layers.items()
+            for p in self.recorded.parameters.get(name, layer.parameters()).values()
+            if p.requires_grad
         ]
         step = 1
         while step == 1 or step < n:  # equal factors differ in the next digit of an example's number
             factors = torch.tensor([FACTORS[(i // step) % len(FACTORS)] for i in range(n)], dtype=torch.float64)
             scaled = cotangent * factors.to(cotangent).reshape(-1, *[1] * (cotangent.ndim - 1))
             wanted = parameters if step == 1 else []
-            seen, gradients = self._pass(self.recorded, scaled, [p for _, _, p in wanted])
-            self._expect([(layer, leaf, g, p) for (layer, leaf, p), g in zip(wanted, gradients, strict=True)])
+            seen, gradients = self._pass(self.recorded, scaled, [p for _, p in wanted])
+            self._expect([(layer, g, p) for (layer, p), g in zip(wanted, gradients, strict=True)])
             self.passes.append((factors, seen))
             step *= len(FACTORS)
         if n > 1:
@@ -123,10 +122,10 @@ class Probe:
             total, size = before[0] + total, before[1] + size
         self.totals[layer.name] = total, size
 
-    def _expect(self, found: Sequence[tuple[LinearLayer, str, Tensor | None, Tensor]]) -> None:
+    def _expect(self, found: Sequence[tuple[LinearLayer, Tensor | None, Tensor]]) -> None:
         columns: dict[str, list[Tensor]] = {}
-        layers = {layer.name: layer for layer, _, _, _ in found}
-        for layer, _, g, p in found:
+        layers = {layer.name: layer for layer, _, _ in found}
+        for layer, g, p in found:
             g = torch.zeros_like(p) if g is None else g
             g = g if g.ndim == 2 else g[:, None]
             columns.setdefault(layer.name, []).append(g if layer.rows is None else g[layer.rows])
@@ -141,9 +140,11 @@ def tolerance_of(dtype: torch.dtype, double: float, single: float, half: float) 
     return double if bits == 64 else single if bits == 32 else half
 
 
-def lowest_dtype(forward: Forward) -> torch.dtype:
+def lowest_dtype(recorded: Capture) -> torch.dtype:
     """The dtype that decides how exactly two runs of a model agree."""
+    forward = recorded.forward
     dtypes = {p.dtype for p in forward.model.parameters() if p.is_floating_point()}
+    dtypes |= {call.a.dtype for calls in recorded.calls.values() for call in calls}  # FSDP may cast weights and inputs
     quantised = any(not p.is_floating_point() for p in forward.model.parameters())
     with callers_surroundings():
         if quantised or torch._C._is_any_autocast_enabled():

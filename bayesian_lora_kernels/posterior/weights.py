@@ -10,7 +10,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.model import fingerprint, names
+from bayesian_lora_kernels.model.sharding import sharing, whole
 from bayesian_lora_kernels.posterior import storage
+from bayesian_lora_kernels.processes import ALONE
 
 
 @dataclass(frozen=True)
@@ -18,21 +20,27 @@ class MeasuredWeights:
     """What a posterior stands on, taken when it was measured.
 
     Attributes:
-        digest: of the posterior's own parameters; None if their values are not at hand (sharded).
-        versions: of the same parameters, which tell at no cost that nobody wrote to them.
+        digest: of the posterior's own parameters; None if their values are not at hand (on the meta device).
+        versions: of the same parameters, which tell at no cost that nobody wrote to them, by identity: a parameter that
+            FSDP shards has two.
+        values: of the same parameters if the model is sharded: nothing else needs its other processes then.
         base: of the frozen weights, as `fingerprint.take` gives it; None if an adapter was merged into them.
     """
 
     digest: str | None
-    versions: dict[str, tuple[int, int]]
+    versions: dict[str, dict[int, int]]
+    values: dict[str, Tensor] | None
     base: tuple[Tensor, dict[str, Any]] | None
 
     @staticmethod
     def of(model: nn.Module, parameters: Mapping[str, Tensor]) -> MeasuredWeights:
         """Those of a model, with the parameters that the posterior covers."""
+        sharded = sharing(model) is not ALONE
         at_hand = all(fingerprint.at_hand(p) for p in parameters.values())
         base = None if fingerprint.merged(model) else fingerprint.take(model, parameters.values())
-        return MeasuredWeights(adapter_digest(parameters) if at_hand else None, _versions(parameters), base)
+        values = {name: whole(p) for name, p in parameters.items()} if sharded else None
+        digest = adapter_digest(values or parameters) if at_hand else None
+        return MeasuredWeights(digest, {name: dict([_version(p)]) for name, p in parameters.items()}, values, base)
 
     def check_unchanged(self, parameters: Mapping[str, Tensor], what: str) -> None:
         """Whether the posterior's parameters are still what they were.
@@ -40,14 +48,17 @@ class MeasuredWeights:
         Raises:
             ValueError: if they are not.
         """
-        if self.versions == _versions(parameters) or self.digest is None:
+        versions = {name: _version(p) for name, p in parameters.items()}
+        known = all((key, self.versions.get(name, {}).get(key)) == (key, n) for name, (key, n) in versions.items())
+        if known or self.digest is None:
             return
         if adapter_digest(parameters) != self.digest:
             raise ValueError(
                 f"{what}: the weights of the posterior have changed since it was measured (further training, or other "
                 "weights loaded); call fit(loader) again"
             )
-        self.versions.update(_versions(parameters))
+        for name, (key, n) in versions.items():
+            self.versions.setdefault(name, {})[key] = n
 
 
 def adapter_digest(parameters: Mapping[str, Tensor]) -> str:
@@ -55,7 +66,7 @@ def adapter_digest(parameters: Mapping[str, Tensor]) -> str:
     adapters = names.adapters_of(parameters)
     anonymous = {adapters[0]: ""} if len(adapters) == 1 else None
     canonical = names.unique_names(parameters, anonymous)
-    return storage.adapter_digest({canonical[name]: value for name, value in parameters.items()})
+    return storage.adapter_digest({canonical[name]: whole(value) for name, value in parameters.items()})
 
 
 def find_adapter(model: nn.Module, content: Mapping[str, Any]) -> tuple[names.Placement, bool]:
@@ -112,5 +123,5 @@ def covered_by(
     return covers
 
 
-def _versions(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    return {name: (id(p), -1 if p.is_inference() else p._version) for name, p in parameters.items()}
+def _version(parameter: Tensor) -> tuple[int, int]:
+    return id(parameter), -1 if parameter.is_inference() else parameter._version
