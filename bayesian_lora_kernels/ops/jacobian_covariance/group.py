@@ -12,7 +12,7 @@ from torch import Tensor
 from ..device import int64_table
 from ..kernel_types import TYPES
 from . import kernel_rows
-from .variants import Variant, power
+from .variants import Variant
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,8 @@ def eigenbasis_rows(group: Group, table: Tensor, examples: int, padded: int, pla
         dtype=planes or torch.float32,
         device=narrow.device,
     )
-    # As many outputs as fill a matrix instruction; the tile is what registers leave.
-    c_ = min(power(outputs, 1), max(1, 16 // power(shape.rows, 1)))
-    o_ = power(shape.rows, 16 // c_)
-    t_ = 2048 // (c_ * o_)
+    c_, o_ = group.variant.narrow
+    t_ = 2048 // (c_ * o_)  # what registers leave
     kernel_rows.narrow_rows_kernel[(triton.cdiv(padded, t_) * examples * entries,)](
         table, group.covariance.maps, out, out[0].numel(),
         outputs, shape.tokens, padded, narrow.shape[-1], shape.rows,
