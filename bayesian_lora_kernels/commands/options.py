@@ -21,9 +21,9 @@ CURVATURES = ("kfac", "ekfac", "exact")
 METHODS = ("pairwise", "scalar", "probit", "bridge", "mc")  # of probabilities, but for the model's own
 CALIBRATED = ("pairwise", "scalar")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-# Those that --choices and the evidence do not say already.
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 VOCABULARY: Final = "vocabulary"
+# Those that --choices and the evidence do not say already.
 SETTINGS = {one.name for one in fields(LaplaceConfig)} - {"class_token_ids", "likelihood", "prior_precision"}
 
 
