@@ -87,7 +87,7 @@ tensor_file.PIECE_BYTES = exact.SLICE_BYTES = 4 * 2**20
 exact.default_budget = lambda device: 2**20
 torch.set_num_threads(1)
 torch.ones(300, 300) @ torch.ones(300, 300)  # what a library allocates once
-store = RowStore(2**20)
+store = RowStore({"one": 200_000, "two": 50_000}, 2**20)
 for step in range(25):
     store.append({"one": torch.full((4, 200_000), float(step)), "two": torch.full((4, 50_000), -float(step))})
 shapes = {"one": (200, 1000), "two": (50, 1000)}
