@@ -395,5 +395,6 @@ def _up_to_the_last_label(targets: Tensor) -> Tensor:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Device of the model's first parameter that is in memory: what accelerate offloads is on the meta device."""
-    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    """Device of the model's first parameter that is in memory, if any is: accelerate offloads to the meta device."""
+    devices = [p.device for p in model.parameters()]
+    return next((device for device in devices if device.type != "meta"), (devices or [torch.device("cpu")])[0])
