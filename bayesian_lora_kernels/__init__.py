@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from bayesian_lora_kernels import ops
-from bayesian_lora_kernels.config import LaplaceConfig
-from bayesian_lora_kernels.crossfitting.crossfit import crossfit
-from bayesian_lora_kernels.laplace import LaplaceLoRA
-from bayesian_lora_kernels.ops.dispatch import backends, set_default_impl
-from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior
-from bayesian_lora_kernels.posterior.posterior import Posterior
-from bayesian_lora_kernels.posterior.prior import Prior
-from bayesian_lora_kernels.predictive.distribution import LogitPosterior
-from bayesian_lora_kernels.predictive.scoring import TokenScores
-from bayesian_lora_kernels.predictive.vocabulary import VocabularyPosterior
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bayesian_lora_kernels import ops
+    from bayesian_lora_kernels.config import LaplaceConfig
+    from bayesian_lora_kernels.crossfitting.crossfit import crossfit
+    from bayesian_lora_kernels.laplace import LaplaceLoRA
+    from bayesian_lora_kernels.ops.dispatch import backends, set_default_impl
+    from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior
+    from bayesian_lora_kernels.posterior.posterior import Posterior
+    from bayesian_lora_kernels.posterior.prior import Prior
+    from bayesian_lora_kernels.predictive.distribution import LogitPosterior
+    from bayesian_lora_kernels.predictive.scoring import TokenScores
+    from bayesian_lora_kernels.predictive.vocabulary import VocabularyPosterior
 
 __version__ = "0.1.0"
 
@@ -33,6 +37,36 @@ __all__ = [
     "set_default_impl",
     "unpatch",
 ]
+
+
+# Where each name is. It is imported when it is first asked for: `blk --help` need not wait for PyTorch.
+_PLACES = {
+    "KroneckerFactors": "posterior.kronecker",
+    "KroneckerPosterior": "posterior.kronecker",
+    "LaplaceConfig": "config",
+    "LaplaceLoRA": "laplace",
+    "LogitPosterior": "predictive.distribution",
+    "Posterior": "posterior.posterior",
+    "Prior": "posterior.prior",
+    "TokenScores": "predictive.scoring",
+    "VocabularyPosterior": "predictive.vocabulary",
+    "backends": "ops.dispatch",
+    "crossfit": "crossfitting.crossfit",
+    "set_default_impl": "ops.dispatch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module(f"{__name__}.ops")
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def patch(package: str) -> list[str]:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
 import warnings
-from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-from bayesian_lora_kernels import __version__
-from bayesian_lora_kernels.commands import bench, calibrate, demo, doctor, evaluate, fit, predict, score
 from bayesian_lora_kernels.commands.errors import FAILED, CommandError
 from bayesian_lora_kernels.commands.output import check_outputs, warn
+from bayesian_lora_kernels.commands.parser import build_parser
+
+INTERRUPTED = 130  # as a shell says of Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code (0 for success, 1 for failure, 2 for bad use)."""
+    """Run a command; returns the exit code (0 for success, 1 for failure, 2 for bad use, 130 after Ctrl-C)."""
     args = build_parser().parse_args(arguments)
     with warnings.catch_warnings(), _logged_warnings():
         warnings.showwarning = _show  # without a place in the source, which says nothing to who runs a command
@@ -26,25 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore", category)
         try:
             check_outputs(args)
-            code: int = args.run(args)
+            code: int = importlib.import_module(f"bayesian_lora_kernels.commands.{args.command}").run(args)
             sys.stdout.flush()
         except BrokenPipeError:  # whoever reads has seen enough, such as `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except KeyboardInterrupt:
+            print(f"blk {args.command}: interrupted", file=sys.stderr)
+            return INTERRUPTED
         except (CommandError, OSError) as error:
             print(f"blk {args.command}: {error}", file=sys.stderr)
             return error.code if isinstance(error, CommandError) else FAILED
     return code
-
-
-def build_parser() -> ArgumentParser:
-    """The parser with every command."""
-    parser = ArgumentParser(prog="blk", description="Laplace posteriors over LoRA weights.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for command in (demo, doctor, bench, fit, calibrate, evaluate, predict, score):
-        command.add_parser(subparsers).set_defaults(run=command.run)
-    return parser
 
 
 @contextmanager

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_type_hints
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the command line reads the settings, and must answer before PyTorch is there
+    import torch
+    from torch import Tensor
 
-Modules = str | Sequence[str] | Mapping[str, Sequence[str]]
-PriorPrecision = float | Tensor | Mapping[str, float | Tensor]
+Modules: TypeAlias = str | Sequence[str] | Mapping[str, Sequence[str]]
+PriorPrecision: TypeAlias = "float | Tensor | Mapping[str, float | Tensor]"
+LikelihoodName = Literal["classification", "regression"]
+Fisher = Literal["auto", "mc", "exact", "empirical"]
+Tokens = Literal["expand", "reduce", "last"]
+Check = Literal["first", "always", "off"]
 
 
-def _about(text: str, *, least: int = 1, saved: bool = True) -> dict[str, Any]:
-    """What there is to know of a setting: its description, the least int that it can be, whether a file keeps it."""
-    return {"help": text, "least": least, "saved": saved}
+def _about(text: str, *, least: int = 1, saved: bool = True, kind: Any = None) -> dict[str, Any]:
+    """What there is to know of a setting: its description, its least int or its few names, whether a file keeps it."""
+    return {"help": text, "least": least, "saved": saved, "choices": get_args(kind)}
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,9 @@ class LaplaceConfig:
             "`[C]`, restricts a causal LM's logits to these tokens; labels are then indices into them", saved=False
         ),
     )
-    likelihood: Literal["classification", "regression"] = field(
-        default="classification", metadata=_about("`classification`, or `regression` with unit noise")
+    likelihood: LikelihoodName = field(
+        default="classification",
+        metadata=_about("`classification`, or `regression` with unit noise", kind=LikelihoodName),
     )
     curvature: str = field(
         default="kfac",
@@ -48,16 +54,19 @@ class LaplaceConfig:
             saved=False,
         ),
     )
-    fisher: Literal["auto", "mc", "exact", "empirical"] = field(
+    fisher: Fisher = field(
         default="auto",
         metadata=_about(
-            "`mc`, `exact`, `empirical`; `auto` is exact up to 16 backward passes for logits `[N, C]`, else mc"
+            "`mc`, `exact`, `empirical`; `auto` is exact up to 16 backward passes for logits `[N, C]`, else mc",
+            kind=Fisher,
         ),
     )
     fisher_samples: int = field(default=1, metadata=_about("targets drawn per example with `mc`"))
-    tokens: Literal["expand", "reduce", "last"] = field(
+    tokens: Tokens = field(
         default="expand",
-        metadata=_about("`expand`, `reduce` or `last`: how weight sharing over tokens is treated (`docs/method.md`)"),
+        metadata=_about(
+            "`expand`, `reduce` or `last`: how weight sharing over tokens is treated (`docs/method.md`)", kind=Tokens
+        ),
     )
     rank: int | None = field(
         default=32,
@@ -84,12 +93,13 @@ class LaplaceConfig:
         metadata=_about("in which `exact` stores its rows; None: that of the gradients (float32, or float64)"),
     )
     seed: int = field(default=0, metadata=_about("of everything random in `fit`", least=-(2**63)))
-    check: Literal["first", "always", "off"] = field(
+    check: Check = field(
         default="first",
         metadata=_about(
             "when what is taken for granted of the model is checked (docs/method.md): `first`, on the first two "
             "batches of every kind, the 32nd, the 512th and so on; `always`; `off`",
             saved=False,
+            kind=Check,
         ),
     )
 
@@ -117,6 +127,8 @@ class LaplaceConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The settings that a file keeps: all but those that belong to a machine or a model."""
+        import torch
+
         values = {name: getattr(self, name) for name in saved_settings()}
         return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in values.items()}
 
@@ -127,6 +139,8 @@ class LaplaceConfig:
         Raises:
             ValueError: for a setting that is missing, unknown or out of its range; it is named.
         """
+        import torch
+
         names = saved_settings()
         for key in (*names, *settings):
             if key not in settings:
@@ -155,17 +169,20 @@ def saved_settings() -> list[str]:
 
 def choices(name: str) -> tuple[str, ...]:
     """What a setting may be, if that is one of a few names; else nothing."""
-    hint = _types()[name]
-    return get_args(hint) if get_origin(hint) is Literal else ()
+    return next(tuple(one.metadata["choices"]) for one in fields(LaplaceConfig) if one.name == name)
 
 
 @cache
 def _types() -> dict[str, Any]:
-    return get_type_hints(LaplaceConfig)
+    import torch
+
+    return get_type_hints(LaplaceConfig, {**globals(), "torch": torch, "Tensor": torch.Tensor})
 
 
 def _check(one: Field[Any], value: Any) -> None:
     """Raises TypeError or ValueError for a value that the setting cannot have; some are checked where they are used."""
+    import torch
+
     kind, name = _types()[one.name], one.name
     optional = type(None) in get_args(kind)
     if (allowed := choices(name)) and value not in allowed:

@@ -164,7 +164,7 @@ def test_a_write_that_fails_leaves_the_posterior_as_it_was(
             true = storage.os.replace
             patch.setattr(storage.os, "replace", lambda a, b: full() if str(b).endswith("laplace.json") else true(a, b))
         else:
-            patch.setattr(storage, "save_file" if at == "tensors" else "write_text", full)
+            patch.setattr(storage, "write_tensors" if at == "tensors" else "write_text", full)
         message = error_of(capsys, "calibrate", "--json", "c.json", data="other.jsonl")
     assert "No space left on device" in message
     assert contents(Path("adapter")) == before

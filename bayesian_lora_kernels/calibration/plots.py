@@ -126,7 +126,7 @@ def risk_coverage_diagram(probs: Mapping[str, Tensor], labels: Tensor, *, title:
     if not probs:
         raise ValueError("probs: expected at least one method, got none")
     curves = {name: risk_coverage(values, labels) for name, values in probs.items()}
-    figure = _empty_figure(6.4, 3.6)
+    figure = empty_figure(6.4, 3.6)
     axes = figure.subplots()
     highest = max(float(curve.risk[curve.coverage >= LEAST_COVERAGE].max()) for curve in curves.values())
     for i, (name, curve) in enumerate(curves.items()):
@@ -144,7 +144,7 @@ def risk_coverage_diagram(probs: Mapping[str, Tensor], labels: Tensor, *, title:
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
     axes.set_xlabel("coverage: share of examples answered, the surest first", fontsize=9)
     axes.set_ylabel("risk: share of wrong answers", fontsize=9)
-    _tidy(axes)
+    tidy(axes)
     # Beside the panel, where no curve can run through it.
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=2.6, labelspacing=0.9)
     if title is not None:
@@ -177,10 +177,15 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) ->
 
 
 def _new_figure(columns: int, rows: int) -> Figure:
-    return _empty_figure(max(2.4 * columns + 0.6, 3.2), 3.9 * rows)
+    return empty_figure(max(2.4 * columns + 0.6, 3.2), 3.9 * rows)
 
 
-def _empty_figure(width: float, height: float) -> Figure:
+def empty_figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -207,7 +212,7 @@ def _draw_accuracy(axes: Any, one: ReliabilityBins) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
-    _tidy(axes)
+    tidy(axes)
 
 
 def _draw_counts(axes: Any, one: ReliabilityBins, most: float) -> None:
@@ -215,10 +220,11 @@ def _draw_counts(axes: Any, one: ReliabilityBins, most: float) -> None:
     axes.bar(left, one.count.numpy(), width, align="edge", color=MUTED, edgecolor="white", linewidth=0.6)
     axes.set_ylim(0, 1.08 * most)
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-    _tidy(axes)
+    tidy(axes)
 
 
-def _tidy(axes: Any) -> None:
+def tidy(axes: Any) -> None:
+    """Axes as all pictures here have them."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from bayesian_lora_kernels.commands.errors import InputError, brief, loading
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
 TASKS = {CAUSAL_LM: "a causal language model", SEQ_CLS: "a classifier or reward model"}
@@ -54,7 +55,7 @@ class AdapterFolder:
         source = str(self.folder) if own else self.base
         with loading(f"tokenizer of {source}"):
             if own:
-                return AutoTokenizer.from_pretrained(source, local_files_only=True)
+                return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
             try:
                 return AutoTokenizer.from_pretrained(source, **self._hub())
             except OSError as error:
@@ -80,10 +81,8 @@ class AdapterFolder:
         Raises:
             InputError: if they cannot be read.
         """
-        from peft.utils import load_peft_weights
-
-        with loading(f"adapter {self.folder}"):
-            return {name: tuple(w.shape) for name, w in load_peft_weights(str(self.folder), device="cpu").items()}
+        with loading(f"adapter {self.folder}"), safe_open(self.folder / WEIGHTS, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def model(self, device: torch.device, dtype: str, config: Any = None) -> nn.Module:
         """The base model with the adapter, trainable, in eval mode.
@@ -155,7 +154,7 @@ class AdapterFolder:
         raise InputError(f"the adapter does not fit the base model {self.base}: {found}")
 
     def _hub(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"local_files_only": not self.download}
+        options: dict[str, Any] = {"local_files_only": not self.download, "trust_remote_code": False}
         if self.revision and not Path(self.base).is_dir():
             options["revision"] = self.revision
         return options
@@ -171,13 +170,16 @@ class AdapterFolder:
         )
 
 
-def open_adapter(folder: Path, base: str | None, tasks: Sequence[str] = (CAUSAL_LM,)) -> AdapterFolder:
+def open_adapter(
+    folder: Path, base: str | None, tasks: Sequence[str] = (CAUSAL_LM,), weights: bool = True
+) -> AdapterFolder:
     """Read an adapter folder's configuration.
 
     Args:
         folder: that `save_pretrained` of PEFT wrote.
         base: folder or hub name of the base model; None: what the adapter says.
         tasks: what it may be for.
+        weights: whether it must have its weights.
 
     Raises:
         InputError: if it is for something else, or does not say what its base is.
@@ -193,8 +195,13 @@ def open_adapter(folder: Path, base: str | None, tasks: Sequence[str] = (CAUSAL_
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object")
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        raise InputError(f"{folder}: no adapter weights in it; expected {' or '.join(WEIGHTS)}")
+    if weights and not (folder / WEIGHTS).is_file():
+        if (folder / PICKLED).is_file():
+            raise InputError(
+                f"{folder / PICKLED}: a pickle, which can run code when it is read, so it is not read; where you trust "
+                f"it, load it with PEFT and write it again: model.save_pretrained(folder) makes {WEIGHTS}"
+            )
+        raise InputError(f"{folder}: no adapter weights in it; expected {WEIGHTS}")
     task = config.get("task_type") or CAUSAL_LM
     if task not in tasks:
         expected = " or ".join(TASKS[one] for one in tasks)
@@ -206,7 +213,30 @@ def open_adapter(folder: Path, base: str | None, tasks: Sequence[str] = (CAUSAL_
         if base is not None:
             raise InputError(f"--base {base}: no such folder")
         raise InputError(f"{path}: its base model {named} is not there; pass --base FOLDER")
-    return AdapterFolder(folder, str(named), task, base is not None, None if base else config.get("revision"))
+    adapter = AdapterFolder(folder, str(named), task, base is not None, None if base else config.get("revision"))
+    _check_config(path, config, adapter.shapes())
+    return adapter
+
+
+def _check_config(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether PEFT can be given this: it would import what the file names, and allocate what it asks for.
+
+    Raises:
+        InputError: if not.
+    """
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise InputError(f"{path}: peft_type: expected LORA, got {kind!r:.80}")
+    for key in ("megatron_config", "layer_replication"):
+        if config.get(key):
+            raise InputError(f"{path}: {key}: expected none, which is all that blk serves")
+    largest = max((shape[0] for name, shape in shapes.items() if "lora_" in name and "_A" in name and shape), default=0)
+    pattern = config.get("rank_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise InputError(f"{path}: rank_pattern: expected an object, got {pattern!r:.80}")
+    for rank in (config.get("r", 8), *pattern.values()):
+        if not isinstance(rank, int) or rank > largest:
+            raise InputError(f"{path}: expected ranks of at most {largest}, as the weights have, got {rank!r:.80}")
 
 
 def choose_device(name: str | None) -> torch.device:

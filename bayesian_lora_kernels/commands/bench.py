@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,6 @@ from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.adapter import choose_device
 from bayesian_lora_kernels.commands.errors import FAILED, as_failures
-from bayesian_lora_kernels.commands.options import Subparsers, add_json
 from bayesian_lora_kernels.ops.dispatch import IMPLEMENTATIONS
 from bayesian_lora_kernels.posterior.kronecker import Blocks, KroneckerPosterior
 
@@ -31,21 +30,6 @@ RANK, KEPT, OUTPUTS = 8, 32, 4
 ROUNDS = 11
 # Largest relative error, in the norm of the result, that is taken for rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-4, torch.float16: 1e-4}
-
-
-def add_parser(subparsers: Subparsers) -> ArgumentParser:
-    """What `blk bench` takes."""
-    parser = subparsers.add_parser(
-        "bench",
-        help="how fast every operation is here",
-        description="Every operation in every implementation that runs here, checked against float64 and timed.",
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1; None: a GPU if there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the inputs")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, in seconds; the times mean nothing")
-    add_json(parser)
-    return parser
 
 
 def run(args: Namespace) -> int:

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Mapping
 
 from bayesian_lora_kernels.calibration import expected_calibration_error, negative_log_likelihood
-from bayesian_lora_kernels.commands import options, output
+from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.errors import as_input_errors
-from bayesian_lora_kernels.commands.job import FEW_LABELS, HELD_OUT, add_job_options, load_job, load_posterior
+from bayesian_lora_kernels.commands.job import FEW_LABELS, load_job, load_posterior
 from bayesian_lora_kernels.commands.probabilities import name_of
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 from bayesian_lora_kernels.predictive.calibrate import LabelLikelihood
 
 METRICS = {"nll": ("NLL", negative_log_likelihood), "ece": ("ECE", expected_calibration_error)}
 METHOD = "pairwise"
-
-
-def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
-    """What `blk calibrate` takes."""
-    parser = subparsers.add_parser(
-        "calibrate",
-        help="set the level of the probabilities by held-out labels",
-        description="Set the level of the probabilities of the posterior that blk fit wrote by labelled examples, and "
-        "write it back with what they said, in place of an earlier calibration; blk evaluate and blk predict then use "
-        "it. The examples must not be among those that the adapter was trained on, of which it is far too sure: "
-        "nothing here can tell. Ten labels do, a hundred are good.",
-    )
-    add_job_options(parser, labelled=True, data=HELD_OUT)
-    options.add_posterior(parser)
-    options.add_json(parser, "also write the results to this file, as JSON")
-    return parser
 
 
 def run(args: Namespace) -> int:
@@ -44,7 +28,7 @@ def run(args: Namespace) -> int:
     job = load_job(args, labelled=True, posterior=folder, classes=2)
     if len(job.labels) < FEW_LABELS:
         output.warn(f"{args.data}: {len(job.labels)} labels say little; {FEW_LABELS} do, a hundred are good")
-    laplace = load_posterior(job, folder)
+    laplace = load_posterior(job.inputs.model, job.task, folder)
     logits, labels = job.judged(laplace)
     evidence = LabelLikelihood()
     with as_input_errors():

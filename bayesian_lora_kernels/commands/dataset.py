@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,25 @@ class Example:
 def read_examples(
     path: Path, choices: Sequence[str] | None, labelled: bool, pairs: bool = False, texts: bool = False
 ) -> list[Example]:
+    """All of `stream_examples`.
+
+    Raises:
+        InputError: as that does, and if the file holds no example.
+    """
+    examples = list(stream_examples(path, choices, labelled, pairs, texts))
+    if not examples:
+        raise InputError(f"{path}: no examples; expected a JSON object on every line")
+    return examples
+
+
+def stream_examples(
+    path: Path, choices: Sequence[str] | None, labelled: bool, pairs: bool = False, texts: bool = False
+) -> Iterator[Example]:
     """The examples of a JSON-lines file, `{"prompt": ..., "label": ...}` on each line; empty lines are skipped.
 
     A chat stands under `messages`, in place of `prompt`. A pair is `{"prompt": ..., "chosen": ..., "rejected": ...}`,
     texts or lists of messages, to either of which the prompt is put in front, if there is one. A whole text stands
-    under `text`.
+    under `text`. One line is in memory at a time.
 
     Args:
         path: of the file, UTF-8.
@@ -55,37 +69,36 @@ def read_examples(
         texts: whether they are whole texts, which have no labels.
 
     Raises:
-        InputError: if the file cannot be read or holds no example; if a line is not such an object. It names the line.
+        InputError: if the file cannot be read; if a line is not such an object. It names the line.
     """
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}: "
+        content = _object(line, where, "text" if texts else "pair" if pairs else "prompt")
+        if pairs:
+            yield Example(number, _pair(content, where), 0)
+        elif texts:
+            if "prompt" in content or "label" in content:
+                raise InputError(f'{where}expected "text" or "messages" alone, as prompts and labels need --choices')
+            yield Example(number, (_text(content, where, "text"),), None)
+        else:
+            label = _label(content, where, choices, labelled)
+            yield Example(number, (_text(content, where, "prompt"),), label)
+
+
+def _lines(path: Path) -> Iterator[str]:
     if path.is_dir():
         raise InputError(f"{path}: expected a file of JSON lines, got a folder")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            yield from file
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    examples = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}: "
-        content = _object(line, where, "text" if texts else "pair" if pairs else "prompt")
-        if pairs:
-            examples.append(Example(number, _pair(content, where), 0))
-        elif texts:
-            if "prompt" in content or "label" in content:
-                raise InputError(f'{where}expected "text" or "messages" alone, as prompts and labels need --choices')
-            examples.append(Example(number, (_text(content, where, "text"),), None))
-        else:
-            examples.append(
-                Example(number, (_text(content, where, "prompt"),), _label(content, where, choices, labelled))
-            )
-    if not examples:
-        raise InputError(f"{path}: no examples; expected a JSON object on every line")
-    return examples
 
 
 def _object(line: str, where: str, kind: str) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import platform
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from bayesian_lora_kernels.commands.dataset import batches, read_examples
 from bayesian_lora_kernels.commands.errors import FAILED, InputError, as_input_errors
 from bayesian_lora_kernels.commands.job import load_inputs
 from bayesian_lora_kernels.commands.kernels import format_kernels, verify_kernels
-from bayesian_lora_kernels.commands.options import Subparsers, add_device, add_json
+from bayesian_lora_kernels.commands.memory import estimate
 from bayesian_lora_kernels.commands.task import task_of
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.ops import native
@@ -30,46 +29,23 @@ TOLERANCE = 1e-10
 EXAMPLES = 8  # of the file; the one with most padding among them and its neighbour are compared
 
 
-def add_parser(subparsers: Subparsers) -> ArgumentParser:
-    """What `blk doctor` takes."""
-    parser = subparsers.add_parser(
-        "doctor",
-        help="what this machine can run, and a self-test",
-        description="Versions, devices, what can run here and why not the rest, and a self-test. With an adapter and a "
-        "file of prompts, also a test on that model: Jacobians against autograd, logits against those of each example "
-        "alone, a fit in pieces against one in one piece.",
-    )
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="PEFT adapter folder to verify")
-    parser.add_argument("--model", metavar="MODEL", help="its base model; default: what the adapter says")
-    parser.add_argument(
-        "--data", type=Path, metavar="FILE", help="JSON lines to verify it on, as for blk fit; no labels are needed"
-    )
-    parser.add_argument("--choices", nargs="+", metavar="CHOICE", help="what the model chooses between, as for blk fit")
-    parser.add_argument(
-        "--verify",
-        nargs="?",
-        const="",
-        metavar="PATTERN",
-        help="also compare every GPU kernel (or those whose names the regular expression finds) with float64 on this "
-        "machine, and remember the outcome",
-    )
-    add_device(parser)
-    add_json(parser, "also write the report to this file")
-    return parser
-
-
 def run(args: Namespace) -> int:
-    """Examine the machine, verify the adapter if there is one, print, write."""
+    """Examine the machine, estimate or verify the adapter if there is one, print, write."""
     report = examine()
     print(format_report(report))
     if args.verify is not None:
         kernels = verify_kernels(args.verify)
         print(f"\n{format_kernels(kernels)}")
         report |= {"kernels": kernels, "ok": report["ok"] and kernels["ok"]}
-    if args.adapter is not None:
-        found = verify_adapter(args)
-        print(f"\n{args.adapter}\n{found}")
-        report |= {"model": found.as_dict(), "ok": report["ok"] and found.ok}
+    asked = args.batch_size is not None or args.length is not None
+    if asked:
+        text, found = estimate(args)
+        print(f"\n{args.adapter}\n{text}")
+        report |= {"memory": found, "ok": report["ok"] and all(found["fits"].values())}
+    if args.adapter is not None and (args.data is not None or not asked):
+        verified = verify_adapter(args)
+        print(f"\n{args.adapter}\n{verified}")
+        report |= {"model": verified.as_dict(), "ok": report["ok"] and verified.ok}
     output.write_json(args.json, report)
     return 0 if report["ok"] else FAILED
 

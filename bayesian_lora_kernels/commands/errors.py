@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 FAILED, BAD_USE = 1, 2
 
 
@@ -39,10 +37,12 @@ def as_input_errors(what: str = "") -> Iterator[None]:
     """Errors that the library raises over the user's model, data or files, as an `InputError`."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"{what}the device is out of memory; try a smaller --batch-size or --max-length") from error
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{what}{error}") from error
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        raise InputError(f"{what}the device is out of memory; try a smaller --batch-size or --max-length") from error
 
 
 @contextmanager
@@ -52,9 +52,9 @@ def loading(what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"{what}: the device is out of memory") from error
     except Exception as error:
+        if _out_of_memory(error):
+            raise InputError(f"{what}: the device is out of memory") from error
         raise InputError(f"{what}: cannot be loaded: {brief(error)}") from error
 
 
@@ -63,3 +63,9 @@ def brief(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     plain = isinstance(error, (OSError, ValueError, RuntimeError, AssertionError)) and lines
     return " ".join(([] if plain else [f"{type(error).__name__}:"]) + lines[:2])
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)

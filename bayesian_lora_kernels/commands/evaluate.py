@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,10 +17,10 @@ from bayesian_lora_kernels.calibration import (
     save_figure,
     summary,
 )
-from bayesian_lora_kernels.commands import options, output
+from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.errors import as_input_errors
-from bayesian_lora_kernels.commands.job import add_job_options, load_job, load_posterior
-from bayesian_lora_kernels.commands.probabilities import in_lines, laplace_probs
+from bayesian_lora_kernels.commands.job import load_job, load_posterior
+from bayesian_lora_kernels.commands.probabilities import hint_at_calibration, in_lines, laplace_probs
 
 METRICS = {
     "accuracy": "ACC",
@@ -36,27 +35,6 @@ METRICS = {
 INTERVAL = "ece_interval"  # of the ECE, in the results beside the metrics
 
 
-def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
-    """What `blk evaluate` takes."""
-    parser = subparsers.add_parser(
-        "evaluate",
-        help="accuracy and calibration, with the posterior and without",
-        description="Accuracy and calibration on labelled examples that neither training nor blk calibrate saw, of the "
-        "adapter alone (MAP) and with the posterior that blk fit wrote (Laplace).",
-    )
-    add_job_options(parser, labelled=True)
-    options.add_probabilities(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a reliability diagram, PNG, PDF or SVG")
-    parser.add_argument(
-        "--plot-risk",
-        type=Path,
-        metavar="FILE",
-        help="also draw a risk-coverage diagram: how many answers are wrong if only the surest are given",
-    )
-    options.add_json(parser, "also write the results to this file, as JSON")
-    return parser
-
-
 def run(args: Namespace) -> int:
     """Predict, judge, print, write.
 
@@ -65,18 +43,14 @@ def run(args: Namespace) -> int:
     """
     folder = args.posterior or args.adapter
     job = load_job(args, labelled=True, posterior=folder)
-    logits, labels = job.judged(load_posterior(job, folder))
-    name, laplace, calibration = laplace_probs(logits, args, folder)
+    logits, labels = job.judged(load_posterior(job.inputs.model, job.task, folder))
+    name, laplace, calibration = laplace_probs(logits, args)
+    hint_at_calibration(logits.calibration, args, folder)
     probs = {"MAP": logits.probs("map"), name: laplace}
     with as_input_errors():
-        metrics = {name: _metrics(values, labels) for name, values in probs.items()}
+        metrics = {name: metrics_of(values, labels) for name, values in probs.items()}
     drawn = {in_lines(name): values for name, values in probs.items()}
-    if args.plot is not None:
-        with as_input_errors("--plot: "):
-            save_figure(reliability_diagram(drawn, labels), args.plot)
-    if args.plot_risk is not None:
-        with as_input_errors("--plot-risk: "):
-            save_figure(risk_coverage_diagram(drawn, labels), args.plot_risk)
+    save_diagrams(args, drawn, labels)
     result = {
         "command": "evaluate",
         "adapter": str(args.adapter),
@@ -93,15 +67,40 @@ def run(args: Namespace) -> int:
     }
     output.write_json(args.json, result)
     print(f"{len(labels)} {job.task.examples} of {args.data}\n\n{_report(metrics)}")
+    print_diagrams(args)
+    return 0
+
+
+def save_diagrams(args: Namespace, probs: Mapping[str, Tensor], labels: Tensor) -> None:
+    """Of the methods whose probabilities these are, as far as `--plot` and `--plot-risk` ask for them.
+
+    Raises:
+        InputError: if one cannot be written.
+    """
+    for path, option, diagram in (
+        (args.plot, "--plot: ", reliability_diagram),
+        (args.plot_risk, "--plot-risk: ", risk_coverage_diagram),
+    ):
+        if path is not None:
+            with as_input_errors(option):
+                save_figure(diagram(probs, labels), path)
+
+
+def print_diagrams(args: Namespace) -> None:
+    """Where they are."""
     pictures = {"reliability": args.plot, "risk-coverage": args.plot_risk}
     written = [f"{kind} diagram written to {path}" for kind, path in pictures.items() if path is not None]
     if written:
         print("", *written, sep="\n")
-    return 0
 
 
-def _metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
-    """In values that JSON can hold: None where a metric is not defined."""
+def metrics_of(probs: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What `METRICS` names, in values that JSON can hold: None where a metric is not defined.
+
+    Args:
+        probs: `[N, C]`.
+        labels: `[N]`.
+    """
     values = summary(probs, labels)
     interval = asdict(calibration_error_interval(probs, labels))
     interval.pop("ece")

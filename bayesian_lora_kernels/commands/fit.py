@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from bayesian_lora_kernels.commands import options, output
 from bayesian_lora_kernels.commands.errors import as_input_errors
-from bayesian_lora_kernels.commands.job import FEW_LABELS, add_job_options, how_to_calibrate, how_to_score, load_job
+from bayesian_lora_kernels.commands.job import FEW_LABELS, how_to_calibrate, how_to_score, load_job
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
-
-
-def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
-    """What `blk fit` takes."""
-    parser = subparsers.add_parser(
-        "fit",
-        help="fit a Laplace posterior to an adapter",
-        description="Fit a Laplace posterior to a PEFT adapter, choose its prior precision by the evidence, and write "
-        "it into the adapter's folder.",
-    )
-    add_job_options(parser, labelled=True, texts=True)
-    parser.add_argument("--per-module", action="store_true", help="one prior precision for each module")
-    options.add_settings(parser)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: the adapter's folder")
-    options.add_json(parser, "also write the results to this file, as JSON")
-    return parser
 
 
 def run(args: Namespace) -> int:
@@ -46,7 +29,7 @@ def run(args: Namespace) -> int:
     with as_input_errors():
         laplace = job.laplace(config)
         started = time.perf_counter()
-        laplace.fit(job.batches(), progress=sys.stderr.isatty())
+        laplace.fit(job.batches(), progress=sys.stderr.isatty(), checkpoint=args.checkpoint)
         laplace.optimize_prior_precision(per_module=args.per_module)
         evidence = float(laplace.log_marginal_likelihood())
         seconds = time.perf_counter() - started

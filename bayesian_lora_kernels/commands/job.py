@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from bayesian_lora_kernels.commands.adapter import (
 from bayesian_lora_kernels.commands.classifier import set_pad_token
 from bayesian_lora_kernels.commands.dataset import Example, batches, read_examples
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
-from bayesian_lora_kernels.commands.options import add_adapter, add_model, positive
+from bayesian_lora_kernels.commands.options import HELD_OUT
 from bayesian_lora_kernels.commands.task import Task, task_of
 from bayesian_lora_kernels.commands.tokens import choice_tokens, token_text, tokenise_prompts, tokenise_texts
 from bayesian_lora_kernels.config import LaplaceConfig
@@ -36,44 +36,7 @@ from bayesian_lora_kernels.model.forward import IGNORED_LABEL
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 
-DATA, HELD_OUT = "DATA.jsonl", "HELDOUT.jsonl"
 FEW_LABELS = 10  # with fewer, the labels say little
-
-
-def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA, texts: bool = False) -> None:
-    """What `load_job` reads; `data` is what the file of examples is called."""
-    content = (
-        'JSON lines {"prompt": ..., "label": ...}; a label is one of the choices (of a classifier, its name), or its '
-        "index"
-        if labelled
-        else 'JSON lines {"prompt": ...}; labels may be there'
-    )
-    lines = (
-        f'{content}; "messages", a chat, may stand in place of "prompt"; for a reward model, pairs {{"prompt": ..., '
-        '"chosen": ..., "rejected": ...}, texts or lists of messages, of which the prompt may be absent'
-    )
-    if texts:
-        lines += (
-            '; of a causal language model without --choices, {"text": ...} or "messages", of which every token counts'
-        )
-    add_adapter(parser)
-    parser.add_argument("data", type=Path, metavar=data, help=lines)
-    parser.add_argument(
-        "--choices",
-        nargs="+",
-        metavar="CHOICE",
-        help="what a causal language model chooses between, written as it follows the prompt (' A' if a space comes "
-        "first); each stands for the token that it begins with; a classifier or reward model knows by itself",
-    )
-    add_model(parser)
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
-    parser.add_argument(
-        "--max-length",
-        type=positive,
-        metavar="N",
-        help="tokens in a prompt, of which a longer one keeps the last, and a classifier's text what its tokenizer "
-        "keeps; default: what the model is made for",
-    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +96,7 @@ class Job:
         """Before the fit."""
         return LaplaceLoRA(self.inputs.model, self.task.forward, self.inputs.token_ids, config=config)
 
-    def predict(self, laplace: LaplaceLoRA, differences: bool = True) -> LogitPosterior:
+    def predict(self, laplace: LaplaceLoRA, differences: bool = True, progress: bool = True) -> LogitPosterior:
         """The Gaussian over the choices' logits less their mean, of all examples in the order of the file, on the CPU.
 
         Examples of similar length run together, the longest first: less padding, and memory runs out at once or never.
@@ -141,11 +104,13 @@ class Job:
         Args:
             laplace: the posterior.
             differences: False: the logits themselves.
+            progress: whether to show a progress bar, where there is a terminal.
         """
         ids = self.inputs.ids
         order = sorted(range(len(ids)), key=lambda i: -sum(map(len, ids[i])))
         means, covariances = [], []
-        with tqdm(total=len(order), desc="predict", unit="example", disable=not sys.stderr.isatty()) as bar:
+        shown = progress and sys.stderr.isatty()
+        with tqdm(total=len(order), desc="predict", unit="example", disable=not shown) as bar:
             for batch in batches([ids[i] for i in order], self.batch_size, self.inputs.pad_id):
                 with as_input_errors():
                     part = laplace.predict(batch, differences=differences)
@@ -172,6 +137,15 @@ class Job:
         return replace(logits, mean=mean, covariance=covariance), labels
 
 
+def open_task(args: Namespace, posterior: Path | None, texts: bool = False) -> tuple[AdapterFolder, Task]:
+    """The adapter and what it decides; see `load_job`."""
+    folder = open_adapter(args.adapter, args.base, tuple(TASKS))
+    task = task_of(folder, args.choices, without="texts" if texts else None)
+    if posterior is not None and not (posterior / JSON_NAME).is_file():
+        raise InputError(f"{posterior}: no posterior ({JSON_NAME}) in it; run blk fit first")
+    return folder, task
+
+
 def load_job(
     args: Namespace, *, labelled: bool, posterior: Path | None = None, classes: int = 1, texts: bool = False
 ) -> Job:
@@ -187,13 +161,10 @@ def load_job(
     Raises:
         InputError: for whatever the user has to put right.
     """
-    folder = open_adapter(args.adapter, args.base, tuple(TASKS))
-    task = task_of(folder, args.choices, without="texts" if texts else None)
-    if posterior is not None and not (posterior / JSON_NAME).is_file():
-        raise InputError(f"{posterior}: no posterior ({JSON_NAME}) in it; run blk fit first")
+    folder, task = open_task(args, posterior, texts)
     examples = read_examples(args.data, task.names, labelled, task.pairs, task.texts)
     if labelled and not task.texts:
-        _check_classes(args.data, task, examples, classes)
+        check_classes(args.data, task, examples, classes)
     inputs = load_inputs(folder, task, examples, args.device, args.dtype, args.max_length, posterior)
     return Job(folder.base, task, examples, inputs, args.batch_size)
 
@@ -207,12 +178,26 @@ def load_inputs(
     max_length: int | None = None,
     posterior: Path | None = None,
 ) -> Inputs:
-    """Load tokenizer and model, and make tokens of the examples.
+    """Load tokenizer and model, and make tokens of the examples: `load_model` and its `inputs`, with a warning."""
+    loaded = load_model(folder, task, device, dtype, max_length, posterior)
+    inputs = loaded.inputs(examples)
+    loaded.warn_of_truncation(inputs.truncated, len(inputs.ids))
+    return inputs
+
+
+def load_model(
+    folder: AdapterFolder,
+    task: Task,
+    device: str | None,
+    dtype: str,
+    max_length: int | None = None,
+    posterior: Path | None = None,
+) -> Loaded:
+    """Load tokenizer and model.
 
     Args:
         folder: of the adapter.
         task: what it is for.
-        examples: to make tokens of.
         device: its name; None: a GPU if there is one.
         dtype: of the base model.
         max_length: tokens of an input; None: what the model is made for.
@@ -227,38 +212,68 @@ def load_inputs(
     if posterior is not None:
         _check_same_task(posterior, task, tokenizer, token_ids)
     model: Any = folder.model(place, dtype, task.config)
-    config = getattr(model, "config", None)
-    limit = max_length or context_length(tokenizer, config)
-    tokenise = tokenise_prompts if task.kind == "choices" else tokenise_texts
-    ids, truncated = tokenise(tokenizer, examples, limit)
-    check_vocabulary(model, [one for example in ids for one in example])
-    short = next((e.line for e, (one, *_) in zip(examples, ids, strict=True) if task.texts and len(one) < 2), None)
-    if short is not None:
-        raise InputError(f"line {short}: the text is a single token, before which there is nothing to predict it from")
-    if truncated:
-        begins = task.kind == "choices" or tokenizer.truncation_side == "left"
-        output.warn(
-            f"{truncated} of {len(ids)} {task.inputs} are longer than {limit} tokens and lost their "
-            f"{'beginning' if begins else 'end'} (--max-length)"
-        )
-    return Inputs(
-        model=model,
-        ids=ids,
-        truncated=truncated,
-        token_ids=token_ids,
-        tokens=None if token_ids is None else [token_text(tokenizer, token) for token in token_ids],
-        pad_id=set_pad_token(model, tokenizer, ids) if task.config is not None else pad_token(tokenizer, config),
-    )
+    limit = max_length or context_length(tokenizer, getattr(model, "config", None))
+    return Loaded(model, tokenizer, task, token_ids, limit)
 
 
-def load_posterior(job: Job, folder: Path) -> LaplaceLoRA:
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and what makes tokens for it.
+
+    Attributes:
+        model: base and adapter.
+        tokenizer: of the adapter.
+        task: what the model decides.
+        token_ids: of the choices; None: there are none.
+        limit: tokens of an input; None: any number.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    token_ids: list[int] | None
+    limit: int | None
+
+    def inputs(self, examples: Sequence[Example]) -> Inputs:
+        """The tokens of some examples.
+
+        Raises:
+            InputError: for an example that has none, or some that the model does not know.
+        """
+        task, tokenizer = self.task, self.tokenizer
+        tokenise = tokenise_prompts if task.kind == "choices" else tokenise_texts
+        ids, truncated = tokenise(tokenizer, examples, self.limit)
+        check_vocabulary(self.model, [one for example in ids for one in example])
+        short = next((e.line for e, (one, *_) in zip(examples, ids, strict=True) if task.texts and len(one) < 2), None)
+        if short is not None:
+            raise InputError(
+                f"line {short}: the text is a single token, before which there is nothing to predict it from"
+            )
+        if task.config is None:
+            pad_id = pad_token(tokenizer, getattr(self.model, "config", None))
+        else:
+            pad_id = set_pad_token(self.model, tokenizer, ids)
+        tokens = None if self.token_ids is None else [token_text(tokenizer, token) for token in self.token_ids]
+        return Inputs(self.model, ids, truncated, self.token_ids, tokens, pad_id)
+
+    def warn_of_truncation(self, truncated: int, total: int) -> None:
+        """On stderr, if examples were too long."""
+        if truncated:
+            begins = self.task.kind == "choices" or self.tokenizer.truncation_side == "left"
+            output.warn(
+                f"{truncated} of {total} {self.task.inputs} are longer than {self.limit} tokens and lost their "
+                f"{'beginning' if begins else 'end'} (--max-length)"
+            )
+
+
+def load_posterior(model: Any, task: Task, folder: Path) -> LaplaceLoRA:
     """The posterior that `blk fit` wrote for this adapter.
 
     Raises:
         InputError: if it is damaged, or of other weights.
     """
     with as_input_errors():
-        return LaplaceLoRA.from_pretrained(job.inputs.model, folder, job.task.forward)
+        return LaplaceLoRA.from_pretrained(model, folder, task.forward)
 
 
 def how_to_calibrate(args: Namespace, folder: Path) -> str:
@@ -282,7 +297,12 @@ def _next_command(name: str, file: str, args: Namespace, folder: Path) -> str:
     return shlex.join(words)
 
 
-def _check_classes(data: Path, task: Task, examples: Sequence[Example], classes: int) -> None:
+def check_classes(data: Path, task: Task, examples: Sequence[Example], classes: int) -> None:
+    """Whether a file has labels of enough choices, or enough pairs.
+
+    Raises:
+        InputError: if it has not.
+    """
     seen = {example.label for example in examples if example.label is not None}
     if task.pairs:
         if len(examples) < classes:

@@ -6,22 +6,61 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace, _SubParsersAction
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import torch
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from bayesian_lora_kernels.commands.errors import InputError
 from bayesian_lora_kernels.config import LaplaceConfig, choices
-from bayesian_lora_kernels.curvature import CURVATURES
-from bayesian_lora_kernels.predictive.calibrate import METHODS as CALIBRATED
-from bayesian_lora_kernels.predictive.distribution import PROBABILITY_METHODS
+
+if TYPE_CHECKING:
+    import torch
 
 Subparsers: TypeAlias = "_SubParsersAction[ArgumentParser]"
 
+DATA, HELD_OUT = "DATA.jsonl", "HELDOUT.jsonl"
+CURVATURES = ("kfac", "ekfac", "exact")
+METHODS = ("pairwise", "scalar", "probit", "bridge", "mc")  # of probabilities, but for the model's own
+CALIBRATED = ("pairwise", "scalar")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+VOCABULARY: Final = "vocabulary"
 # Those that --choices and the evidence do not say already.
 SETTINGS = {one.name for one in fields(LaplaceConfig)} - {"class_token_ids", "likelihood", "prior_precision"}
-METHODS = tuple(method for method in PROBABILITY_METHODS if method != "map")
+
+
+def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA, texts: bool = False) -> None:
+    """What `load_job` reads; `data` is what the file of examples is called."""
+    content = (
+        'JSON lines {"prompt": ..., "label": ...}; a label is one of the choices (of a classifier, its name), or its '
+        "index"
+        if labelled
+        else 'JSON lines {"prompt": ...}; labels may be there'
+    )
+    lines = (
+        f'{content}; "messages", a chat, may stand in place of "prompt"; for a reward model, pairs {{"prompt": ..., '
+        '"chosen": ..., "rejected": ...}, texts or lists of messages, of which the prompt may be absent'
+    )
+    if texts:
+        lines += (
+            '; of a causal language model without --choices, {"text": ...} or "messages", of which every token counts'
+        )
+    add_adapter(parser)
+    parser.add_argument("data", type=Path, metavar=data, help=lines)
+    parser.add_argument(
+        "--choices",
+        nargs="+",
+        metavar="CHOICE",
+        help="what a causal language model chooses between, written as it follows the prompt (' A' if a space comes "
+        "first); each stands for the token that it begins with; a classifier or reward model knows by itself",
+    )
+    add_model(parser)
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
+    parser.add_argument(
+        "--max-length",
+        type=positive,
+        metavar="N",
+        help="tokens in a prompt, of which a longer one keeps the last, and a classifier's text what its tokenizer "
+        "keeps; default: what the model is made for",
+    )
 
 
 def add_adapter(parser: ArgumentParser) -> None:
@@ -45,6 +84,27 @@ def add_device(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base model; default: as it was saved")
 
 
+def add_memory(parser: ArgumentParser) -> None:
+    """Of an estimate."""
+    group = parser.add_argument_group(
+        "memory", "with --adapter, a folder with an adapter_config.json, and a base model with a config.json"
+    )
+    group.add_argument("--batch-size", type=positive, metavar="N", help="texts in a batch")
+    group.add_argument("--length", type=positive, metavar="T", help="tokens of a text")
+    group.add_argument("--curvature", choices=CURVATURES, default=LaplaceConfig.curvature, help="default: %(default)s")
+    group.add_argument(
+        "--budget", type=_bytes, metavar="BYTES", help="memory_budget, such as 8GB; default: half of what is left free"
+    )
+    group.add_argument(
+        "--outputs",
+        type=_outputs,
+        default=2,
+        metavar="C",
+        help="how many choices or labels are predicted, or `vocabulary`; default: 2",
+    )
+    group.add_argument("--examples", type=positive, metavar="N", help="of the fit, for the rows of exact")
+
+
 def add_settings(parser: ArgumentParser) -> None:
     """Those of `LaplaceConfig`, which says what they are."""
     for one in fields(LaplaceConfig):
@@ -52,7 +112,7 @@ def add_settings(parser: ArgumentParser) -> None:
             continue
         about = one.metadata["help"].replace("`", "").replace("%", "%%").replace("None", "none")
         given: dict[str, Any] = {"type": _number, "metavar": "N"}
-        if allowed := tuple(CURVATURES) if one.name == "curvature" else choices(one.name):
+        if allowed := CURVATURES if one.name == "curvature" else choices(one.name):
             given = {"choices": allowed}
         elif isinstance(one.default, bool):
             given = {"action": BooleanOptionalAction}
@@ -107,9 +167,31 @@ def add_posterior(parser: ArgumentParser) -> None:
     )
 
 
+def add_diagrams(parser: ArgumentParser) -> None:
+    """Of the commands that judge probabilities."""
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a reliability diagram, PNG, PDF or SVG")
+    parser.add_argument(
+        "--plot-risk",
+        type=Path,
+        metavar="FILE",
+        help="also draw a risk-coverage diagram: how many answers are wrong if only the surest are given",
+    )
+
+
 def add_json(parser: ArgumentParser, text: str = "also write the results to this file") -> None:
     """Of every command; `output.check_outputs` looks at it."""
     parser.add_argument("--json", type=Path, metavar="FILE", help=text)
+
+
+def _outputs(text: str) -> int | str:
+    return text if text == VOCABULARY else positive(text)
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text)
+    if found is None or not (size := round(float(found[1]) * UNITS[found[2]])):
+        raise ArgumentTypeError(f"expected bytes, such as 8GB or 500MB, got {text!r}")
+    return size
 
 
 def positive(text: str) -> int:
@@ -138,7 +220,12 @@ def _number(text: str) -> int | None:
 def _dtype(text: str) -> torch.dtype | None:
     if text not in (*DTYPES[1:], "none"):
         raise ArgumentTypeError(f"expected one of {', '.join(DTYPES[1:])}, none, got {text!r}")
-    return None if text == "none" else getattr(torch, text)
+    if text == "none":
+        return None
+    import torch
+
+    dtype: torch.dtype = getattr(torch, text)
+    return dtype
 
 
 def _pattern(text: str) -> str | None:

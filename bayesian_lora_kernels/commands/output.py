@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
-from bayesian_lora_kernels.posterior.storage import write_text
 
 PICTURES = (".png", ".pdf", ".svg")
-SOURCES = {"data": "the file of examples", "text": "the text"}
+SOURCES = {
+    "data": "the file of examples",
+    "held_out": "the file of held-out examples",
+    "test": "the file of test examples",
+    "text": "the text",
+}
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -98,15 +102,8 @@ def check_folder(path: Path, option: str) -> None:
 
 def write_json(path: Path | None, content: Any) -> None:
     """One JSON document, if there is a place for it."""
-    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_json_lines(path: Path | None, rows: Sequence[Any]) -> None:
-    """One JSON document per line, if there is a place for them."""
-    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _write(path: Path | None, text: str) -> None:
     if path is not None:
+        from bayesian_lora_kernels.posterior.storage import write_text
+
         with as_input_errors("--json: "):
-            write_text(path, text)
+            write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

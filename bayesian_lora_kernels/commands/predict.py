@@ -2,57 +2,103 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+import hashlib
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from bayesian_lora_kernels.commands import options, output
-from bayesian_lora_kernels.commands.dataset import SIDES
-from bayesian_lora_kernels.commands.job import add_job_options, load_job, load_posterior
-from bayesian_lora_kernels.commands.probabilities import in_lines, laplace_probs
+from bayesian_lora_kernels.commands import output
+from bayesian_lora_kernels.commands.dataset import SIDES, Example, stream_examples
+from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
+from bayesian_lora_kernels.commands.job import Job, load_model, load_posterior, open_task
+from bayesian_lora_kernels.commands.partial import PartialLines
+from bayesian_lora_kernels.commands.probabilities import hint_at_calibration, in_lines, laplace_probs
+from bayesian_lora_kernels.commands.task import Task
+from bayesian_lora_kernels.laplace import LaplaceLoRA
+from bayesian_lora_kernels.posterior.storage import JSON_NAME
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 
 WIDEST = 12
+TOGETHER = 1024  # examples that are sorted by length, predicted and written together
 
 _Group: TypeAlias = tuple[str, Sequence[str], Sequence[Sequence[float]]]  # title, names of the columns, lines
 
 
-def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
-    """What `blk predict` takes."""
-    parser = subparsers.add_parser(
-        "predict",
-        help="probabilities of the choices, line by line",
-        description="For every line the probabilities of the choices, of the adapter alone (MAP) and with the "
-        "posterior that blk fit wrote (Laplace), and the standard deviation (logit_std in the file) of each choice's "
-        "logit less the mean of the choices' logits: what the choices share changes no probability. Of pairs, mean "
-        "and standard deviation of both scores and of their difference, and the probability that the chosen one is "
-        "better.",
-    )
-    add_job_options(parser, labelled=False)
-    options.add_probabilities(parser)
-    options.add_json(parser, "also write the results to this file, as JSON lines: one object for each example")
-    return parser
-
-
 def run(args: Namespace) -> int:
-    """Predict, print, write.
+    """Predict, print and write, some examples after the others; go on where an earlier run was interrupted.
 
     Raises:
         InputError: for whatever the user has to put right.
     """
     folder = args.posterior or args.adapter
-    job = load_job(args, labelled=False, posterior=folder)
-    posterior = load_posterior(job, folder)
-    logits = job.predict(posterior)
-    name, probs, _ = laplace_probs(logits, args, folder)
+    adapter, task = open_task(args, folder)
+    read = partial(stream_examples, args.data, task.names, False, task.pairs, task.texts)
+    total, last = _count(read(), args.data)
+    about = {"data": _digest(args.data), "posterior": _digest(folder / JSON_NAME), "options": _options(args)}
+    with PartialLines(args.json, about) as results:
+        if results.done:
+            output.hint(f"{results.done} of {total} lines are there already")
+        loaded = load_model(adapter, task, args.device, args.dtype, args.max_length, folder)
+        posterior = load_posterior(loaded.model, task, folder)
+        truncated, examples = 0, islice(read(), results.done, None)
+        table = _Table(task, last)
+        with tqdm(
+            total=total, initial=results.done, desc="predict", unit="example", disable=not sys.stderr.isatty()
+        ) as bar:
+            while some := list(islice(examples, TOGETHER)):
+                job = Job(adapter.base, task, some, loaded.inputs(some), args.batch_size)
+                rows, name = _rows(job, posterior, args)
+                truncated += job.inputs.truncated
+                results.write(rows)
+                with bar.external_write_mode():
+                    print(table.lines(rows, name))
+                bar.update(len(some))
+    loaded.warn_of_truncation(truncated, total - results.done)
+    hint_at_calibration(posterior.calibration, args, folder)
+    return 0
+
+
+def _count(examples: Iterator[Example], path: Path) -> tuple[int, int]:
+    """How many, and the line of the last; a line that is no example is found before anything is written."""
+    count = last = 0
+    for example in examples:
+        count, last = count + 1, example.line
+    if not count:
+        raise InputError(f"{path}: no examples; expected a JSON object on every line")
+    return count, last
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with as_input_errors(), open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _options(args: Namespace) -> dict[str, str]:
+    """What of the options changes the numbers, or their names."""
+    left_out = ("run", "json", "data", "posterior", "device", "batch_size", "command")
+    return {name: str(value) for name, value in vars(args).items() if name not in left_out}
+
+
+def _rows(job: Job, posterior: LaplaceLoRA, args: Namespace) -> tuple[list[dict[str, Any]], str]:
+    """One for each example, and what the probabilities are called."""
+    logits = job.predict(posterior, progress=False)
+    name, probs, _ = laplace_probs(logits, args)
     names = job.task.names
     labels = [None if example.label is None else names[example.label] for example in job.examples]
     values = {"map": _by_name(names, logits.probs("map")), "laplace": _by_name(names, probs)}
     if job.task.pairs:
-        scores = job.predict(posterior, differences=False)
+        scores = job.predict(posterior, differences=False, progress=False)
         values["score"], values["score_std"] = _by_name(names, scores.mean), _by_name(names, _std(scores.variance))
         values["difference"] = _by_name(["mean", "std"], _differences(logits))
     else:
@@ -62,9 +108,25 @@ def run(args: Namespace) -> int:
         sure = values["laplace"][i]
         row = {"line": example.line, "label": label, "prediction": max(names, key=sure.__getitem__)}
         rows.append(row | {key: found[i] for key, found in values.items()})
-    output.write_json_lines(args.json, rows)
-    print(_report_pairs(rows, name) if job.task.pairs else _report(rows, names, name))
-    return 0
+    return rows, name
+
+
+class _Table:
+    """The rows as a table that is printed in parts of equal widths, the first of them with its header."""
+
+    def __init__(self, task: Task, last: int):
+        self.task, self.last, self.begun = task, last, False
+
+    def lines(self, rows: Sequence[dict[str, Any]], laplace: str) -> str:
+        """The next part."""
+        names = self.task.names
+        longest = max(names, key=lambda name: len(_short(name)))
+        widest = {**rows[0], "line": self.last, "label": longest, "prediction": longest}  # is not printed
+        every = [*rows, widest]
+        text = _report_pairs(every, laplace) if self.task.pairs else _report(every, names, laplace)
+        lines = text.split("\n")[:-1]
+        start, self.begun = len(lines) - len(rows) if self.begun else 0, True
+        return "\n".join(lines[start:])
 
 
 def _by_name(names: Sequence[str], values: Tensor) -> list[dict[str, float]]:

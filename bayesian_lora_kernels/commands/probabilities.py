@@ -16,13 +16,12 @@ from bayesian_lora_kernels.predictive.calibrate import Calibration
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 
 
-def laplace_probs(logits: LogitPosterior, args: Namespace, folder: Path) -> tuple[str, Tensor, Calibration | None]:
-    """What `options.add_probabilities` asks for, with a hint on stderr where labels could set its level and did not.
+def laplace_probs(logits: LogitPosterior, args: Namespace) -> tuple[str, Tensor, Calibration | None]:
+    """What `options.add_probabilities` asks for.
 
     Args:
-        logits: of all examples.
+        logits: of some examples.
         args: of the command.
-        folder: where the posterior is.
 
     Returns:
         A name that says what the probabilities are; themselves, `[N, C]`; and the calibration that is in them.
@@ -34,12 +33,16 @@ def laplace_probs(logits: LogitPosterior, args: Namespace, folder: Path) -> tupl
     with as_input_errors():
         generator = torch.Generator().manual_seed(args.seed)
         probs = logits.probs(args.method, args.samples, generator, calibrated=calibration is not None)
-    if args.method in CALIBRATED and logits.calibration is None and not args.uncalibrated:
+    return name_of(args.method, calibration), probs, calibration
+
+
+def hint_at_calibration(calibration: Calibration | None, args: Namespace, folder: Path) -> None:
+    """On stderr, where labels could set the level of the probabilities of this posterior and did not."""
+    if args.method in CALIBRATED and calibration is None and not args.uncalibrated:
         output.hint(
             f"these probabilities are not calibrated; held-out labels (from {FEW_LABELS} on) do that: "
             f"{how_to_calibrate(args, folder)}"
         )
-    return name_of(args.method, calibration), probs, calibration
 
 
 def name_of(method: str, calibration: Calibration | None) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from bayesian_lora_kernels.commands import options, output
+from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.adapter import choose_device, context_length, open_adapter
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
 from bayesian_lora_kernels.commands.highlight import ScoredToken, draw, html
@@ -18,42 +18,6 @@ from bayesian_lora_kernels.commands.job import check_vocabulary
 from bayesian_lora_kernels.commands.tokens import Text, tokenise_text
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.posterior.storage import JSON_NAME, write_text
-
-
-def add_parser(subparsers: options.Subparsers) -> ArgumentParser:
-    """What `blk score` takes."""
-    parser = subparsers.add_parser(
-        "score",
-        help="how sure the model is of each token of a text",
-        description="For every token of a text its log-probability given those before it, of the adapter alone (MAP) "
-        "and with the posterior that blk fit wrote (Laplace), the entropy of what could stand there, and the part of "
-        "it that more data would remove: the mutual information between token and weights, in nats.",
-    )
-    options.add_adapter(parser)
-    parser.add_argument("text", type=Path, metavar="TEXT-FILE", help="UTF-8 text")
-    options.add_model(parser)
-    parser.add_argument(
-        "--window",
-        type=options.positive,
-        default=512,
-        metavar="N",
-        help="tokens that the model reads at once; of a longer text, windows overlap by half; default: 512",
-    )
-    parser.add_argument(
-        "--samples",
-        type=options.positive,
-        default=64,
-        metavar="N",
-        help="posterior samples, half of them mirrored; default: 64",
-    )
-    parser.add_argument("--seed", type=options.seed, default=0, help="of the samples; default: 0")
-    options.add_posterior(parser)
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="also write the text with each token coloured by mutual information"
-    )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="the same as a picture, PNG, PDF or SVG")
-    options.add_json(parser, "also write the results to this file, as JSON")
-    return parser
 
 
 def run(args: Namespace) -> int:

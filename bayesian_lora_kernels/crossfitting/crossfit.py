@@ -313,7 +313,7 @@ class _Folder:
             if content["data"] != self.digest:
                 raise ValueError("it is of other data, folds, settings or functions")
             return LabelLikelihood.from_json(content["evidence"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{path}: cannot go on from this fold: {error}; remove it or pass another folder"
             ) from error

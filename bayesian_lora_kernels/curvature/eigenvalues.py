@@ -6,12 +6,14 @@ Source: George et al. 2018, "Fast approximate natural gradient descent in a Kron
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.posterior.kronecker import Blocks, Eigenbasis, KroneckerFactors
+from bayesian_lora_kernels.processes import Processes
 
 # Elements of the bases that are used together: on a CPU as many as outweigh the calls, elsewhere few launches.
 TOGETHER = {"cpu": 2**14, "cuda": 2**24}
@@ -47,6 +49,23 @@ class EigenvalueSums:
         """Add per-example weight gradients `[N, d_out, d_in]` of one Fisher column; of some layers, or all."""
         for group in self._groups:
             group.add(gradients)
+
+    def reduce(self, processes: Processes) -> None:
+        """The sums of all processes, on each of them, bit for bit the same."""
+        blocks = [block for group in self._groups for block in group.sums]
+        processes.add(blocks)
+        same = iter(processes.agree(blocks))
+        for group in self._groups:
+            group.sums = Blocks(*islice(same, len(group.sums)))
+
+    def state(self) -> list[Any]:
+        """See `Stateful`."""
+        return [tuple(group.sums) for group in self._groups]
+
+    def restore(self, state: Sequence[Any]) -> None:
+        """See `Stateful`."""
+        for group, sums in zip(self._groups, state, strict=True):
+            group.sums = Blocks(*sums)
 
     def eigenvalues(self) -> dict[str, Blocks]:
         """The corrected curvature eigenvalues, float64."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,14 @@ class FactorSum:
         copy._rows = list(self._rows)
         return copy
 
+    def state(self) -> dict[str, Any]:
+        """See `Stateful`."""
+        return vars(self)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `Stateful`."""
+        vars(self).update(state)
+
     def gather(self, x: Tensor, mask: Tensor | None) -> bool:
         """Keep rows for the next low-rank update; True when there are enough."""
         assert self.columns is not None
@@ -78,6 +87,11 @@ class FactorSum:
         return torch.cat(rows), mask
 
     @property
+    def waiting_bytes(self) -> int:
+        """Of these rows."""
+        return sum(x.numel() * x.element_size() for x, _ in self._rows)
+
+    @property
     def waiting(self) -> bool:
         """Whether rows have been gathered that no update has seen."""
         return bool(self._rows)
@@ -90,6 +104,19 @@ class FactorSums:
         self.config = config
         self.generator = torch.Generator().manual_seed(config.seed)
         self.sums: dict[Hashable, FactorSum] = {}
+
+    def state(self) -> dict[str, Any]:
+        """See `Stateful`."""
+        sums = {key: total.state() for key, total in self.sums.items()}
+        return {"generator": self.generator.get_state(), "sums": sums}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `Stateful`."""
+        self.generator.set_state(state["generator"])
+        self.sums = {}
+        for key, own in state["sums"].items():
+            self.sums[key] = FactorSum(own["width"], own["columns"])
+            self.sums[key].restore(own)
 
     def add(self, rows: Mapping[Hashable, Rows], checks: AtOnce, error: Callable[[Hashable], Exception]) -> None:
         """Add `{key: (x [M, d], mask [M])}`.
@@ -116,6 +143,9 @@ class FactorSums:
                 ready.append(total)
         self._add_traces(squares)
         self._add_full(full)
+        budget = self.config.memory_budget
+        if budget is not None and sum(total.waiting_bytes for total in self.sums.values()) > budget:
+            ready = [total for total in self.sums.values() if total.waiting]
         try:
             self._update(ready)
         except ValueError:
@@ -161,9 +191,13 @@ class FactorSums:
             for (total, _, _), matrix in zip(here, updated, strict=True):
                 total.matrix = matrix
 
+    def flush(self) -> None:
+        """Update the low-rank sums by the rows that were gathered for them."""
+        self._update([total for total in self.sums.values() if total.waiting])
+
     def finish(self, scales: Mapping[Hashable, float]) -> dict[Hashable, tuple[Tensor, Tensor]]:
         """`{key: (factor, tail)}`, every factor multiplied by its scale."""
-        self._update([total for total in self.sums.values() if total.waiting])
+        self.flush()
         groups: dict[tuple[object, ...], list[Hashable]] = {}
         for key in scales:
             total = self.sums[key]

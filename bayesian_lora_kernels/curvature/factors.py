@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.config import LaplaceConfig
-from bayesian_lora_kernels.curvature.factor_sums import FactorSums, not_finite
+from bayesian_lora_kernels.curvature.factor_sums import FactorSum, FactorSums, not_finite, stream_columns
+from bayesian_lora_kernels.curvature.reduction import SumOfAll, reduce
 from bayesian_lora_kernels.model.capture import LayerInput
 from bayesian_lora_kernels.model.deferred import AT_ONCE, AtOnce
+from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.masks import last_valid
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
+from bayesian_lora_kernels.processes import Processes
 
 
 class KroneckerSums:
@@ -75,6 +79,52 @@ class KroneckerSums:
         of_group = _summed(self._counts)
         return {name: of_group[group] for name, group in self._group.items()}
 
+    def reduce(self, processes: Processes, layers: Sequence[LinearLayer]) -> None:
+        """The sums and counts of all processes, on each of them, bit for bit the same.
+
+        Layers share an input factor from then on if the data of all processes let them.
+
+        Args:
+            processes: each of which added other data, or none.
+            layers: all that there are, in the same order everywhere.
+        """
+        if processes.size == 1:
+            return
+        self._sums.flush()
+        rows, before = self.input_rows, self._sums.sums
+        said = processes.values([self._said(layer.name, rows) for layer in layers])
+        self._group, self._counts, self._sums.sums = {}, {}, {}
+        groups: dict[tuple[int | None, ...], int] = {}
+        sums: list[SumOfAll] = []
+        for layer, parts in zip(layers, zip(*said, strict=True), strict=True):
+            if not any(parts):
+                continue  # called nowhere
+            together = tuple(part and part["group"] for part in parts)
+            self._group[layer.name] = group = groups.setdefault(together, len(groups))
+            self._counts[group] = [sum(part["rows"] for part in parts if part)]
+            d_out, d_in = layer.shape
+            for key, own, width in (
+                (("a", group), ("a", together[processes.rank]), d_in),
+                (("s", layer.name), ("s", layer.name), d_out),
+            ):
+                if key in self._sums.sums:
+                    continue
+                total = before.get(own) or FactorSum(width, stream_columns(self.config, width))
+                if any(total is one.own for one in sums):
+                    total = total.clone()
+                self._sums.sums[key] = total
+                sums.append(SumOfAll(total, [part and part[key[0]] for part in parts], layer.device))
+        reduce(processes, sums)
+
+    def _said(self, name: str, rows: Mapping[str, int]) -> dict[str, Any] | None:
+        """What other processes need to know of this one's sums of a layer; None: there are none."""
+        if name not in self._group:
+            return None
+        group = self._group[name]
+        matrices = {side: self._sums.sums[key].matrix for side, key in (("a", ("a", group)), ("s", ("s", name)))}
+        dtypes = {side: str(m.dtype).removeprefix("torch.") for side, m in matrices.items() if m is not None}
+        return {"group": group, "rows": rows[name], **dtypes}
+
     def factors(self) -> dict[str, KroneckerFactors]:
         """The finished factors: A a mean over tokens (or examples), S a sum. Shared inputs share their tensor."""
         scales: dict[Hashable, float] = {("s", name): 1.0 for name in self._group}
@@ -85,6 +135,16 @@ class KroneckerSums:
             (a, tail_a), (s, tail_s) = finished["a", group], finished["s", name]
             result[name] = KroneckerFactors(a, s, tail_a, tail_s)
         return result
+
+    def state(self) -> dict[str, Any]:
+        """See `Stateful`."""
+        return {"groups": self._group, "counts": _summed(self._counts), "sums": self._sums.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `Stateful`."""
+        self._group = dict(state["groups"])
+        self._counts = {group: [count] for group, count in state["counts"].items()}
+        self._sums.restore(state["sums"])
 
     def _regroup(self, inputs: Mapping[str, LayerInput]) -> None:
         """Groups as fine as this batch demands: equal group before, equal tensor now."""

@@ -231,6 +231,10 @@ class Capture:
         self._drop_unreached()
         self._check_unchanged()
 
+    def release(self) -> None:
+        """Lets the graph go, and with it most of the memory; no backward pass follows."""
+        self.result = self.result._replace(logits=self.logits.detach())
+
     def of_reached(self, name: str, calls: Sequence[T]) -> Sequence[T]:
         """Of all calls of a layer, in another forward pass too, those that the logits depend on."""
         reached = self._reached.get(name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -113,6 +113,27 @@ class Findings:
     guesses: bool = True
     one_at_a_time: bool = False
     way: Way = Way()
+
+    def state(self) -> dict[str, Any]:
+        """Of numbers, strings and containers."""
+        found = {one.name: getattr(self, one.name) for one in fields(self)}
+        layouts = {name: [(one.axis, one.blocks) for one in calls] for name, calls in self.layouts.items()}
+        relations = {
+            name: [(one.name, sorted(one.seen), one.shown) for one in calls] for name, calls in self.relations.items()
+        }
+        way = self.way.skips_padding, self.way.cuts_positions
+        return {**found, "layouts": layouts, "relations": relations, "way": way}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """What `state` said takes the place of everything that was found."""
+        for key, value in state.items():
+            setattr(self, key, value)
+        self.layouts = {name: [Layout(*one) for one in calls] for name, calls in state["layouts"].items()}
+        self.relations = {
+            name: [Relation(one, set(seen), shown) for one, seen, shown in calls]
+            for name, calls in state["relations"].items()
+        }
+        self.way = Way(*state["way"])
 
     def layout(self, name: str, call: int, shape: Sequence[int], n: int) -> Layout | None:
         """How to read a layer's input of this shape as N examples; None if that is not possible."""

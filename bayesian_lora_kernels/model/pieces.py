@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +17,21 @@ from bayesian_lora_kernels.model.capture import Capture, NotByExample
 from bayesian_lora_kernels.model.checks import check, kind_of
 from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.layers import LinearLayer
+from bayesian_lora_kernels.model.out_of_memory import Limit, ran_out
 from bayesian_lora_kernels.model.sharding import smallest
 
 logger = logging.getLogger(__name__)
 
 
 def captures(
-    layers: Sequence[LinearLayer], forward: Forward, batch: Batch, step: int, *, all_labels: bool = False
+    layers: Sequence[LinearLayer],
+    forward: Forward,
+    batch: Batch,
+    step: int,
+    *,
+    all_labels: bool = False,
+    limit: Limit | None = None,
+    accept: Callable[[Capture], Any] = lambda _: None,
 ) -> Iterator[tuple[slice, Capture]]:
     """The examples of a batch, some at a time, each with the captures of its forward pass. Call within `measuring`.
 
@@ -32,24 +41,42 @@ def captures(
         batch: on the model's device.
         step: examples at a time; where layers do not tell examples apart, one at a time whatever this says.
         all_labels: see `Forward`.
+        limit: of examples at a time; where it is given, a piece for which memory runs out is tried again with half.
+        accept: is called with each capture before anybody else has it; what it does belongs to the trial.
 
     Raises:
         ValueError: if the logits depend on no layer, or something that is taken for granted of the model does not hold
             (`docs/method.md`) and cannot be made up for.
+        torch.OutOfMemoryError: if one example alone does not fit.
     """
+    start, whole, cut = 0, None, False
     step = smallest(forward.model, step)
-    start, whole = 0, _whole(forward, batch, all_labels) if step < batch.size else None
     while start < batch.size:
+        step = step if limit is None else limit.within(step)
+        if step < batch.size and not cut:
+            whole, cut = _whole(forward, batch, all_labels), True
         rows, piece = next(batch.pieces(1 if forward.findings.one_at_a_time else step, start))
+        ran = short = False
         try:
             recorded = capture(layers, forward, piece, all_labels=all_labels)
+            ran = True
+            accept(recorded)
         except _Together as together:
             _go_one_at_a_time(layers, forward, together)
             continue
         except Exception as error:
-            if whole is None:
+            short = limit is not None and ran_out(error)
+            if limit is not None and short:
+                limit.halve(piece.size, error)
+            elif whole is None or ran:
                 raise
-            raise ValueError(f"{whole}, and a piece of it does not run ({type(error).__name__}: {error})") from error
+            else:
+                raise ValueError(
+                    f"{whole}, and a piece of it does not run ({type(error).__name__}: {error})"
+                ) from error
+        if short:  # the error is gone, and with it what its frames held
+            gc.collect()
+            continue
         if whole is not None and not _same(recorded.logits.detach(), whole.logits[rows]):
             raise ValueError(f"{whole}, and in pieces its examples have other logits")
         yield rows, recorded

@@ -14,6 +14,7 @@ from bayesian_lora_kernels.model.jacobians import Jacobians
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.posterior.stored import Stored
+from bayesian_lora_kernels.posterior.tensor_file import Columns
 
 if TYPE_CHECKING:
     from bayesian_lora_kernels.curvature.passes import Passes
@@ -35,6 +36,7 @@ class Curvature(ABC):
         whole_jacobians: whether `covariance` wants every layer's Jacobian as `[N, C, d_out, d_in]`, rather than as what
             it is made of.
         independent_layers: whether no entry of the matrix couples two layers.
+        of_all_processes: whether `measure` adds up over `Passes.processes`; if not, a fit of several is refused.
         factors: Kronecker factors of each layer, if there are any.
     """
 
@@ -42,6 +44,7 @@ class Curvature(ABC):
     masked: ClassVar[bool] = True
     whole_jacobians: ClassVar[bool] = True
     independent_layers: ClassVar[bool] = True
+    of_all_processes: ClassVar[bool] = False
     factors: Mapping[str, KroneckerFactors] | None = None
 
     @classmethod
@@ -67,8 +70,11 @@ class Curvature(ABC):
         """Zero-mean samples of the weights' deviations from the MAP, `[n, d_out, d_in]`."""
 
     @abstractmethod
-    def pack(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-        """What a file holds: `{"layer name.key": tensor}`, and what its JSON says of some layers beside their shape."""
+    def pack(self) -> tuple[Mapping[str, Tensor | Columns], dict[str, dict[str, Any]]]:
+        """What a file holds: `{"layer name.key": tensor}`, and what its JSON says of some layers beside their shape.
+
+        A matrix that is too large to be had at once is given as `Columns`.
+        """
 
     @classmethod
     @abstractmethod

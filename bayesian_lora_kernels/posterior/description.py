@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,12 +14,12 @@ Check = Callable[[Any], bool]
 
 
 def is_int(least: int) -> Check:
-    """An int, no bool, of at least this."""
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """An int, no bool, of at least this, that fits into 64 bits."""
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_int(-(2**63))(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_text(value: Any) -> bool:
@@ -47,7 +48,7 @@ def _is_matrix_shape(value: Any) -> bool:
 
 
 def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and value.endswith(".safetensors") and not set(value) & set("/\\:")
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.-]+\.safetensors", value) is not None
 
 
 def _is_covers(value: Any) -> bool:

@@ -48,6 +48,28 @@ def log_evidence(log_likelihood: float, posterior: Posterior, square_norms: Mapp
     return log_likelihood + log_prior - 0.5 * posterior.logdet.to(device)
 
 
+def effective_parameters(posterior: Posterior) -> dict[str, float]:
+    """How many parameters of each layer the data determine, rather than the prior: `P - lambda tr(Sigma)`, in [0, P].
+
+    Where the curvature couples its layers, there is the number of all together only, under the name `""`. Source:
+    MacKay 1992.
+    """
+    prior, curvature = posterior.prior.detached(), posterior.curvature
+    counts = curvature.n_parameters if curvature.independent_layers else {"": sum(curvature.n_parameters.values())}
+    logs = torch.zeros(len(counts), dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        factor = dict(zip(counts, logs.exp().unbind(), strict=True))
+        scaled: Tensor | dict[str, Tensor]
+        if prior.shared is not None and not curvature.independent_layers:
+            scaled = prior.shared * factor[""].to(prior.shared.device)
+        else:
+            keys = {name: name if curvature.independent_layers else "" for name in curvature.shapes}
+            scaled = {name: prior[name] * factor[key].to(prior[name].device) for name, key in keys.items()}
+        logdet = Posterior(curvature, Prior(scaled)).logdet
+    (traces,) = torch.autograd.grad(logdet, logs)  # lambda d logdet / d lambda = lambda tr(Sigma)
+    return {name: n - trace for (name, n), trace in zip(counts.items(), traces.tolist(), strict=True)}
+
+
 def maximise_evidence(curvature: Curvature, square_norms: Mapping[str, Tensor], per_module: bool) -> Prior:
     """The prior of the largest evidence, one precision for all layers or one each.
 

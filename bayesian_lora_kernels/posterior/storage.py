@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bayesian_lora_kernels.posterior.description import check_description
+from bayesian_lora_kernels.posterior.tensor_file import Columns, TensorFile, write_tensors
 
 try:
     import fcntl
@@ -37,86 +36,121 @@ FORMAT = "bayesian_lora_kernels.laplace"
 VERSION = 3
 JSON_NAME = "laplace.json"
 LOCK_NAME = ".laplace.lock"
+JSON_BYTES = 100 * 10**6  # as much as safetensors allows a header
 DAY = 24 * 3600
 TEMPORARY = re.compile(r"\.laplace(?:\.json)?-(?:([A-Za-z0-9_.]+)-(\d+)-)?\w+")
 
 
-def save(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
+def save(
+    folder: str | os.PathLike[str], tensors: Mapping[str, Tensor | Columns], description: Mapping[str, Any]
+) -> Path:
     """Write a posterior into a folder, whole or not at all.
 
     Args:
         folder: made if it is not there; other files in it stay.
-        tensors: any device and dtype.
+        tensors: of floats, on any device; no more than one of them, or a piece of one, is copied at a time.
         description: what JSON can hold.
 
     Returns:
         The path of the JSON file.
+
+    Raises:
+        OSError: if it cannot be written: what was there before is there still, and nothing else.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with _locked(folder):
-        before = _tensor_files(folder)
-        # A folder, because safetensors, too, makes temporary files beside the one that it writes.
-        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".laplace-{_writer()}-"))
-        try:
-            save_file(own, temporary / "tensors")
-            digest = _file_digest(temporary / "tensors")
-            target = folder / f"laplace-{digest[:16]}.safetensors"
-            _into_place(temporary / "tensors", target)
-        finally:
-            _remove(temporary)
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            **description,
-            "tensors": {"file": target.name, "sha256": digest},
-        }
-        content["sha256"] = _content_digest(content)
-        write_text(folder / JSON_NAME, json.dumps(content, indent=1) + "\n")
-        for stale in {*(before - {target, folder / _named(folder)}), *_abandoned(folder)}:
-            _remove(stale)
+    with _errors_name(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder) as alone:
+            try:
+                _write(folder, tensors, description)
+            finally:
+                _tidy(folder, alone)
     return folder / JSON_NAME
 
 
-def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save` wrote: tensors on the CPU, and the description.
+def _write(folder: Path, tensors: Mapping[str, Tensor | Columns], description: Mapping[str, Any]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".laplace-{_writer()}-")
+    os.close(handle)
+    try:
+        write_tensors(Path(temporary), tensors)
+        digest = _file_digest(Path(temporary))
+        target = folder / f"laplace-{digest[:16]}.safetensors"
+        _into_place(temporary, target)
+    finally:
+        _remove(Path(temporary))
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        **description,
+        "tensors": {"file": target.name, "sha256": digest},
+    }
+    content["sha256"] = _content_digest(content)
+    write_text(folder / JSON_NAME, json.dumps(content, indent=1) + "\n")
+
+
+def _tidy(folder: Path, alone: bool) -> None:
+    """Remove tensors that the JSON file does not name, and temporary files of the dead.
+
+    Who is not alone leaves tensors for a day: another process may be about to name them.
+    """
+    for path in _abandoned(folder):
+        _remove(path)
+    path = folder / JSON_NAME
+    try:
+        named = json.loads(path.read_bytes())["tensors"]["file"] if path.is_file() else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return  # damaged: whose tensors these are is not to be known
+    for path in folder.glob("laplace-*.safetensors"):
+        if len(path.stem) == len("laplace-") + 16 and path.name != named and (alone or _is_old(path)):
+            _remove(path)
+
+
+def load(folder: str | os.PathLike[str]) -> tuple[TensorFile, dict[str, Any]]:
+    """Read what `save` wrote: the description, and tensors that are read when they are asked for.
+
+    The checksum of the whole file is compared before, its header with its length.
 
     Raises:
         FileNotFoundError: if there is no posterior in the folder.
         ValueError: if a file is damaged, altered, of another kind, or of a newer version than this package reads.
+        OSError: if a file cannot be read.
     """
     path = Path(folder) / JSON_NAME
     content = _read_description(path)
     while True:
         tensors = path.with_name(content["tensors"]["file"])
         try:
+            if tensors.exists() and not tensors.is_file():
+                raise ValueError(f"{tensors}: expected a file")
             if _file_digest(tensors) != content["tensors"]["sha256"]:
                 raise ValueError(f"{tensors}: damaged or altered, its content does not match its checksum")
-            return load_file(tensors), content
+            return TensorFile(tensors), content
         except FileNotFoundError as error:
             seen, content = content, _read_description(path)
             if content == seen:  # else it was replaced between the two readings
                 raise FileNotFoundError(f"{tensors}: missing, {JSON_NAME} refers to it") from error
-        except SafetensorError as error:
-            raise ValueError(f"{tensors}: damaged: {error}") from error
 
 
 def _read_description(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no posterior here; expected a folder that save_pretrained wrote")
+    with open(path, "rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > JSON_BYTES:
+            raise ValueError(f"{path}: expected at most {JSON_BYTES:,} bytes of JSON, got {size:,}")
+        text = file.read()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(text.decode())
+        digest = _content_digest(content) if isinstance(content, dict) else None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a posterior ({FORMAT})")
     version = content.get("version")
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
         raise ValueError(
-            f"{path}: written in format version {version}, this package reads up to version {VERSION}; update it"
+            f"{path}: written in format version {version!r:.80}, this package reads up to version {VERSION}; update it"
         )
-    if content.get("sha256") != _content_digest(content):
+    if content.get("sha256") != digest:
         raise ValueError(f"{path}: damaged or altered, its content does not match its checksum")
     try:
         check_description(content, version)
@@ -158,8 +192,19 @@ def write_text(path: Path, text: str) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
+@contextmanager
+def _errors_name(folder: Path) -> Iterator[None]:
+    """Errors of the system that name no file (a full disk) name the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(folder)
+        raise
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir():  # temporary ones of earlier versions
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -175,10 +220,10 @@ def _into_place(temporary: str | Path, target: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time, as far as platform and file system know locks. The file is gone afterwards."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """One writer at a time; False where platform or file system know no locks. The lock's file is gone afterwards."""
     if fcntl is None:
-        yield
+        yield False
         return
     path = folder / LOCK_NAME
     while True:
@@ -187,13 +232,13 @@ def _locked(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:  # a file system without locks
                 path.unlink(missing_ok=True)
-                yield
+                yield False
                 return
             try:
                 if not _is_same_file(file.fileno(), path):
                     continue  # its last holder has removed it
                 try:
-                    yield
+                    yield True
                 finally:
                     path.unlink(missing_ok=True)
                 return
@@ -221,14 +266,8 @@ def _abandoned(folder: Path) -> set[Path]:
         match = TEMPORARY.fullmatch(path.name)
         if match is None:
             continue
-        if match[1] == host and os.name == "posix":
-            stale = not _is_alive(int(match[2]))
-        else:
-            try:
-                stale = time.time() - path.stat().st_mtime > DAY
-            except FileNotFoundError:
-                continue
-        if stale:
+        ours = match[1] == host and os.name == "posix"
+        if not _is_alive(int(match[2])) if ours else _is_old(path):
             found.add(path)
     return found
 
@@ -243,14 +282,11 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _named(folder: Path) -> str:
-    """The tensor file that the JSON file names: our own, unless another process came in between for want of a lock."""
-    content = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
-    return str(content["tensors"]["file"])
-
-
-def _tensor_files(folder: Path) -> set[Path]:
-    return {path for path in folder.glob("laplace-*.safetensors") if len(path.stem) == len("laplace-") + 16}
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > DAY
+    except FileNotFoundError:
+        return False
 
 
 def _content_digest(content: Mapping[str, Any]) -> str:

@@ -282,7 +282,7 @@ def _weights(name: str, table: Any) -> Tensor:
     shape = LOG_FACTORS[2], LOG_TEMPERATURES[2]
     try:
         weights = torch.tensor(table, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         weights = torch.empty(0)
     if weights.shape != shape or not (weights >= 0).all() or not abs(float(weights.sum()) - 1) < 1e-6:
         raise ValueError(

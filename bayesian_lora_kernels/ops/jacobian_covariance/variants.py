@@ -72,14 +72,17 @@ class Variant:
 
     Args:
         route: ``tokens``, ``input`` (the Jacobians of a wide input) or ``output``.
-        outputs: side by side in a program, and ``directions`` of the narrow side.
+        rows: directions of the narrow side, rounded up.
+        outputs: side by side in a program, and ``directions`` beside them.
         kept: directions of the wide side, rounded up; 0 for none.
         columns: of the basis as the route ``tokens`` multiplies with it.
-        main: of the kernel that reads the wide operand; ``tail``: of ``token_gram_kernel``.
+        main: of the kernel that reads the wide operand.
+        tail: of ``token_gram_kernel``: its tiles are of ``width`` by ``tokens`` tokens.
     """
 
     route: str
     shape: Shape
+    rows: int
     outputs: int
     directions: int
     kept: int
@@ -87,10 +90,16 @@ class Variant:
     columns: int = 0
     tail: Configuration | None = None
 
+    @property
+    def narrow(self) -> tuple[int, int]:
+        """Outputs and directions in a program of ``narrow_rows_kernel``: as many as fill a matrix instruction."""
+        c = min(self.outputs, max(1, 16 // self.rows)) if self.shape.wide_input else 1
+        return c, max(self.rows, 16 // c)
+
     def __str__(self) -> str:
         shape = self.shape
         flags = [name for name in ("masked", "aligned", "contiguous", "rest", "planes") if getattr(shape, name)]
-        sizes = {"C": self.outputs, "O": self.directions, "K": self.kept, "N": self.columns}
+        sizes = {"R": self.rows, "C": self.outputs, "O": self.directions, "K": self.kept, "N": self.columns}
         sizes |= {"D": self.main.width, "T": self.main.tokens}
         if self.tail:
             sizes["S"] = self.tail.tokens
@@ -130,7 +139,9 @@ _MOST = 32
 _MOST_TOKENS = 1024  # the workspace grows with their square
 # Tokens that a program of `similarities_kernel` has room for beside 128 columns of a basis; beside 32, 128.
 _TOKENS = {"sm_80": 64, "sm_90": 128, "sm_100": 64}
-_TAIL = Configuration(width=0, tokens=64, num_warps=4, num_stages=3)
+# Outputs times directions in a program of `token_gram_kernel`: 64 are what wgmma and tcgen05 multiply at once, mma.sync
+# would need more registers than there are.
+_ROWS_OF_TOKENS = {"sm_80": 32, "sm_90": 64, "sm_100": 64}
 
 
 def by_jacobian(shape: Shape) -> Variant:
@@ -144,7 +155,7 @@ def by_jacobian(shape: Shape) -> Variant:
     if not shape.wide_input and shape.tokens <= _ROWS // c > 1:  # as many rows again, of outputs and tokens
         chosen = replace(chosen, tokens=_ROWS // c, num_warps=4, max_registers=255)
     kept = power(shape.kept, 16) if shape.kept else 0
-    return Variant("input" if shape.wide_input else "output", shape, c, o, kept, chosen)
+    return Variant("input" if shape.wide_input else "output", shape, power(shape.rows, 1), c, o, kept, chosen)
 
 
 def by_tokens(shape: Shape, architecture: str) -> Variant:
@@ -156,10 +167,11 @@ def by_tokens(shape: Shape, architecture: str) -> Variant:
         main = Configuration(width=32, tokens=64, num_warps=8, num_stages=3)
     else:
         tokens = min(power(shape.tokens, 64), 128 if columns <= 32 else _TOKENS[architecture])
-        width, stages = (32, 4) if architecture == "sm_80" else (64, 3)
+        width, stages = {"sm_80": (32, 4), "sm_90": (64, 4), "sm_100": (64, 3)}[architecture]
         main = Configuration(width, tokens, num_warps=8, num_stages=stages)
-    c, o = side_by_side(shape.outputs, shape.rows, _ROWS)
-    return Variant("tokens", shape, c, o, kept, main, columns, _TAIL)
+    c, o = side_by_side(shape.outputs, shape.rows, _ROWS_OF_TOKENS[architecture])
+    tail = Configuration(width=64, tokens=64 if c * o <= 32 else 32, num_warps=4, num_stages=3)
+    return Variant("tokens", shape, power(shape.rows, 1), c, o, kept, main, columns, tail)
 
 
 def padded_tokens(chosen: Variant) -> int:
@@ -180,7 +192,7 @@ def _cost_by_tokens(shape: Shape, chosen: Variant, sharing: float) -> float:
     padded, side = padded_tokens(chosen), chosen.outputs * chosen.directions
     rows = -(-shape.rows // chosen.directions) * side
     main = shape.width * padded * ((padded + chosen.main.tokens) / 2 + chosen.columns)
-    tail = 6 * rows * padded * ((padded + chosen.tail.tokens) / 2 + side + chosen.kept)
+    tail = 6 * rows * padded * ((padded + chosen.tail.width) / 2 + side + chosen.kept)
     return main * (6 if shape.wide == torch.float32 else 1) * sharing + tail
 
 
