@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +206,54 @@ def test_labels_under_another_name(tmp_path: Path) -> None:
     made.train()
     assert callback.laplace is not None
     assert callback.laplace.log_likelihood == pytest.approx(by_hand(made.model.net).log_likelihood, rel=1e-4)
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from test_trainer_callback import QUICK, LaplaceCallback, trainer
+made = trainer(Path(sys.argv[1]))
+callback = LaplaceCallback(made, strict=True, calibrate=True, curvature="ekfac", rank=None, **QUICK)
+made.add_callback(callback)
+made.train()
+made.save_model()
+print(callback.laplace.n_examples, float(callback.laplace.log_marginal_likelihood()), callback.laplace.calibration)
+"""
+
+
+def test_on_two_processes(tmp_path: Path) -> None:
+    """23 examples in two shares: each counts once, although the Trainer's own loader repeats one."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "script.py",
+        "out",
+    ]
+    done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [line for line in done.stdout.splitlines() if line.startswith(f"{N} ")]
+    assert len(said) == 2
+    assert said[0] == said[1]
+    fresh = model()
+    peft.set_peft_model_state_dict(fresh, peft.load_peft_weights(str(tmp_path / "out")))
+    laplace = blk.LaplaceLoRA.from_pretrained(fresh, tmp_path / "out")
+    truth = by_hand(fresh, curvature="ekfac", rank=None).optimize_prior_precision()
+    assert laplace.n_examples == N
+    assert laplace.calibration is not None
+    assert laplace.calibration.n_labels == HELD_OUT
+    held_out = batches(data(HELD_OUT, seed=1))[0]
+    assert relative(laplace.predict(held_out).covariance, truth.predict(held_out).covariance) < 1e-4
 
 
 # ---- what cannot be --------------------------------------------------------------------------------------------------
