@@ -10,11 +10,15 @@
 #   Triton of TRITON_VERSIONS, in environments of their own
 # make models: families of models and kinds of adapters, each against autograd, and writes docs/models.md; models-check
 #   only compares with it
+# make test-distributed: fits of one, two and three processes, as torchrun starts them, against one process
+# make test-faults: fits with checkpoints under kill -9 and on full disks
 # make test-floors: part of the tests with the lowest versions that pyproject.toml allows, Python 3.10 and PyTorch 2.6 among
 #   them: 3 GB to download and 5 GB of disk, since they bring NVIDIA's packages; less where PIP_FLAGS names an index of CPU
 #   builds
 # make fuzz: 100,000 damaged posteriors and adapter folders; COUNT=1000 for fewer
 # make test-saves: two processes save into one folder at once, 1,000 times, while a third reads
+# make docs: these pages as a site in docs/_build; a warning is an error. make pages: runs the pages' code and writes what it
+#   prints into them; PAGES="docs/tutorials/classification.md" for some
 # make release-check: builds sdist and wheel, installs and tries them
 #
 # Every target sets up .venv by itself. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to every pip install.
@@ -39,8 +43,8 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # ninja is in the environment; the compiler finds it there
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo demo-llm test test-all test-interpret test-floors test-saves fuzz models models-check release-check lint format bench study aot \
-  aot-check roofline clean help
+.PHONY: demo demo-llm test test-all test-interpret test-floors test-saves models models-check release-check lint \
+  format bench study aot aot-check roofline clean docs pages fuzz test-distributed test-faults help
 .DEFAULT_GOAL := help
 
 help:
@@ -65,6 +69,14 @@ fuzz: $(READY)
 
 test-saves: $(READY)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m saves
+
+test-distributed: $(READY)
+	@for n in 1 2 3; do \
+	  PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=$$n -m ranks || exit 1; done
+
+# KILLS=100 for more of them
+test-faults: $(READY)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults --kills $(or $(KILLS),20)
 
 models: $(READY)
 	@PYTHONPATH=tests $(BIN)/python -m families
@@ -131,6 +143,24 @@ $(FLOORS)/.ready: pyproject.toml constraints-floors.txt
 	  pytest pytest-xdist setuptools wheel
 	@touch $@
 
+DOCS := $(VENV)-docs
+docs: $(DOCS)/.ready
+	@$(DOCS)/bin/python -m sphinx -E -q -W --keep-going -b html docs docs/_build
+	@echo "docs/_build/index.html"
+
+PAGES ?= $(shell grep -rl --include=*.md '^```text' docs/tutorials docs/howto)
+pages: $(READY)
+	@PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m pages $(PAGES)
+
+# As the Triton environments on top of .venv.
+$(DOCS)/.ready: $(READY) docs/requirements.txt
+	@echo "setup: $(DOCS)"
+	@$(BIN)/python -m venv --clear $(DOCS)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+	  > "$$($(DOCS)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/base.pth"
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --quiet $(PIP_FLAGS) -r docs/requirements.txt
+	@touch $@
+
 RELEASE := $(VENV)-release
 release-check: $(RELEASE)/.ready
 	@$(RELEASE)/bin/python tools/release_check.py
@@ -190,7 +220,7 @@ $(STUDIED): $(LLM) benchmarks/calibration/requirements.txt
 	@touch $@
 
 clean:
-	@rm -rf $(VENV) $(VENV)-triton-* $(FLOORS) $(RELEASE) build dist *.egg-info
+	@rm -rf $(VENV) $(VENV)-triton-* $(FLOORS) $(RELEASE) $(DOCS) docs/_build build dist *.egg-info
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@rm -f bayesian_lora_kernels/_native*.so bayesian_lora_kernels/_native_build.json
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

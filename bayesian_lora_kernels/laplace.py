@@ -20,7 +20,8 @@ from bayesian_lora_kernels.config import LaplaceConfig, PriorPrecision
 from bayesian_lora_kernels.curvature.checkpoint import checkpoint_in
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.curvature.passes import Fit, Passes, fit_curvature
-from bayesian_lora_kernels.curvature.shares import check_share
+from bayesian_lora_kernels.curvature.shares import own_share
+from bayesian_lora_kernels.memory_estimate import MemoryEstimate, estimate_memory
 from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
@@ -36,6 +37,7 @@ from bayesian_lora_kernels.posterior.stored import Stored
 from bayesian_lora_kernels.posterior.weights import MeasuredWeights, adapter_digest, covered_by, find_adapter
 from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelLikelihood, Notice
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
+from bayesian_lora_kernels.predictive.gathering import gather_logits, gather_scores
 from bayesian_lora_kernels.predictive.hidden_samples import HiddenSampler
 from bayesian_lora_kernels.predictive.jvp import JacobianVectorProduct
 from bayesian_lora_kernels.predictive.logits import LogitPredictor, Outputs
@@ -142,11 +144,12 @@ class LaplaceLoRA:
 
         Raises:
             ValueError: for an empty loader, bad labels, numbers that are not finite, a layer that is never called; for
-                processes that differ in settings, layers or weights, a loader that repeats examples so that all shares
-                are equally long, and a checkpoint that is damaged, of another fit, or of other data than the loader's.
+                processes that differ in settings, layers or weights, a loader that repeats examples, so that all shares
+                are equally long, without a way to tell which, and a checkpoint that is damaged, of another fit, or of
+                other data than the loader's.
             RuntimeError: if another process of the group failed, or did not come within the group's timeout; it is
-                named. If another fit writes its checkpoints to the same folder.
-            OSError: if no checkpoint can be written.
+                named.
+            OSError: if another fit writes its checkpoints to the same folder, or nothing can be written there.
             torch.OutOfMemoryError: if one example alone does not fit into memory.
 
         Warns:
@@ -158,7 +161,7 @@ class LaplaceLoRA:
                 raise ValueError("every: expected checkpoint=folder with it, got None")
         processes = Processes(group)
         with processes.together(), checkpoint_in(checkpoint, every, self._identity, processes) as kept:
-            check_share(loader, processes, "fit")
+            loader = own_share(loader, processes, "fit")
             passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress, processes, kept)
             found = fit_curvature(passes)
             weights = MeasuredWeights.of(self.model, self._parameters())
@@ -195,6 +198,43 @@ class LaplaceLoRA:
         }
 
     @in_own_surroundings
+    def memory_estimate(
+        self,
+        batch: Any,
+        outputs: Outputs | Literal["vocabulary"] = None,
+        differences: bool = False,
+        n_examples: int | None = None,
+    ) -> MemoryEstimate:
+        """Bytes that `fit` on batches like this one and `predict` of it will need, when they need most.
+
+        Both run dry, on a copy of the model without its numbers (docs/memory.md): nothing is computed with weights.
+
+        Args:
+            batch: as for `fit`, of the size and length of the longest.
+            outputs: as for `predict`; a causal LM without `class_token_ids` predicts its vocabulary.
+            differences: as for `predict`.
+            n_examples: of `curvature="exact"`, that the fit will see; None leaves its rows out.
+
+        Returns:
+            `.fit` and `.predict`, `{device: bytes}`, and what they are made of; as a string, a table.
+
+        Raises:
+            ValueError, TypeError: as `fit` and `predict` do; for parameters that are no plain tensors (a quantised
+                model).
+            RuntimeError: for a model whose way depends on the numbers that it computes.
+        """
+        return estimate_memory(
+            self.model,
+            self._forward.function,
+            self.config,
+            self.prior,
+            batch,
+            outputs=outputs,
+            differences=differences,
+            n_examples=n_examples,
+        )
+
+    @in_own_surroundings
     def log_marginal_likelihood(self, prior_precision: PriorPrecision | None = None) -> Tensor:
         """Laplace's estimate of `log p(labels | inputs, prior)`, 0-d float64, differentiable in `prior_precision`.
 
@@ -212,7 +252,12 @@ class LaplaceLoRA:
 
     @in_own_surroundings
     def optimize_prior_precision(
-        self, method: str = "marglik", per_module: bool = False, val_loader: Iterable[Any] | None = None
+        self,
+        method: str = "marglik",
+        per_module: bool = False,
+        val_loader: Iterable[Any] | None = None,
+        *,
+        group: Any = None,
     ) -> LaplaceLoRA:
         """Choose the prior precision; later calls use it.
 
@@ -224,6 +269,7 @@ class LaplaceLoRA:
                 pairwise predictive on held-out data.
             per_module: one precision for each module (`marglik` only).
             val_loader: labelled batches, for `nll`; goes over it a few times.
+            group: as for `fit`, for `nll`; `marglik` finds the same on every process.
 
         Returns:
             Itself.
@@ -243,11 +289,17 @@ class LaplaceLoRA:
         if per_module:
             raise ValueError('per_module: expected method="marglik"; a held-out set is too small to tune every module')
         likelihood = LIKELIHOODS[self.likelihood]()
-        self.prior_precision = minimise_nll(self._predictor(fit), likelihood, val_loader, fit.curvature)
+        processes = Processes(group)
+        with processes.together():
+            val_loader = own_share(val_loader, processes, "optimize_prior_precision")
+            found = minimise_nll(self._predictor(fit), likelihood, val_loader, fit.curvature, processes)
+        self.prior_precision = found
         return self
 
     @in_own_surroundings
-    def calibrate(self, val_loader: Iterable[Any] | LabelLikelihood, progress: bool = True) -> LaplaceLoRA:
+    def calibrate(
+        self, val_loader: Iterable[Any] | LabelLikelihood, progress: bool = True, *, group: Any = None
+    ) -> LaplaceLoRA:
         """Set the level of the probabilities by held-out labels; `probs` uses it from then on.
 
         Temperatures that depend on the posterior variance are weighed by the likelihood of the labels and averaged
@@ -258,6 +310,7 @@ class LaplaceLoRA:
             val_loader: labelled batches of examples that the model was not trained on; ten labels do, a hundred are
                 good. Or what `label_likelihood` said of them, on this model or on others like it.
             progress: whether to show a progress bar.
+            group: as for `fit`: a process group, each of whose processes has a share of the labels, or none.
 
         Returns:
             Itself; `.calibration` says how many labels there were, and over how much of the grid their weight spreads.
@@ -267,12 +320,18 @@ class LaplaceLoRA:
         """
         self._fitted("calibrate")
         if not isinstance(val_loader, LabelLikelihood):
-            val_loader = self.label_likelihood(val_loader, progress)
+            val_loader = self.label_likelihood(val_loader, progress, group=group)
+        elif group is not None:
+            raise ValueError(
+                "group: expected with batches; label_likelihood(batches, group=...) adds up over processes"
+            )
         self._calibration = Calibration.of(val_loader, self.variance_scale), *self._belongs()
         return self
 
     @in_own_surroundings
-    def label_likelihood(self, val_loader: Iterable[Any], progress: bool = True) -> LabelLikelihood:
+    def label_likelihood(
+        self, val_loader: Iterable[Any], progress: bool = True, *, group: Any = None
+    ) -> LabelLikelihood:
         """What labels that the model was not trained on say of its level; parts of it add up. See `calibrate`.
 
         Raises:
@@ -285,13 +344,16 @@ class LaplaceLoRA:
         if self.likelihood != "classification":
             raise ValueError(f"calibrate: expected likelihood='classification', got {self.likelihood!r}")
         likelihood = LIKELIHOODS[self.likelihood]()
-        found, scale = LabelLikelihood(), self.variance_scale
-        predictor, posterior = self._predictor(fit), self._gaussian()
-        for mean, (covariance,), labels in labelled_predictions(
-            predictor, likelihood, val_loader, [posterior], progress
-        ):
-            found.add(mean, covariance, labels, scale)
-        return found
+        found, scale, processes = LabelLikelihood(), self.variance_scale, Processes(group)
+        with processes.together():
+            val_loader = own_share(val_loader, processes, "calibrate")
+            processes.check_alike(self._prior_numbers())
+            for mean, (covariance,), labels in labelled_predictions(
+                self._predictor(fit), likelihood, val_loader, [self._gaussian()], progress, processes
+            ):
+                found.add(mean, covariance, labels, scale)
+            parts = processes.values(found.as_json())
+        return sum(map(LabelLikelihood.from_json, parts), LabelLikelihood())
 
     @property
     def variance_scale(self) -> float:
@@ -316,11 +378,18 @@ class LaplaceLoRA:
     def predict(self, batch: Any, outputs: Literal["vocabulary"]) -> VocabularyPosterior: ...
 
     @overload
-    def predict(self, batch: Any, outputs: Outputs = None, differences: bool = False) -> LogitPosterior: ...
+    def predict(
+        self, batch: Any, outputs: Outputs = None, differences: bool = False, *, gather: Any = None
+    ) -> LogitPosterior: ...
 
     @in_own_surroundings
     def predict(
-        self, batch: Any, outputs: Outputs | Literal["vocabulary"] = None, differences: bool = False
+        self,
+        batch: Any,
+        outputs: Outputs | Literal["vocabulary"] = None,
+        differences: bool = False,
+        *,
+        gather: Any = None,
     ) -> LogitPosterior | VocabularyPosterior:
         """The Gaussian posterior over logits of a batch.
 
@@ -331,24 +400,38 @@ class LaplaceLoRA:
             differences: whether only differences of these logits are wanted, which are all that probabilities see: the
                 Gaussian of the logits less their mean over the classes, from C - 1 backward passes instead of C (half
                 of them for two classes), and without the digits that a large common variance costs.
+            gather: a `torch.distributed` process group, all of whose processes call this with a batch of their own, of
+                any size, or None for no examples; the result is of all of them, in the order of the ranks.
 
         Returns:
             Mean `[N, C]` and covariance `[N, C, C]`, float32 (float64 for a float64 model); a `VocabularyPosterior`,
             which forms neither, for the vocabulary.
 
         Raises:
-            RuntimeError: before `fit`.
-            ValueError, TypeError: for `outputs` out of range, differences of one logit or of a vocabulary, and logits
-                that are not finite or not `[N, C]`.
+            RuntimeError: before `fit`; if another process failed.
+            ValueError, TypeError: for `outputs` out of range, differences of one logit or of a vocabulary, a vocabulary
+                to gather, processes of another prior precision or other outputs, and logits that are not finite or not
+                `[N, C]`.
         """
         if isinstance(outputs, str) and outputs == "vocabulary":
             if differences:
                 raise ValueError("differences: not of a vocabulary; its probabilities are averages over samples")
+            if gather is not None:
+                raise ValueError("gather: not of a vocabulary; predict it on each process, and gather what you need")
             return self.predict_vocabulary(batch)
-        fit = self._fitted("predict")
-        (batch,) = in_step(self.model, [batch])
-        parsed = Batch.of(batch, model_device(self.model), labels=False)
-        mean, (covariance,), indices = self._predictor(fit).predict(parsed, outputs, [self._gaussian()], differences)
+        fit, processes = self._fitted("predict"), Processes(gather)
+        device = model_device(self.model)
+        with processes.together():
+            own = None
+            if gather is None or batch is not None:
+                (batch,) = in_step(self.model, [batch])
+                parsed = Batch.of(batch, device, labels=False)
+                if gather is None or parsed.size:
+                    own = self._predictor(fit).predict(parsed, outputs, [self._gaussian()], differences)
+            if own is None or gather is not None:
+                processes.check_alike({"differences": differences, **self._prior_numbers()})
+                own = gather_logits(processes, own, device)
+        mean, (covariance,), indices = own
         return LogitPosterior(
             mean,
             covariance,
@@ -393,13 +476,22 @@ class LaplaceLoRA:
         return verify(self.layers, self._forward, self.model, self.config, batch)
 
     @in_own_surroundings
-    def score(self, batch: Any, n_samples: int = SAMPLES, generator: torch.Generator | None = None) -> TokenScores:
+    def score(
+        self,
+        batch: Any,
+        n_samples: int = SAMPLES,
+        generator: torch.Generator | None = None,
+        *,
+        gather: Any = None,
+    ) -> TokenScores:
         """How a causal LM rates each token of a text, and how sure it can be of that.
 
         Args:
             batch: a mapping with `input_ids [N, T]`, and `attention_mask` for padded texts.
             n_samples: posterior samples; half of them are drawn, the others are their mirror images.
-            generator: of the samples; None: torch's global one.
+            generator: of the samples; None: torch's global one. Processes draw their own: the same where these have
+                the same state.
+            gather: as for `predict`; the texts of all processes, padded to the longest.
 
         Returns:
             Named `[N, T]` tensors, at each token about itself given those before it: `log_prob_map`, `log_prob` (of the
@@ -411,7 +503,14 @@ class LaplaceLoRA:
             ValueError, TypeError: for a model that is no causal LM, or a head that cannot be served.
         """
         _check_positive("n_samples", n_samples)
-        return score_tokens(self._sampler("score"), batch, n_samples, generator)
+        sampler, processes = self._sampler("score"), Processes(gather)
+        if gather is None:
+            return score_tokens(sampler, batch, n_samples, generator)
+        with processes.together():
+            some = batch is not None and Batch.of(batch, labels=False).size > 0
+            own = score_tokens(sampler, batch, n_samples, generator) if some else None
+            processes.check_alike({"n_samples": n_samples, **self._prior_numbers()})
+            return gather_scores(processes, own, model_device(self.model))
 
     @in_own_surroundings
     def sample_weights(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -632,6 +731,10 @@ class LaplaceLoRA:
         return HiddenSampler(
             self.model, self.layers, self._forward, self._gaussian(), self.config.memory_budget, self._jvp
         )
+
+    def _prior_numbers(self) -> dict[str, float]:
+        prior = self.prior.detached()
+        return {f"the prior precision of {layer.name}": float(prior[layer.name]) for layer in self.layers}
 
     def _square_norms(self) -> dict[str, Tensor]:
         values = self._values()

@@ -34,7 +34,8 @@ class Processes:
         group: see below.
         rank: of this process in the group, from 0.
         size: how many there are.
-        sent: bytes that this process gave to others, as the operations count them, whatever the network does.
+        sent: bytes of numbers that this process gave to others, as the operations count them.
+        told: bytes of text that others read of this process.
 
     Args:
         group: a process group; None: this process alone, which talks to no one.
@@ -48,17 +49,17 @@ class Processes:
 
     def __init__(self, group: Any = None):
         self.group = group
-        self.rank, self.size, self.sent = 0, 1, 0
+        self.rank, self.size, self.sent, self.told = 0, 1, 0, 0
         if group is None:
             return
+        if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:  # what `new_group` gives to others
+            raise ValueError("group: this process is not in it")
         if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
             raise TypeError(
                 "group: expected a torch.distributed process group, such as torch.distributed.group.WORLD, or None for "
                 f"this process alone, got {type(group).__name__}"
             )
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        if self.rank < 0:
-            raise ValueError("group: this process is not in it")
         self._number = self._made[group] = self._made.get(group, 0) + 1
         self._step = 0
 
@@ -90,7 +91,7 @@ class Processes:
         found: dict[int, Any] = {}
         with self._store_there():
             self._post(step, text)
-            self.sent += (self.size - 1) * len(text)
+            self.told += (self.size - 1) * len(text)
             missing = self._wait(step, self._timeout, lambda rank, said: found.update({rank: self._read(rank, said)}))
             if missing:
                 raise OtherProcessError(

@@ -49,6 +49,7 @@ HEIGHTS = {
     "wide_input_kernel": ("C_", "O_"),
     "wide_output_kernel": ("C_", "O_"),
     "kept_rows_kernel": ("C_",),
+    "narrow_rows_kernel": ("C_", "R_"),
     "similarities_kernel": ("T_",),
     "remainder_similarities_kernel": ("T_",),
     "token_gram_kernel": ("C_", "O_"),
@@ -56,8 +57,6 @@ HEIGHTS = {
     "squares_kernel": ("BV",),
 }
 OF_FLOAT32 = {"product_kernel", "squares_kernel"}  # any matrix instruction will do, in tf32x3
-# Multiply-adds are meant: a matrix instruction would round to TF32.
-MULTIPLY_ADDS = {"narrow_rows_kernel"}
 _CONSUMER = ("sm_86", "sm_89", "sm_120")
 # Kernel, constants, and why bytes on the stack are accepted, per architecture or on all.
 STACK: tuple[tuple[str, dict[str, Any], dict[str, str]], ...] = (
@@ -78,7 +77,6 @@ STACK: tuple[tuple[str, dict[str, Any], dict[str, str]], ...] = (
         {"C_": 64, "K_": 64},
         dict.fromkeys(_CONSUMER, "16 bytes beside all 255 registers"),
     ),
-    ("narrow_rows_kernel", {"T_": 32, "R_": 128}, dict.fromkeys(_CONSUMER, "8 bytes of fp16, with Triton 3.9 only")),
 )
 
 
@@ -88,7 +86,7 @@ class Expected:
 
     Args:
         matrix: ``"best"``: the architecture's own matrix instruction is meant (wgmma on sm_90, tcgen05 on sm_100);
-            ``"mma"``: any matrix instruction; ``"fma"``: none may be there; ``"none"``: none is needed.
+            ``"mma"``: any matrix instruction; ``"none"``: none is needed.
         stack: per architecture (or ``"all"``), why bytes on the stack are accepted.
     """
 
@@ -98,7 +96,7 @@ class Expected:
 
 def expected(launch: Launch) -> Expected:
     name, constants = launch.function, launch.constants
-    matrix = "fma" if name in MULTIPLY_ADDS else "none"
+    matrix = "none"
     if name in HEIGHTS:
         any_will_do = name in OF_FLOAT32 and constants["PRECISION"] == "tf32x3"
         matrix = "best" if math.prod(constants[one] for one in HEIGHTS[name]) >= 64 and not any_will_do else "mma"
@@ -156,11 +154,8 @@ def problem(architecture: str, expected: Expected, compiled: Compiled) -> str:
         found.append(f"{compiled.shared} bytes of shared memory, a block gets {CAPABILITIES[architecture][1]}")
     if expected.matrix == "best" and BEST[architecture] not in ptx:
         found.append(f"no {BEST[architecture]}")
-    of_matrix = [name for name in MATRIX if name in ptx]
-    if expected.matrix == "mma" and not of_matrix:
+    if expected.matrix == "mma" and not any(name in ptx for name in MATRIX):
         found.append("no matrix instruction")
-    if expected.matrix == "fma" and of_matrix:
-        found.append(f"{of_matrix[0]} where multiply-adds are meant")
     return "; ".join(found)
 
 
@@ -269,8 +264,8 @@ HEAD = """# Kernels as compiled
 
 Written by `make aot`, with Triton {version} and without a GPU. `make aot-check`, which CI runs, makes the same check
 with every Triton version of the Makefile. It fails on stack (spills) without a reason below, on more shared memory than
-a block gets, on a missing matrix instruction where one is meant (wgmma on sm_90 and tcgen05 on sm_100 for products of
-64 rows and more, mma elsewhere), and on a matrix instruction where float32 multiply-adds are meant.
+a block gets, and on a missing matrix instruction where one is meant (wgmma on sm_90 and tcgen05 on sm_100 for products
+of 64 rows and more, mma elsewhere).
 
 A row is a kernel as a launcher launches it (`benchmarks/launches.py`): operation and dtype, the constants that it is
 compiled for, warps (w), stages (s), and where they are limited its registers (r). Of masked and unmasked, accumulating

@@ -49,15 +49,22 @@ def peak_in_fresh_process(package: str, workload: Workload, folder: Path) -> flo
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
+    before = reset_peak()
+    call()
+    return resident(peak=True) - before
+
+
+def reset_peak() -> int:
+    """Give freed memory back to the system and begin a new high-water mark; the bytes that are resident now."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     _CLEAR.write_text("5")
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
+    return resident()
 
 
-def _status(key: str) -> int:
+def resident(peak: bool = False) -> int:
+    """Bytes of this process in memory, now or at most since `reset_peak`."""
+    key = "VmHWM" if peak else "VmRSS"
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.model.batches import Batch
-from bayesian_lora_kernels.model.memory import _tokens
+from bayesian_lora_kernels.model.memory import tokens_of
 from bayesian_lora_kernels.model.reading import inputs_and_labels, parsed
 
 
@@ -848,11 +848,11 @@ def test_a_vision_language_model_one_example_at_a_time():
 def test_tokens_of_a_batch():
     ids = torch.ones(2, 6).long()
     grid = torch.tensor([[1, 4, 4]] * 3)
-    assert _tokens(Batch.of({"input_ids": ids, "labels": ids[:, :1].expand(2, 50)})) == 6
-    assert _tokens(Batch.of({"input_ids": ids, "pixel_values": torch.ones(48, 12), "image_grid_thw": grid})) == 24
-    assert _tokens(Batch.of({"input_ids": ids, "position_ids": torch.ones(3, 2, 6).long()})) == 6
-    assert _tokens(Batch.of({"input_ids": torch.ones(2, 4, 6).long()})) == 24
-    assert _tokens(Batch.of({"input_features": torch.ones(2, 80, 300)})) == 300
-    assert _tokens(Batch.of({"pixel_values": torch.ones(2, 3, 28, 28)})) == 4
-    assert _tokens(Batch.of((torch.ones(2, 7, 4), None))) == 7
-    assert _tokens(Batch.of((torch.ones(2, 4), None))) == 1
+    assert tokens_of(Batch.of({"input_ids": ids, "labels": ids[:, :1].expand(2, 50)})) == 6
+    assert tokens_of(Batch.of({"input_ids": ids, "pixel_values": torch.ones(48, 12), "image_grid_thw": grid})) == 24
+    assert tokens_of(Batch.of({"input_ids": ids, "position_ids": torch.ones(3, 2, 6).long()})) == 6
+    assert tokens_of(Batch.of({"input_ids": torch.ones(2, 4, 6).long()})) == 24
+    assert tokens_of(Batch.of({"input_features": torch.ones(2, 80, 300)})) == 300
+    assert tokens_of(Batch.of({"pixel_values": torch.ones(2, 3, 28, 28)})) == 4
+    assert tokens_of(Batch.of((torch.ones(2, 7, 4), None))) == 7
+    assert tokens_of(Batch.of((torch.ones(2, 4), None))) == 1

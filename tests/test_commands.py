@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from bayesian_lora_kernels import LaplaceConfig, LaplaceLoRA, LogitPosterior, calibration
 from bayesian_lora_kernels.cli import main
+from bayesian_lora_kernels.curvature.factors import KroneckerSums
 
 WORDS = ["<unk>", "<s>", "</s>", "A", "B", "C", "Answer", ":", "red", "blue", "green", "fish", "bird", "tree"]
 CHOICES = ["A", "B", "C"]
@@ -317,6 +318,24 @@ def test_every_setting_is_an_option_but_three(place: Path, capsys: Any) -> None:
     absent = {one.name for one in dataclasses.fields(LaplaceConfig) if f"--{one.name.replace('_', '-')} " not in shown}
     assert absent == {"class_token_ids", "likelihood", "prior_precision"}
     assert "--memory-budget: expected at least 1, got 0" in error_of(capsys, "fit", "--memory-budget", "0")
+
+
+def test_fit_goes_on_from_a_checkpoint(place: Path, capsys: Any) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:  # at the last moment
+        patch.setattr(KroneckerSums, "factors", stop)
+        with pytest.raises(KeyboardInterrupt):
+            blk("fit", "--checkpoint", "kept")
+    capsys.readouterr()
+    assert (place / "kept" / "rank-0" / "checkpoint.json").exists()
+    assert "of another fit: settings.seed" in error_of(capsys, "fit", "--checkpoint", "kept", "--seed", "1")
+    assert blk("fit", "--checkpoint", "kept") == 0
+    kept = (place / "adapter" / "laplace.json").read_text()
+    assert not any((place / "kept").iterdir())
+    assert blk("fit") == 0
+    assert (place / "adapter" / "laplace.json").read_text() == kept
 
 
 def test_monte_carlo_does_not_depend_on_the_batch_size(fitted: Path) -> None:

@@ -29,7 +29,7 @@ MESSAGES = {
 
 @contextmanager
 def short(monkeypatch: pytest.MonkeyPatch, method: str, at: int, error: Exception, most: int = 0):
-    """The `at`-th call of a method runs out of memory in its middle; or all calls of more than `most` examples."""
+    """The `at`-th call of a method of captures runs out of memory as it ends; or all of more than `most` examples."""
     calls, failed, original = [0], [], getattr(Capture, method)
 
     def planted(self: Capture, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ def fitted(case: Any, settings: dict[str, Any], loader: Any) -> blk.LaplaceLoRA:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_at_any_moment(setting, method, monkeypatch):
     """Every forward and backward pass of the fit in turn, those of the checks and of the second pass among them."""
-    case = llama(lengths=(5, 3, 6, 4, 4), layers=1)
+    case = llama(lengths=(5, 3, 6, 4, 4, 5), layers=1)
     loader, error = case.loader(4), MESSAGES["gpu"]
     expected = fitted(case, SETTINGS[setting], loader)
     hits = 0
@@ -109,8 +109,8 @@ def test_smaller_pieces_from_then_on(method, error, monkeypatch, caplog):
         agree(fitted(case, {}, case.loader(8)), expected)
     assert failed == [8, 4]  # the second batch is tried with 2 at once
     assert [record.message for record in caplog.records] == [
-        "memory ran out with 8 examples at a time: from here on 4",
-        "memory ran out with 4 examples at a time: from here on 2",
+        "batch 0: memory ran out with 8 examples at a time: from here on 4",
+        "batch 0: memory ran out with 4 examples at a time: from here on 2",
     ]
 
 
@@ -122,7 +122,7 @@ def test_one_example_that_does_not_fit(method, monkeypatch):
     with (
         short(monkeypatch, method, 0, MESSAGES["host"], most=0.5),
         untouched(case.model),
-        pytest.raises(torch.OutOfMemoryError, match=r"a single example does not fit into memory \(.*can't allocate"),
+        pytest.raises(torch.OutOfMemoryError, match=r"^batch 0: a single example does not fit .*can't allocate"),
     ):
         laplace.fit(case.loader(4), progress=False)
     assert laplace.posterior.curvature is before

@@ -41,8 +41,8 @@ def violations(source: str) -> list[str]:
         if name == "torch.load" and keywords.get("weights_only") != "True":
             found.append("torch.load without weights_only=True")
         for key in ("allow_pickle", "trust_remote_code", "shell"):
-            if keywords.get(key, "False") != "False":
-                found.append(f"{key}={keywords[key]}")
+            if keywords.get(key) == "True":
+                found.append(f"{key}=True")
         if "Auto" in name and name.endswith(".from_pretrained") and not {None, "trust_remote_code"} & set(keywords):
             found.append(f"{name} without trust_remote_code")
     return found

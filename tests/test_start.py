@@ -8,7 +8,7 @@ import pytest
 
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.commands import options
-from bayesian_lora_kernels.commands.parser import build_parser
+from bayesian_lora_kernels.commands.parser import SHELLS, build_parser
 from bayesian_lora_kernels.curvature import CURVATURES
 from bayesian_lora_kernels.predictive.calibrate import METHODS
 from bayesian_lora_kernels.predictive.distribution import PROBABILITY_METHODS
@@ -45,6 +45,21 @@ def test_every_command_that_the_parser_knows_can_run():
     for name in COMMANDS:
         module = __import__(f"bayesian_lora_kernels.commands.{name}", fromlist=["run"])
         assert callable(module.run)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion(shell, capsys, tmp_path):
+    """The script is one that bash accepts, and knows the commands and that an adapter is a path."""
+    with pytest.raises(SystemExit) as stopped:
+        build_parser().parse_args(["--print-completion", shell])
+    assert not stopped.value.code
+    script = capsys.readouterr().out
+    assert all(command in script for command in COMMANDS)
+    if shell == "bash":
+        complete = "COMP_WORDS=(blk fit adap); COMP_CWORD=2; _shtab_blk; echo ${COMPREPLY[@]}"
+        (tmp_path / "adapter").mkdir()
+        done = subprocess.run(["bash", "-c", f"{script}\n{complete}"], capture_output=True, text=True, cwd=tmp_path)
+        assert "adapter" in done.stdout, done.stderr
 
 
 def test_options_are_what_the_library_takes():

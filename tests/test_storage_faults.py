@@ -400,6 +400,7 @@ CLAIMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         else c["base_model"]["tensors"].update(x={"shape": [], "dtype": "x", "values": 2**62}),
         "expected a tensor base_model of shape",
     ),
+    "norm": (lambda c: c["layers"]["last"].update(square_norm=-1.0), "layers.last.square_norm: expected a finite"),
     "a file elsewhere": (lambda c: c["tensors"].update(file="../x.safetensors"), "tensors.file: expected the name"),
     "a file of no name": (lambda c: c["tensors"].update(file="\0.safetensors"), "tensors.file: expected the name"),
     "classes": (lambda c: c.update(class_token_ids=[2**64]), "class_token_ids: expected null or a list"),

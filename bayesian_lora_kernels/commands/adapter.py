@@ -170,13 +170,16 @@ class AdapterFolder:
         )
 
 
-def open_adapter(folder: Path, base: str | None, tasks: Sequence[str] = (CAUSAL_LM,)) -> AdapterFolder:
+def open_adapter(
+    folder: Path, base: str | None, tasks: Sequence[str] = (CAUSAL_LM,), weights: bool = True
+) -> AdapterFolder:
     """Read an adapter folder's configuration.
 
     Args:
         folder: that `save_pretrained` of PEFT wrote.
         base: folder or hub name of the base model; None: what the adapter says.
         tasks: what it may be for.
+        weights: whether it must have its weights.
 
     Raises:
         InputError: if it is for something else, or does not say what its base is.
@@ -192,7 +195,7 @@ def open_adapter(folder: Path, base: str | None, tasks: Sequence[str] = (CAUSAL_
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object")
-    if not (folder / WEIGHTS).is_file():
+    if weights and not (folder / WEIGHTS).is_file():
         if (folder / PICKLED).is_file():
             raise InputError(
                 f"{folder / PICKLED}: a pickle, which can run code when it is read, so it is not read; where you trust "

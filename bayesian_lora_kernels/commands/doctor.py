@@ -17,6 +17,7 @@ from bayesian_lora_kernels.commands.dataset import batches, read_examples
 from bayesian_lora_kernels.commands.errors import FAILED, InputError, as_input_errors
 from bayesian_lora_kernels.commands.job import load_inputs
 from bayesian_lora_kernels.commands.kernels import format_kernels, verify_kernels
+from bayesian_lora_kernels.commands.memory import estimate
 from bayesian_lora_kernels.commands.task import task_of
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.ops import native
@@ -29,17 +30,22 @@ EXAMPLES = 8  # of the file; the one with most padding among them and its neighb
 
 
 def run(args: Namespace) -> int:
-    """Examine the machine, verify the adapter if there is one, print, write."""
+    """Examine the machine, estimate or verify the adapter if there is one, print, write."""
     report = examine()
     print(format_report(report))
     if args.verify is not None:
         kernels = verify_kernels(args.verify)
         print(f"\n{format_kernels(kernels)}")
         report |= {"kernels": kernels, "ok": report["ok"] and kernels["ok"]}
-    if args.adapter is not None:
-        found = verify_adapter(args)
-        print(f"\n{args.adapter}\n{found}")
-        report |= {"model": found.as_dict(), "ok": report["ok"] and found.ok}
+    asked = args.batch_size is not None or args.length is not None
+    if asked:
+        text, found = estimate(args)
+        print(f"\n{args.adapter}\n{text}")
+        report |= {"memory": found, "ok": report["ok"] and all(found["fits"].values())}
+    if args.adapter is not None and (args.data is not None or not asked):
+        verified = verify_adapter(args)
+        print(f"\n{args.adapter}\n{verified}")
+        report |= {"model": verified.as_dict(), "ok": report["ok"] and verified.ok}
     output.write_json(args.json, report)
     return 0 if report["ok"] else FAILED
 

@@ -29,7 +29,7 @@ def run(args: Namespace) -> int:
     with as_input_errors():
         laplace = job.laplace(config)
         started = time.perf_counter()
-        laplace.fit(job.batches(), progress=sys.stderr.isatty())
+        laplace.fit(job.batches(), progress=sys.stderr.isatty(), checkpoint=args.checkpoint)
         laplace.optimize_prior_precision(per_module=args.per_module)
         evidence = float(laplace.log_marginal_likelihood())
         seconds = time.perf_counter() - started

@@ -6,7 +6,7 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace, _SubParsersAction
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from bayesian_lora_kernels.commands.errors import InputError
 from bayesian_lora_kernels.config import LaplaceConfig, choices
@@ -22,6 +22,8 @@ METHODS = ("pairwise", "scalar", "probit", "bridge", "mc")  # of probabilities, 
 CALIBRATED = ("pairwise", "scalar")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 # Those that --choices and the evidence do not say already.
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+VOCABULARY: Final = "vocabulary"
 SETTINGS = {one.name for one in fields(LaplaceConfig)} - {"class_token_ids", "likelihood", "prior_precision"}
 
 
@@ -155,6 +157,27 @@ def add_diagrams(parser: ArgumentParser) -> None:
     )
 
 
+def add_memory_options(parser: ArgumentParser) -> None:
+    """Of an estimate."""
+    group = parser.add_argument_group(
+        "memory", "with --adapter, a folder with an adapter_config.json, and a base model with a config.json"
+    )
+    group.add_argument("--batch-size", type=positive, metavar="N", help="texts in a batch")
+    group.add_argument("--length", type=positive, metavar="T", help="tokens of a text")
+    group.add_argument("--curvature", choices=CURVATURES, default=LaplaceConfig.curvature, help="default: %(default)s")
+    group.add_argument(
+        "--budget", type=_bytes, metavar="BYTES", help="memory_budget, such as 8GB; default: half of what is left free"
+    )
+    group.add_argument(
+        "--outputs",
+        type=_outputs,
+        default=2,
+        metavar="C",
+        help="how many choices or labels are predicted, or `vocabulary`; default: 2",
+    )
+    group.add_argument("--examples", type=positive, metavar="N", help="of the fit, for the rows of exact")
+
+
 def add_json(parser: ArgumentParser, text: str = "also write the results to this file") -> None:
     """Of every command; `output.check_outputs` looks at it."""
     parser.add_argument("--json", type=Path, metavar="FILE", help=text)
@@ -202,3 +225,14 @@ def _pattern(text: str) -> str | None:
     except re.error as error:
         raise ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from error
     return text
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text)
+    if found is None or not (size := round(float(found[1]) * UNITS[found[2]])):
+        raise ArgumentTypeError(f"expected bytes, such as 8GB or 500MB, got {text!r}")
+    return size
+
+
+def _outputs(text: str) -> int | str:
+    return text if text == VOCABULARY else positive(text)

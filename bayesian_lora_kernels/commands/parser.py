@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
+from typing import Any
 
 from bayesian_lora_kernels import __version__
 from bayesian_lora_kernels.commands.options import (
@@ -15,6 +16,7 @@ from bayesian_lora_kernels.commands.options import (
     add_diagrams,
     add_job_options,
     add_json,
+    add_memory_options,
     add_model,
     add_posterior,
     add_probabilities,
@@ -24,6 +26,7 @@ from bayesian_lora_kernels.commands.options import (
 )
 
 TINY = "tiny"
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def build_parser() -> ArgumentParser:
@@ -31,9 +34,29 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="blk", description="Laplace posteriors over LoRA weights.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    parser.add_argument(
+        "--print-completion", action=_PrintCompletion, choices=SHELLS, help="a script that completes blk in this shell"
+    )
     for add in (_demo, _doctor, _bench, _fit, _calibrate, _evaluate, _compare, _predict, _score, _inspect):
         add(subparsers)
     return parser
+
+
+class _PrintCompletion(Action):
+    """Print what a shell reads to complete `blk`; paths are completed as such."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error(f"{option_string}: needs shtab; pip install shtab")
+        (commands,) = (action for action in parser._actions if action.dest == "command")
+        for command in dict(commands.choices or {}).values():
+            for action in command._actions:
+                if action.type is Path:
+                    action.complete = shtab.FILE
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
 
 
 def _demo(subparsers: Subparsers) -> None:
@@ -79,7 +102,8 @@ def _doctor(subparsers: Subparsers) -> None:
         help="what this machine can run, and a self-test",
         description="Versions, devices, what can run here and why not the rest, and a self-test. With an adapter and a "
         "file of prompts, also a test on that model: Jacobians against autograd, logits against those of each example "
-        "alone, a fit in pieces against one in one piece.",
+        "alone, a fit in pieces against one in one piece. With a batch size and a length, the memory that a fit and a "
+        "prediction will need; no weights are loaded for that.",
     )
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="PEFT adapter folder to verify")
     parser.add_argument("--model", metavar="MODEL", help="its base model; default: what the adapter says")
@@ -96,6 +120,7 @@ def _doctor(subparsers: Subparsers) -> None:
         "machine, and remember the outcome",
     )
     add_device(parser)
+    add_memory_options(parser)
     add_json(parser, "also write the report to this file")
 
 
@@ -123,6 +148,12 @@ def _fit(subparsers: Subparsers) -> None:
     parser.add_argument("--per-module", action="store_true", help="one prior precision for each module")
     add_settings(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: the adapter's folder")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="where to keep what is measured, to go on from after a kill",
+    )
     add_json(parser, "also write the results to this file, as JSON")
 
 

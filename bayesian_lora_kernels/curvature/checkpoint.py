@@ -199,9 +199,8 @@ def checkpoint_in(
     Each process of a group has a folder of its own in it, `rank-0` and so on.
 
     Raises:
-        RuntimeError: if another fit writes to the folder.
         ValueError: for a checkpoint that is damaged, or of another fit.
-        OSError: if nothing can be written there.
+        OSError: if another fit writes to the folder, or nothing can be written there.
     """
     if folder is None:
         yield None

@@ -184,8 +184,7 @@ def held(folder: Path) -> Iterator[CheckpointFolder]:
     """A folder, made if it is not there, for this process alone, until it ends or is killed.
 
     Raises:
-        RuntimeError: if another fit holds it.
-        OSError: if it cannot be made or written to.
+        OSError: if another fit holds it, or it cannot be made or written to.
         ValueError: as `CheckpointFolder`.
     """
     descriptor = _locked(folder)
@@ -212,7 +211,7 @@ def _locked(folder: Path) -> int:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             _release(descriptor)
-            raise RuntimeError(
+            raise BlockingIOError(
                 f"{folder}: another fit writes its checkpoints there; pass another folder, or wait for its end"
             ) from None
         except OSError:  # a file system without locks
@@ -249,7 +248,7 @@ def _apart(tensor: Tensor) -> Tensor:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    digest, length = hashlib.blake2b(digest_size=16), 0
+    digest, length = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)

@@ -6,8 +6,9 @@ import functools
 import gc
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.checkpoint import Checkpoint
 from bayesian_lora_kernels.curvature.factor_sums import Rows, checked_square_sums, not_finite
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
+from bayesian_lora_kernels.curvature.repeats import Sketch, warn_of_repeats
 from bayesian_lora_kernels.curvature.state import Stateful
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
@@ -50,20 +52,23 @@ class _Totals:
     positions: Tensor | int = 0  # that carry a loss
     log_likelihood: Tensor | float | None = None
     labelled: bool = True
+    sketch: Sketch = field(default_factory=Sketch)
 
     def of_all(self, processes: Processes) -> _Totals:
         """Those of all processes together."""
         known = None if self.log_likelihood is None else float(self.log_likelihood)
-        parts = processes.values([self.n_examples, int(self.positions), known, self.labelled])
-        examples, positions, likelihoods, labelled = zip(*parts, strict=True)
+        parts = processes.values([self.n_examples, int(self.positions), known, self.labelled, self.sketch.least])
+        examples, positions, likelihoods, labelled, sketches = zip(*parts, strict=True)
+        warn_of_repeats(sketches)
         seen = [one for one in likelihoods if one is not None]
         return _Totals(sum(examples), sum(positions), sum(seen) if seen else None, all(labelled))
 
     def state(self) -> dict[str, Any]:
-        return vars(self)
+        return {**vars(self), "sketch": self.sketch.least}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
+        self.sketch.least = list(state["sketch"])
+        vars(self).update({key: value for key, value in state.items() if key != "sketch"})
 
 
 class _Names(set[str]):
@@ -119,7 +124,12 @@ class Passes:
             self.restore(checkpoint.saved)
 
     def state(self) -> dict[str, Any]:
-        """What is no pass' own; see `Stateful`."""
+        """What is no pass' own; see `Stateful`.
+
+        Raises:
+            ValueError: for what was wrong with a batch: nothing is written down that has not been looked at.
+        """
+        self.checks.end()
         return {
             "totals": None if self._totals is None else self._totals.state(),
             "generators": {str(device): one.get_state() for device, one in self._generators.items()},
@@ -130,7 +140,9 @@ class Passes:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `Stateful`."""
-        self._totals = None if state["totals"] is None else _Totals(**state["totals"])
+        if state["totals"] is not None:
+            self._totals = _Totals()
+            self._totals.restore(state["totals"])
         for device, own in state["generators"].items():
             self._generator(torch.device(device)).set_state(own)
         self._limit.examples = state["examples"]
@@ -179,10 +191,13 @@ class Passes:
         """
         totals, self.checks = _Totals(), Deferred()
         for index, given in in_step(self.model, self._batches(what, sums, totals)):
+            self._limit.where = f"batch {index}: "
             try:
                 batch = Batch.of(given, self.device)
                 if batch.size == 0:
                     continue
+                if self.processes.size > 1 and self._totals is None:
+                    totals.sketch.add(batch)
                 step = examples_within(self.config.memory_budget, batch, self.layers, weight_gradients=weight_gradients)
                 for recorded in self._pieces(batch, step, functools.partial(self._count, index, totals)):
                     yield index, recorded
@@ -398,11 +413,9 @@ def _check_alike(passes: Passes) -> None:
     parameters = {name: value for layer in passes.layers for name, value in layer.parameters().items()}
     weights = MeasuredWeights.of(passes.model, parameters)
     ids = passes.forward.class_token_ids
-    base = (
-        None
-        if weights.base is None
-        else [hashlib.sha256(weights.base[0].cpu().numpy().data).hexdigest(), weights.base[1]]
-    )
+    base = hashlib.sha256()
+    if weights.base is not None:
+        base.update(json.dumps(weights.base[1]).encode() + weights.base[0].cpu().numpy().tobytes())
     passes.processes.check_alike(
         {
             **passes.config.as_json(),
@@ -410,7 +423,7 @@ def _check_alike(passes: Passes) -> None:
             "forward": passes.forward.function is not None,
             "layers": [layer.name for layer in passes.layers],
             **{layer.name: [*layer.shape, layer.device.type] for layer in passes.layers},
-            "the posterior's weights": weights.digest,
-            "the base model": base,
+            "SHA-256 of the posterior's weights": weights.digest,
+            "SHA-256 of the base model's": base.hexdigest(),
         }
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.curvature.state import Rows
+from bayesian_lora_kernels.curvature.state import GrowingRows
 
 
 class RowStore:
@@ -88,9 +88,9 @@ class RowStore:
             found[name] = torch.cat(late)
         return found
 
-    def state(self) -> Rows:
+    def state(self) -> GrowingRows:
         """See `Stateful`."""
-        return Rows(self.n_rows, self.since)
+        return GrowingRows(self.n_rows, self.since)
 
     def restore(self, state: Iterable[Mapping[str, Tensor]]) -> None:
         """See `Stateful`."""

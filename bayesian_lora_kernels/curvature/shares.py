@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch.utils.data import BatchSampler, DistributedSampler
 
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -48,11 +51,12 @@ def share_of(loader: Any) -> Share | None:
     return next((share for share in map(_own_share, _parts(loader)) if share is not None and share.size > 1), None)
 
 
-def check_share(loader: Any, processes: Processes, what: str) -> None:
-    """Whether the share of the data that a loader shows is that of this process in a group.
+def own_share(loader: Any, processes: Processes, what: str) -> Any:
+    """The loader, without the examples that it repeats so that the shares of all processes are equally long.
 
     Raises:
-        ValueError: with a group, for a share of another number of processes or rank, and for repeated examples.
+        ValueError: with a group, for a share of another number of processes or rank, and for repeated examples where
+            it cannot be told which these are.
 
     Warns:
         UserWarning: without a group, for a share.
@@ -67,20 +71,51 @@ def check_share(loader: Any, processes: Processes, what: str) -> None:
                 "processes, or a loader of all the data",
                 stacklevel=4,
             )
-        return
+        return loader
     if share is None:
-        return
+        return loader
     if share.size != processes.size or share.rank not in (processes.rank, None):
         raise ValueError(
             f"loader: expected share {processes.rank} of {processes.size}, as this process is in the group, its "
             f"{share.source} gives share {share.rank} of {share.size}"
         )
-    if share.repeats:
+    if not share.repeats:
+        return loader
+    shards = _positions(loader, share.size)
+    if shards is None:
         raise ValueError(
             f"loader: its {share.source} repeats examples to make the shares equally long, and they would count twice. "
-            f"{EVERY_ONE}; else drop_last=True of a DistributedSampler, or even_batches=False of accelerate's "
-            "DataLoaderConfiguration"
+            f"{EVERY_ONE}; or even_batches=False of accelerate's DataLoaderConfiguration"
         )
+    return WithoutRepeats(loader, _counted(shards, processes.rank))
+
+
+class WithoutRepeats:
+    """The batches of a loader, cut to the examples that no other process has and no earlier batch had.
+
+    Args:
+        loader: of a share.
+        counted: of each batch, how many examples it has, and how many of them are new: the first ones.
+    """
+
+    def __init__(self, loader: Any, counted: Sequence[tuple[int, int]]):
+        self.loader, self.counted = loader, counted
+
+    def __len__(self) -> int:
+        return len(self.counted)
+
+    def __iter__(self) -> Iterator[Any]:
+        for given, known in itertools.zip_longest(self.loader, self.counted):
+            size = 0 if given is None else Batch.of(given).size
+            if known is None or size != known[0]:
+                raise ValueError(
+                    "loader: expected the examples that its sampler chose, to leave out those that it repeats, got a "
+                    f"batch of {size} in place of {known[0] if known else 0}. {EVERY_ONE}"
+                )
+            if known[1] == size:
+                yield given
+            elif known[1] > 0:
+                yield Batch.of(given).rows(0, known[1]).given
 
 
 @functools.cache
@@ -130,6 +165,45 @@ def _shard_repeats(shard: Any, size: int) -> bool:
     if n is None or not batch:
         return True
     return n % (batch if getattr(shard, "split_batches", False) else batch * size) != 0
+
+
+def _positions(loader: Any, size: int) -> list[list[list[int]]] | None:
+    """Which places in the order of all examples each batch of each process takes; None where nobody knows.
+
+    The samplers say it themselves: twins of them, of numbers in their order.
+    """
+    batches: Any = getattr(loader, "batch_sampler", None)
+    inner: Any = getattr(batches, "batch_sampler", None)
+    sampler: Any = getattr(batches, "sampler", None)
+    twins: list[Any] = []
+    if getattr(loader, "in_order", True) is False or getattr(loader, "skip_batches", None):
+        return None
+    if type(batches) is BatchSampler and type(sampler) is DistributedSampler:
+        places: Any = range(_length(sampler.dataset) or 0)
+        for rank in range(size):
+            twin: Any = DistributedSampler(places, size, rank, shuffle=False, drop_last=sampler.drop_last)
+            twins.append(BatchSampler(twin, batches.batch_size, batches.drop_last))
+    elif type(inner) is BatchSampler and type(batches).__name__ == "BatchSamplerShard":
+        order = BatchSampler(range(_length(inner.sampler) or 0), inner.batch_size, inner.drop_last)
+        twins += [type(batches)(order, size, rank, batches.split_batches, batches.even_batches) for rank in range(size)]
+    else:
+        return None
+    return [[[*batch] for batch in twin] for twin in twins]
+
+
+def _counted(shards: Sequence[Sequence[Sequence[int]]], rank: int) -> list[tuple[int, int]]:
+    """Of each batch of a process, its size and how many of its examples have not been there before."""
+    seen: set[int] = set()
+    found = []
+    for turn in range(max(map(len, shards))):
+        for owner, batches in enumerate(shards):
+            batch = batches[turn] if turn < len(batches) else ()
+            new = len({*batch} - seen)
+            assert not {*batch[:new]} & seen, "repeated examples come last"
+            seen.update(batch)
+            if owner == rank and turn < len(batches):
+                found.append((len(batch), new))
+    return found
 
 
 def _length(value: Any) -> int | None:

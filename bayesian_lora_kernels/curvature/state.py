@@ -18,7 +18,7 @@ from bayesian_lora_kernels.model.containers import is_record, items_of
 class Stateful(Protocol):
     """What a checkpoint keeps of some sums.
 
-    State is made of dicts, lists, tuples, numbers, strings, None, tensors, and `Rows`.
+    State is made of dicts, lists, tuples, numbers, strings, None, tensors, and `GrowingRows`.
     """
 
     def state(self) -> Any:
@@ -29,7 +29,7 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True)
-class Rows:
+class GrowingRows:
     """Rows that are only ever added, of several matrices: those that are written already are not written again.
 
     Attributes:
@@ -55,7 +55,7 @@ class Packer:
     def __init__(self, prefix: str = ""):
         self.prefix = prefix
         self.tensors: dict[str, Tensor] = {}
-        self.rows: dict[str, Rows] = {}
+        self.rows: dict[str, GrowingRows] = {}
         self._names: dict[int, str] = {}
 
     def pack(self, state: Any) -> Any:
@@ -75,7 +75,7 @@ class Packer:
             name = self._names.setdefault(id(state), f"{self.prefix}{len(self.tensors)}")
             self.tensors[name] = state
             return {"tensor": name, "device": str(state.device), "strides": list(state.stride())}
-        if isinstance(state, Rows):
+        if isinstance(state, GrowingRows):
             name = f"{self.prefix}{len(self.rows)}"
             self.rows[name] = state
             return {"rows": name}

@@ -115,6 +115,14 @@ class Forward:
         rows = self.class_token_ids
         return {name: rows.to(linear.weight.device) for name, linear in self.head.linears.items()}
 
+    @property
+    def n_logits(self) -> int | None:
+        """How many logits there will be, as far as that is known before the model runs."""
+        if self.class_token_ids is not None:
+            return len(self.class_token_ids)
+        labels = getattr(getattr(self.base, "config", None), "num_labels", None)
+        return labels if self.function is None and self.head is None and isinstance(labels, int) else None
+
     def in_head(self, layer_name: str) -> bool:
         """Whether a layer is part of the output head."""
         return self.head is not None and (layer_name + ".").startswith(self.head.name + ".")
@@ -396,4 +404,5 @@ def _up_to_the_last_label(targets: Tensor) -> Tensor:
 
 def model_device(model: nn.Module) -> torch.device:
     """Device of the model's first parameter that is in memory: what accelerate offloads is on the meta device."""
-    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    devices = dict.fromkeys(p.device for p in model.parameters())
+    return next((device for device in devices if device.type != "meta"), next(iter(devices), torch.device("cpu")))

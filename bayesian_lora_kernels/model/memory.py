@@ -53,7 +53,7 @@ def examples_within(
     """
     if budget is None:
         budget = default_budget(layers[0].device)
-    tokens = _tokens(batch)
+    tokens = tokens_of(batch)
     per_example = 0
     for layer in layers:
         d_out, d_in = layer.shape
@@ -71,11 +71,11 @@ def frugal_examples(batch: Batch, layers: Sequence[LinearLayer]) -> int:
         return batch.size
     width = max(max(layer.module.in_features, layer.module.out_features) for layer in layers)
     tokens = max(CPU_TOKENS, CPU_ELEMENTS // width)
-    pieces = -(-batch.size // max(1, tokens // _tokens(batch)))
+    pieces = -(-batch.size // max(1, tokens // tokens_of(batch)))
     return -(-batch.size // pieces)  # of equal size, as far as that goes
 
 
-def _tokens(batch: Batch) -> int:
+def tokens_of(batch: Batch) -> int:
     """Of the longest example, as far as the shapes of a batch tell; packed patches are shared out evenly."""
     inputs, size = batch.inputs, batch.size
     if isinstance(inputs, Mapping):

@@ -14,6 +14,7 @@ class Limit:
 
     Attributes:
         examples: at most; None as long as memory has not run out.
+        where: what messages begin with.
 
     Args:
         may_change: False where other processes run the same model in step with this one, and would not know.
@@ -22,6 +23,7 @@ class Limit:
     def __init__(self, may_change: bool = True) -> None:
         self.examples: int | None = None
         self.may_change = may_change
+        self.where = ""
 
     def within(self, step: int) -> int:
         """A number of examples that is no more than this."""
@@ -40,11 +42,11 @@ class Limit:
             ) from error
         if examples < 2:
             raise torch.OutOfMemoryError(
-                f"a single example does not fit into memory ({error}); shorten it, or use gradient checkpointing, a "
-                "smaller dtype or another device"
+                f"{self.where}a single example does not fit into memory ({error}); shorten it, or use gradient "
+                "checkpointing, a smaller dtype or another device"
             ) from error
         self.examples = examples // 2
-        logger.info("memory ran out with %d examples at a time: from here on %d", examples, self.examples)
+        logger.info("%smemory ran out with %d examples at a time: from here on %d", self.where, examples, self.examples)
 
 
 def ran_out(error: BaseException) -> bool:

@@ -136,7 +136,7 @@ def check_apart(model: nn.Module, processes: Processes) -> None:
         ValueError: if a model is sharded over some of them.
     """
     shards = sharing(model)
-    if shards is ALONE or processes is ALONE:
+    if shards is ALONE or processes.group is None:
         return
     both = set(dist.get_process_group_ranks(shards.group)) & set(dist.get_process_group_ranks(processes.group))
     if len(both) > 1:

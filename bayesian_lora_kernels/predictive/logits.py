@@ -26,6 +26,7 @@ from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.predictive.probabilities import contrasts
 
 MAX_LOGITS = 4096
+UNKNOWN_LOGITS = 8  # of an example, where nothing tells before the model has run
 
 Outputs = None | int | Tensor | Sequence[int]
 
@@ -52,6 +53,15 @@ class LogitPredictor:
         self.model, self.layers, self.forward = model, layers, forward
         self.whole, self.memory_budget = whole, memory_budget
 
+    def examples_at_once(self, batch: Batch, outputs: Outputs) -> int:
+        """How many examples of a batch run together."""
+        count = outputs if isinstance(outputs, int) else None
+        count = outputs.shape[-1] if isinstance(outputs, Tensor) and outputs.ndim else count
+        count = count or self.forward.n_logits or UNKNOWN_LOGITS
+        step = examples_within(self.memory_budget, batch, self.layers, outputs=count, weight_gradients=self.whole)
+        # The exact curvature goes over all of its rows for every piece.
+        return step if self.whole else min(step, frugal_examples(batch, self.layers))
+
     def predict(
         self, batch: Batch, outputs: Outputs, posteriors: Sequence[Posterior], differences: bool = False
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
@@ -71,11 +81,7 @@ class LogitPredictor:
             outputs = torch.as_tensor(outputs)
         if isinstance(outputs, Tensor) and outputs.ndim == 2 and len(outputs) != size:
             raise ValueError(f"outputs: expected one row for each of {size} examples, got {list(outputs.shape)}")
-        count = outputs if isinstance(outputs, int) else None
-        count = outputs.shape[-1] if isinstance(outputs, Tensor) and outputs.ndim else count
-        step = examples_within(self.memory_budget, batch, self.layers, outputs=count or 8, weight_gradients=self.whole)
-        if not self.whole:  # the exact curvature goes over all of its rows for every piece
-            step = min(step, frugal_examples(batch, self.layers))
+        step = self.examples_at_once(batch, outputs)
         parts, checks = [], Deferred()
         with measuring(self.model):
             for rows, recorded in captures(self.layers, self.forward, batch, step):

@@ -21,6 +21,7 @@ from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.predictive.logits import LogitPredictor
 from bayesian_lora_kernels.predictive.probabilities import pairwise_log_probs
+from bayesian_lora_kernels.processes import ALONE, Processes
 
 # Each round is one pass over the held-out data and leaves two of its 16 intervals.
 ROUNDS = 3
@@ -28,12 +29,16 @@ GRID = 17
 
 
 def minimise_nll(
-    predictor: LogitPredictor, likelihood: Likelihood, loader: Iterable[Any], curvature: Curvature
+    predictor: LogitPredictor,
+    likelihood: Likelihood,
+    loader: Iterable[Any],
+    curvature: Curvature,
+    processes: Processes = ALONE,
 ) -> Prior:
     """The prior of one precision with the smallest negative log-likelihood of the predictive.
 
     Classification: the pairwise predictive. Regression: the Gaussian with the logits' variance and the unit noise. Each
-    batch is captured once for all precisions of a round.
+    batch is captured once for all precisions of a round. Of several processes, each has a share of the data.
 
     Raises:
         TypeError: if the loader is a single batch.
@@ -45,8 +50,10 @@ def minimise_nll(
     def nll(log_precisions: Tensor) -> Tensor:
         totals = torch.zeros(len(log_precisions), dtype=torch.float64)
         posteriors = _Posteriors(curvature, log_precisions.exp())
-        for mean, covariances, labels in labelled_predictions(predictor, likelihood, loader, posteriors):
+        found = labelled_predictions(predictor, likelihood, loader, posteriors, processes=processes)
+        for mean, covariances, labels in found:
             totals += torch.stack([_nll(likelihood, mean, c, labels) for c in covariances]).cpu()
+        processes.add([totals])
         return totals
 
     return Prior(math.exp(minimise_on_grid(nll, "the model", ROUNDS, GRID)))
@@ -58,16 +65,17 @@ def labelled_predictions(
     loader: Iterable[Any],
     posteriors: Sequence[Posterior],
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
     """Means, covariances under every posterior, and labels, batch by batch; of classes, only of their differences.
 
     Raises:
         TypeError: if the loader is a single batch.
-        ValueError: if the loader is empty, or a batch has no labels, or labels that cannot be.
+        ValueError: if the loader is empty, on all processes, or a batch has no labels, or labels that cannot be.
     """
     check_loader(loader, "val_loader")
-    seen = False
-    batches = tqdm(loader, desc="held-out data", unit="batch", disable=not progress)
+    seen, hidden = False, not progress or processes.rank > 0
+    batches = tqdm(loader, desc="held-out data", unit="batch", disable=hidden)
     for index, given in enumerate(in_step(predictor.model, batches)):
         batch = Batch.of(given, model_device(predictor.model))
         labels = batch.labels
@@ -76,7 +84,7 @@ def labelled_predictions(
         mean, covariances, _ = predictor.predict(batch, None, posteriors, isinstance(likelihood, Classification))
         yield mean, covariances, likelihood.check_labels(mean, labels.to(mean.device))
         seen = True
-    if not seen:
+    if not any(processes.values(seen)):
         raise ValueError("val_loader: expected at least one batch, got none")
 
 

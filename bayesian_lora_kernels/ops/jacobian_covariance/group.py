@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,8 +56,16 @@ class Group:
         masks, inputs, covariance = self.masks[some], self.inputs[some], self.covariance[some]
         return Group(self.wides[some], self.narrows[some], masks, self.bases[some], inputs, covariance, self.variant)
 
-    def table(self, first: int) -> Tensor:
-        """Pointers to example `first` of each module, then those of each input; columns as in `kernel_rows.py`."""
+    def parts(self, modules: int, first: int) -> Iterator[tuple[Group, Tensor]]:
+        """So many modules at a time, each time with pointers to example `first` of each, then to those of each input;
+        columns as in `kernel_rows.py`.
+        """
+        parts = [self[start : start + modules] for start in range(0, len(self.wides), modules)]
+        rows = [part._rows(first) for part in parts]
+        table = int64_table([row for some in rows for row in some], self.wides[0].device)
+        yield from zip(parts, table.split([len(some) for some in rows]), strict=True)
+
+    def _rows(self, first: int) -> list[tuple[int, ...]]:
         columns = self.wides, self.narrows, self.masks
         skipped = [0 if one[0] is None else first * one[0].stride(0) * one[0].element_size() for one in columns]
         rows = [
@@ -69,7 +78,7 @@ class Group:
             )
             for wide, narrow, mask, basis, which in zip(*columns, self.bases, self.inputs, strict=True)
         ]
-        return int64_table([*rows, *{row[-1]: row for row in rows}.values()], self.wides[0].device)
+        return [*rows, *{row[-1]: row for row in rows}.values()]
 
 
 def eigenbasis_rows(group: Group, table: Tensor, examples: int, padded: int, planes: torch.dtype | None) -> Tensor:
@@ -83,18 +92,23 @@ def eigenbasis_rows(group: Group, table: Tensor, examples: int, padded: int, pla
         dtype=planes or torch.float32,
         device=narrow.device,
     )
-    r_ = power(shape.rows, 16)
-    t_ = min(narrow_tokens(r_), power(padded, 16))
-    kernel_rows.narrow_rows_kernel[(triton.cdiv(padded, t_) * outputs * examples * entries,)](
+    c_, d_, r_ = narrow_tile(outputs, narrow.shape[-1], shape.rows)
+    t_ = min(max(32, 2048 // (c_ * r_)), power(padded, 16))
+    kernel_rows.narrow_rows_kernel[(triton.cdiv(padded, t_) * examples * entries,)](
         table, group.covariance.maps, out, out[0].numel(),
         outputs, shape.tokens, padded, narrow.shape[-1], shape.rows,
         narrow.stride(0), c_stride, *narrow.stride()[-2:], examples,
-        DTYPE=TYPES[narrow.dtype], MASKED=shape.masked, PLANES=planes is not None, T_=t_, R_=r_,
+        # The interpreter cannot multiply bfloat16; float32 holds the same numbers.
+        DTYPE=TYPES[narrow.dtype], AS=TYPES[torch.float32 if shape.interpreted else torch.bfloat16],
+        MASKED=shape.masked, PLANES=planes is not None, C_=c_, D_=d_, R_=r_, T_=t_,
         num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
 
-def narrow_tokens(rows: int) -> int:
-    """Tokens that a program of `narrow_rows_kernel` takes, at most: the product of both is what registers leave."""
-    return min(64, 4096 // rows)
+def narrow_tile(outputs: int, width: int, rows: int) -> tuple[int, int, int]:
+    """Outputs side by side in `narrow_rows_kernel`, coordinates and directions of each; powers of two, at least 16 of
+    either in all: a matrix instruction's least.
+    """
+    c = min(power(outputs, 1), max(1, 16 // power(width, 1)))
+    return c, power(width, 16 // c), power(rows, 16 // c)

@@ -129,6 +129,7 @@ def wide_input_kernel(
     outputs,
     rows,
     tokens,
+    padded,
     width,
     tiles,
     tiles_per_program,
@@ -170,7 +171,7 @@ def wide_input_kernel(
     scale = tl.load(relative + entry * rows + o_o, mask=o_o < rows, other=0.0)
     variance = tl.load(largest + entry)
 
-    p_x = narrow + (((entry * examples + n) * outputs + o_c) * rows + o_o)[:, None] * tokens + o_t[None, :]
+    p_x = narrow + (((entry * examples + n) * outputs + o_c) * rows + o_o)[:, None] * padded + o_t[None, :]
     p_z = kept + ((((entry * examples + n) * rows + o_o) * outputs + o_c) * tiles)[:, None] * K_ + o_k[None, :]
     a = entry_pointer(table, entry, WIDE, DTYPE, ALIGNED) + n * stride_n
     plane = tl.cast(plane, tl.int64)
@@ -209,7 +210,7 @@ def wide_input_kernel(
 @triton.jit
 def wide_output_kernel(
     table,  # [entries, FIELDS]
-    narrow,  # [entries, examples, rows, tokens] float32
+    narrow,  # [entries, examples, rows, padded] float32
     bases,
     relative,
     largest,
@@ -219,6 +220,7 @@ def wide_output_kernel(
     outputs,
     rows,
     tokens,
+    padded,
     width,
     tiles,
     tiles_per_program,
@@ -280,7 +282,7 @@ def wide_output_kernel(
         for block in range(row_blocks):
             o_o = block * O_ + o_m % O_
             m_o = o_o < rows
-            p_x = narrow + ((entry * examples + n) * rows + o_o) * tokens
+            p_x = narrow + ((entry * examples + n) * rows + o_o) * padded
             if T_ > 1:
                 x = tl.load(p_x[:, None] + o_s[None, :], mask=same & m_o[:, None] & (o_s < tokens)[None, :], other=0.0)
                 jacobian = tl.dot(x, b_s.to(tl.float32), input_precision="tf32x3")

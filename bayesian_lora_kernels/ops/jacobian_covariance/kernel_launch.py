@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ from .launch_jacobians import jacobian_workspace, launch_jacobians
 from .launch_tokens import launch_tokens, token_workspace
 from .variants import Shape, Variant, variant
 
-# Elements of float32 workspace per launch, 128 MiB: more modules, then more examples, go in further launches.
-_WORKSPACE = 1 << 25
+# Elements of float32 workspace per launch, 256 MiB: more modules, then more examples, go in further launches.
+_WORKSPACE = 1 << 26
 
 
 def jacobian_gram(out: Tensor, a: Tensor, g: Tensor, mask: Tensor | None) -> None:
@@ -180,9 +181,9 @@ def _add(total: Tensor, group: Group) -> None:
     per_example = token_workspace(group) if tokens else jacobian_workspace(group)
     launch = launch_tokens if tokens else launch_jacobians
     step = max(1, min(len(total), _WORKSPACE // per_example))
-    together = max(1, _WORKSPACE // (per_example * step))
-    for start in range(0, len(group.wides), together):
-        part = group[start : start + together]
-        for first in range(0, len(total), step):
-            piece = total[first : first + step]
-            piece += launch(part, first, len(piece))
+    pieces = math.ceil(len(group.wides) / max(1, _WORKSPACE // (per_example * step)))
+    together = math.ceil(len(group.wides) / pieces)  # as many in each
+    for first in range(0, len(total), step):
+        piece = total[first : first + step]
+        for part, table in group.parts(together, first):
+            piece += launch(part, table, len(piece))

@@ -7,9 +7,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .planes import planes_product, split, store_planes
+
 # Columns of the table of pointers.
 WIDE, NARROW, MASK, BASIS, INPUT = (tl.constexpr(i) for i in range(5))
 FIELDS = tl.constexpr(5)
+
+# Of which no code depends on whether they are 1 or multiples of 16.
+_SIZES = ["outputs", "tokens", "width", "rows", "stride_n", "stride_c", "stride_t", "examples"]
 
 
 @triton.jit
@@ -31,28 +36,9 @@ def counted(table, entry, n, o_t, tokens, MASKED: tl.constexpr):
     return result
 
 
-@triton.jit
-def split(x, TYPE: tl.constexpr):
-    """A float32 as the sum of three numbers of 8 bits each, which bfloat16 holds exactly (so does float32)."""
-    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    x -= high
-    middle = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    return high.to(TYPE), middle.to(TYPE), (x - middle).to(TYPE)
-
-
-@triton.jit
-def store_planes(x, pointers, plane, mask):
-    """To `pointers` and the same one and two planes on."""
-    high, middle, low = split(x, pointers.dtype.element_ty)
-    plane = tl.cast(plane, tl.int64)
-    tl.store(pointers, high, mask=mask)
-    tl.store(pointers + plane, middle, mask=mask)
-    tl.store(pointers + 2 * plane, low, mask=mask)
-
-
-@triton.jit(do_not_specialize=["tokens", "padded"])
+@triton.jit(do_not_specialize=_SIZES)
 def narrow_rows_kernel(
-    table,  # [entries, 4]
+    table,  # [entries, FIELDS]
     maps,  # [entries, width, rows] float32
     out,  # [3 if PLANES else 1, entries, examples, outputs, rows, padded]
     plane,
@@ -67,37 +53,54 @@ def narrow_rows_kernel(
     stride_d,
     examples,
     DTYPE: tl.constexpr,
+    AS: tl.constexpr,
     MASKED: tl.constexpr,
     PLANES: tl.constexpr,
-    T_: tl.constexpr,
+    C_: tl.constexpr,
+    D_: tl.constexpr,
     R_: tl.constexpr,
+    T_: tl.constexpr,
 ):
     """The narrow operand times the directions of its eigenbasis, tokens last, zero where there are none or none counts.
 
-    With `PLANES` as a sum of three numbers of 8 bits. Reads it once, writes `4 rows` bytes (`6 rows`) and does
-    `width rows` multiply-adds per token and output.
+    With `PLANES` as a sum of three numbers of 8 bits. Reads it once, writes `4 rows` bytes (`6 rows`) per token and
+    output. `C_` outputs go side by side, by a matrix with a block for each, so that a matrix instruction is filled:
+    `3 C_ width rows` multiply-adds per token and output, all in bfloat16, which holds a bfloat16 operand exactly; of
+    another type the operand is three such numbers, too, and the multiply-adds are twice as many.
     """
     pid = tl.program_id(0).to(tl.int64)
     token_blocks = tl.cdiv(padded, T_)
     block, pid = pid % token_blocks, pid // token_blocks
-    c, pid = pid % outputs, pid // outputs
     n, entry = pid % examples, pid // examples
     o_t = block * T_ + tl.arange(0, T_)
-    o_r = tl.arange(0, R_).to(tl.int64)
-    m_x = counted(table, entry, n, o_t, tokens, MASKED)
-    p_x = entry_pointer(table, entry, NARROW, DTYPE, False) + n * stride_n + c * stride_c + o_t * stride_t
-    x = tl.zeros([T_, R_], tl.float32)
-    # Not a dot: for sm_100, Triton 3.6 makes one TF32 product of an "ieee" dot whose operand was widened or masked.
-    for d in range(tl.cast(width, tl.int64)):
-        b_x = tl.load(p_x + d * stride_d, mask=m_x, other=0.0).to(tl.float32)  # [T_]
-        b_m = tl.load(maps + (entry * width + d) * rows + o_r, mask=o_r < rows, other=0.0)  # [R_]
-        x += b_x[:, None] * b_m[None, :]
-    p_out = out + (((entry * examples + n) * outputs + c) * rows + o_r)[None, :] * padded + o_t[:, None]
-    m_out = (o_t < padded)[:, None] & (o_r < rows)[None, :]
-    if PLANES:
-        store_planes(x, p_out, plane, m_out)
-    else:
-        tl.store(p_out, x, mask=m_out)
+    o_x = tl.arange(0, C_ * D_).to(tl.int64)
+    o_y = tl.arange(0, C_ * R_).to(tl.int64)
+    c_x, o_d, c_y, o_r = o_x // D_, o_x % D_, o_y // R_, o_y % R_
+    m_m = (c_y[:, None] == c_x[None, :]) & (o_r < rows)[:, None] & (o_d < width)[None, :]
+    b_m = tl.load(maps + (entry * width + o_d)[None, :] * rows + o_r[:, None], mask=m_m, other=0.0)
+    m_high, m_middle, m_low = split(b_m, AS)  # [C_ * R_, C_ * D_]
+    m_t = counted(table, entry, n, o_t, tokens, MASKED)
+    x = entry_pointer(table, entry, NARROW, DTYPE, False) + n * stride_n
+    p_x = x + (c_x * stride_c + o_d * stride_d)[:, None] + (o_t * stride_t)[None, :]
+    p_out = out + (((entry * examples + n) * outputs + c_y) * rows + o_r)[:, None] * padded + o_t[None, :]
+    for first in range(0, outputs, C_):
+        m_x = ((o_d < width) & (first + c_x < outputs))[:, None] & m_t[None, :]
+        b_x = tl.load(p_x, mask=m_x, other=0.0)  # [C_ * D_, T_]
+        if b_x.dtype.is_bf16():
+            b_x = b_x.to(AS)
+            y = tl.dot(m_low, b_x, input_precision="ieee")
+            y = tl.dot(m_middle, b_x, y, input_precision="ieee")
+            y = tl.dot(m_high, b_x, y, input_precision="ieee")
+        else:
+            high, middle, low = split(b_x.to(tl.float32), AS)
+            y = planes_product(m_high, m_middle, m_low, high, middle, low)
+        m_out = ((o_r < rows) & (first + c_y < outputs))[:, None] & (o_t < padded)[None, :]
+        if PLANES:
+            store_planes(y, p_out, plane, m_out)
+        else:
+            tl.store(p_out, y, mask=m_out)
+        p_x += C_ * stride_c
+        p_out += C_ * rows * padded
 
 
 @triton.jit

@@ -40,7 +40,8 @@ import triton
 import triton.language as tl
 
 from ..outer_product.tiles import lower_tile
-from .kernel_rows import BASIS, FIELDS, INPUT, WIDE, counted, entry_pointer, split, store_gram, store_planes
+from .kernel_rows import BASIS, FIELDS, INPUT, WIDE, counted, entry_pointer, store_gram
+from .planes import planes_product, split, store_planes
 
 # How many times the result an example's `size` may be.
 _CANCELS = tl.constexpr(64.0)
@@ -84,6 +85,7 @@ def similarities_kernel(
     plane,
     inside,  # [3, inputs, examples, padded, K_], out
     inside_plane,
+    flags,  # [inputs, examples] int32, out: zeros
     unit,  # 1. Tensor cores truncate when they accumulate: a factor that the compiler does not know keeps sums outside
     unscale,  # one over `scale` of basis_columns_kernel
     examples,
@@ -119,6 +121,7 @@ def similarities_kernel(
     p_similar = similar + ((entry * examples + n) * padded + o_i)[:, None] * padded + o_j[None, :]
     total = tl.zeros([T_, T_], tl.float32)
     if row == column:
+        tl.store(flags + pid, 0)
         o_n = tl.arange(0, N_)
         o_k = tl.arange(0, K_)
         p_q = basis + (entry * width + o_d)[:, None] * N_ + o_n[None, :]
@@ -238,20 +241,9 @@ def remainder_similarities_kernel(
 
 
 @triton.jit
-def _product(x_high, x_middle, x_low, y_high, y_middle, y_low):
-    """`x @ y` but for less than the 24 bits of a float32; small terms first."""
-    total = tl.dot(x_low, y_high, input_precision="ieee")
-    total = tl.dot(x_high, y_low, total, input_precision="ieee")
-    total = tl.dot(x_middle, y_middle, total, input_precision="ieee")
-    total = tl.dot(x_middle, y_high, total, input_precision="ieee")
-    total = tl.dot(x_high, y_middle, total, input_precision="ieee")
-    return tl.dot(x_high, y_high, total, input_precision="ieee")
-
-
-@triton.jit
 def _product_with_transposed(x, y_high, y_middle, y_low):
     high, middle, low = split(x, y_high.dtype)
-    return _product(high, middle, low, tl.trans(y_high), tl.trans(y_middle), tl.trans(y_low))
+    return planes_product(high, middle, low, tl.trans(y_high), tl.trans(y_middle), tl.trans(y_low))
 
 
 @triton.jit
@@ -266,7 +258,7 @@ def token_gram_kernel(
     deviations,  # [entries, rows, K_] float32: standard deviations on the kept directions of the wide side
     relative,  # [entries, rows] float32: standard deviations of the remainder over the largest
     largest,  # [entries] float32: that largest variance
-    flags,  # [inputs, examples] int32: out; with AGAIN, which examples
+    flags,  # [inputs, examples] int32, in and out; with AGAIN, which examples
     partial,  # [entries * row_blocks, examples, outputs, outputs] float32, out
     unit,
     examples,
@@ -278,6 +270,7 @@ def token_gram_kernel(
     C_: tl.constexpr,
     O_: tl.constexpr,
     T_: tl.constexpr,
+    S_: tl.constexpr,
     K_: tl.constexpr,
 ):
     """Step 4, and the second part of step 5 (`AGAIN`), for one example and `O_` directions of g: rows (c, o)."""
@@ -292,6 +285,7 @@ def token_gram_kernel(
         o_c = o_m // O_
         o_o = row_block.to(tl.int32) * O_ + o_m % O_
         o_t = tl.arange(0, T_)
+        o_s = tl.arange(0, S_)
         o_k = tl.arange(0, K_)
         m_o = o_o < rows
         m_m = ((o_c < outputs) & m_o)[:, None]
@@ -299,30 +293,31 @@ def token_gram_kernel(
         similar += which * padded * padded
         p_inside = inside + which * padded * K_ + o_t[:, None] * K_ + o_k[None, :]
         p_x = narrow + pid * outputs * rows * padded + ((o_c * rows + o_o) * padded)[:, None] + o_t[None, :]
+        p_y = narrow + pid * outputs * rows * padded + ((o_c * rows + o_o) * padded)[:, None] + o_s[None, :]
+
+        gram = tl.zeros([M_, M_], tl.float32)
+        for first in range(0, padded, T_):
+            product = tl.zeros([M_, T_], tl.float32)
+            for second in range(0, first + T_, S_):
+                high, middle, low = _load_planes(p_y + second, narrow_plane, m_m)
+                p_s = similar + (first + o_t)[None, :] * padded + (second + o_s)[:, None]
+                s_high, s_middle, s_low = _load_planes(p_s, plane, None)  # [T_, T_]
+                # The other triangle: the result is made symmetric at last.
+                twice = tl.where(second < first, 2.0, 1.0)
+                product += planes_product(high, middle, low, s_high, s_middle, s_low) * twice
+            high, middle, low = _load_planes(p_x + first, narrow_plane, m_m)
+            gram += _product_with_transposed(product, high, middle, low) * variance
 
         kept = tl.zeros([M_, K_], tl.float32)
         alone = tl.zeros([M_], tl.float32)  # the sum of |g_t|^2 |a_t|^2
         for first in range(0, padded, T_):
             high, middle, low = _load_planes(p_x + first, narrow_plane, m_m)  # [M_, T_]
             b_high, b_middle, b_low = _load_planes(p_inside + first * K_, inside_plane, None)  # [T_, K_]
-            kept += _product(high, middle, low, b_high, b_middle, b_low) * unit
+            kept += planes_product(high, middle, low, b_high, b_middle, b_low) * unit
             if not AGAIN:
                 square = tl.load(similar + (first + o_t) * (padded + 1)).to(tl.float32)
                 x = high.to(tl.float32)
                 alone += tl.sum(x * x * square[None, :], axis=1)
-
-        gram = tl.zeros([M_, M_], tl.float32)
-        for first in range(0, padded, T_):
-            product = tl.zeros([M_, T_], tl.float32)
-            for second in range(0, first + T_, T_):
-                high, middle, low = _load_planes(p_x + second, narrow_plane, m_m)
-                p_s = similar + (first + o_t)[None, :] * padded + (second + o_t)[:, None]
-                s_high, s_middle, s_low = _load_planes(p_s, plane, None)  # [T_, T_]
-                # The other triangle: the result is made symmetric at last.
-                twice = tl.where(second < first, 2.0, 1.0)
-                product += _product(high, middle, low, s_high, s_middle, s_low) * twice
-            high, middle, low = _load_planes(p_x + first, narrow_plane, m_m)
-            gram += _product_with_transposed(product, high, middle, low) * variance
 
         scale = tl.load(relative + entry * rows + o_o, mask=m_o, other=0.0)
         scale *= scale

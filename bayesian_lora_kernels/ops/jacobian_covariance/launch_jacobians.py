@@ -29,12 +29,12 @@ def kept_configuration(outputs: int) -> tuple[int, int]:
     return (32, 4) if outputs <= 32 else (16, 8)
 
 
-def launch_jacobians(group: Group, first: int, examples: int) -> Tensor:
-    """Sum over the modules of a group for some examples, `[examples, C, C]` float64."""
+def launch_jacobians(group: Group, table: Tensor, examples: int) -> Tensor:
+    """Sum over the modules of a group for so many examples, `[examples, C, C]` float64."""
     chosen, covariance, wide, basis = group.variant, group.covariance, group.wides[0], group.bases[0]
     shape, main, k_, entries, device = chosen.shape, chosen.main, chosen.kept, len(group.wides), wide.device
     outputs, rows, tiles = shape.outputs, shape.rows, triton.cdiv(shape.width, main.width)
-    table = group.table(first)
+    padded = triton.cdiv(shape.tokens, 16) * 16
 
     def workspace(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -48,7 +48,7 @@ def launch_jacobians(group: Group, first: int, examples: int) -> Tensor:
             table, unit, mixing, shape.width, shape.kept, tiles, *basis.stride(),
             D_=main.width, K_=k_, num_warps=8, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
-    narrow = eigenbasis_rows(group, table, examples, shape.tokens, torch.bfloat16 if shape.planes else None)
+    narrow = eigenbasis_rows(group, table, examples, padded, torch.bfloat16 if shape.planes else None)
 
     row_blocks = triton.cdiv(rows, chosen.directions)
     sharing = row_blocks if shape.wide_input else 1  # programs that share a run of tiles
@@ -58,7 +58,7 @@ def launch_jacobians(group: Group, first: int, examples: int) -> Tensor:
     partial = workspace(blocks + (entries * rows if k_ else 0), examples, outputs, outputs)
     grid = (entries * examples * splits * sharing,)
     tensors = (unit, covariance.relative, covariance.largest, z, partial)
-    sizes = (examples, outputs, rows, shape.tokens, shape.width, tiles, per_program, splits, row_blocks, k_)
+    sizes = (examples, outputs, rows, shape.tokens, padded, shape.width, tiles, per_program, splits, row_blocks, k_)
     shared = {
         "DTYPE": TYPES[wide.dtype],
         "ALIGNED": shape.aligned,

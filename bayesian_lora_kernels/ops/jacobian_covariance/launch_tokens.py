@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch import Tensor, zeros
+from torch import Tensor, empty
 
 from ..kernel_types import TYPES
 from . import kernel_tokens
@@ -21,14 +21,13 @@ def token_workspace(group: Group) -> int:
     return 3 * padded * (shape.outputs * shape.rows + padded + group.variant.kept) // 2
 
 
-def launch_tokens(group: Group, first: int, examples: int) -> Tensor:
-    """Sum over the modules of a group for some examples, `[examples, C, C]` float64."""
+def launch_tokens(group: Group, table: Tensor, examples: int) -> Tensor:
+    """Sum over the modules of a group for so many examples, `[examples, C, C]` float64."""
     chosen, covariance, wide, basis = group.variant, group.covariance, group.wides[0], group.bases[0]
     shape, main, tail, device = chosen.shape, chosen.main, chosen.tail, wide.device
     assert tail is not None
     interpreted, entries, inputs = shape.interpreted, len(group.wides), group.inputs[-1] - group.inputs[0] + 1
     padded, k_, n_ = padded_tokens(chosen), chosen.kept, chosen.columns
-    table = group.table(first)
     of_inputs = table[entries:]
     # The interpreter cannot multiply bfloat16; float32 holds the same numbers.
     plane_type = torch.float32 if interpreted else torch.bfloat16
@@ -47,7 +46,7 @@ def launch_tokens(group: Group, first: int, examples: int) -> Tensor:
     similar = torch.empty((3, inputs, examples, padded, padded), dtype=plane_type, device=device)
     inside = torch.empty((3, inputs, examples, padded, k_), dtype=plane_type, device=device)
     planes = similar, similar[0].numel(), inside, inside[0].numel()
-    flags = zeros((inputs, examples), dtype=torch.int32, device=device)
+    flags = empty((inputs, examples), dtype=torch.int32, device=device)
     row_blocks = triton.cdiv(shape.rows, chosen.directions)
     partial = torch.empty(
         (entries * row_blocks, examples, shape.outputs, shape.outputs), dtype=torch.float32, device=device
@@ -61,7 +60,7 @@ def launch_tokens(group: Group, first: int, examples: int) -> Tensor:
 
     def similarities() -> None:
         kernel_tokens.similarities_kernel[(pairs(main.tokens) * examples * inputs,)](
-            of_inputs, columns, *planes, 1.0, 1.0 / scale,
+            of_inputs, columns, *planes, flags, 1.0, 1.0 / scale,
             examples, shape.tokens, shape.width, padded, pairs(main.tokens), shape.kept, *wide.stride(),
             AS=TYPES[plane_type] if wide.dtype == torch.bfloat16 else dtype,
             PLANES=shape.basis_planes, T_=main.tokens, D_=main.width, N_=n_,
@@ -80,7 +79,7 @@ def launch_tokens(group: Group, first: int, examples: int) -> Tensor:
             table, narrow, narrow[0].numel(), *planes,
             covariance.deviations, covariance.relative, covariance.largest, flags, partial, 1.0,
             examples, shape.outputs, shape.rows, padded, row_blocks,
-            AGAIN=again, C_=chosen.outputs, O_=chosen.directions, T_=tail.tokens, K_=k_,
+            AGAIN=again, C_=chosen.outputs, O_=chosen.directions, T_=tail.width, S_=tail.tokens, K_=k_,
             num_warps=tail.num_warps, num_stages=tail.num_stages, **options,
         )  # fmt: skip
 

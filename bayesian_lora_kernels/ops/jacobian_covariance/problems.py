@@ -95,7 +95,7 @@ def _near(variant: str) -> Iterator[Problem]:
     # Of a basis in three planes, as many directions as its columns have room for.
     kept_are = dict.fromkeys((k, max(0, k - 3), sizes.get("N", 3 * k) // 3))
     for width, tokens, outputs, rows, kept in itertools.product(
-        (136, 1032, 4104), (37, 256, 130, 5), (c, c - c // 4), (o, 2 * o, 3 * o // 4), kept_are
+        (136, 1032, 4104), (37, 256, 130, 5), (c, c - c // 4), (o, 2 * o, 3 * o // 4, 4 * o), kept_are
     ):
         for wide_size in (width,) if "rest" in words else (kept,):
             if wide_size >= rows > 0:

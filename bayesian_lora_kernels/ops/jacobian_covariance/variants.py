@@ -75,7 +75,8 @@ class Variant:
         outputs: side by side in a program, and ``directions`` of the narrow side.
         kept: directions of the wide side, rounded up; 0 for none.
         columns: of the basis as the route ``tokens`` multiplies with it.
-        main: of the kernel that reads the wide operand; ``tail``: of ``token_gram_kernel``.
+        main: of the kernel that reads the wide operand.
+        tail: of ``token_gram_kernel``: its tiles are of ``width`` by ``tokens`` tokens.
     """
 
     route: str
@@ -130,7 +131,9 @@ _MOST = 32
 _MOST_TOKENS = 1024  # the workspace grows with their square
 # Tokens that a program of `similarities_kernel` has room for beside 128 columns of a basis; beside 32, 128.
 _TOKENS = {"sm_80": 64, "sm_90": 128, "sm_100": 64}
-_TAIL = Configuration(width=0, tokens=64, num_warps=4, num_stages=3)
+# Outputs times directions in a program of `token_gram_kernel`: 64 are what wgmma and tcgen05 multiply at once, mma.sync
+# would need more registers than there are.
+_ROWS_OF_TOKENS = {"sm_80": 32, "sm_90": 64, "sm_100": 64}
 
 
 def by_jacobian(shape: Shape) -> Variant:
@@ -156,10 +159,11 @@ def by_tokens(shape: Shape, architecture: str) -> Variant:
         main = Configuration(width=32, tokens=64, num_warps=8, num_stages=3)
     else:
         tokens = min(power(shape.tokens, 64), 128 if columns <= 32 else _TOKENS[architecture])
-        width, stages = (32, 4) if architecture == "sm_80" else (64, 3)
+        width, stages = {"sm_80": (32, 4), "sm_90": (64, 4), "sm_100": (64, 3)}[architecture]
         main = Configuration(width, tokens, num_warps=8, num_stages=stages)
-    c, o = side_by_side(shape.outputs, shape.rows, _ROWS)
-    return Variant("tokens", shape, c, o, kept, main, columns, _TAIL)
+    c, o = side_by_side(shape.outputs, shape.rows, _ROWS_OF_TOKENS[architecture])
+    tail = Configuration(width=64, tokens=64 if c * o <= 32 else 32, num_warps=4, num_stages=3)
+    return Variant("tokens", shape, c, o, kept, main, columns, tail)
 
 
 def padded_tokens(chosen: Variant) -> int:
@@ -180,7 +184,7 @@ def _cost_by_tokens(shape: Shape, chosen: Variant, sharing: float) -> float:
     padded, side = padded_tokens(chosen), chosen.outputs * chosen.directions
     rows = -(-shape.rows // chosen.directions) * side
     main = shape.width * padded * ((padded + chosen.main.tokens) / 2 + chosen.columns)
-    tail = 6 * rows * padded * ((padded + chosen.tail.tokens) / 2 + side + chosen.kept)
+    tail = 6 * rows * padded * ((padded + chosen.tail.width) / 2 + side + chosen.kept)
     return main * (6 if shape.wide == torch.float32 else 1) * sharing + tail
 
 

@@ -1,0 +1,82 @@
+"""How Sphinx builds these pages: `make docs`."""
+
+import re
+from dataclasses import fields
+
+import sphinx_argparse_cli._logic
+from sphinx.application import Sphinx
+
+from bayesian_lora_kernels import LaplaceConfig, __version__
+
+project = "bayesian_lora_kernels"
+version = release = __version__
+copyright = "the authors of bayesian_lora_kernels, Apache-2.0"
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_argparse_cli",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath", "attrs_block"]
+myst_heading_anchors = 4
+numfig = True
+math_numfig = False
+math_eqref_format = "({number})"
+
+add_module_names = False
+smartquotes_action = "D"  # dashes; quotes stay as they are typed
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_mock_imports = ["laplace"]  # of a peer, that need not be installed
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+# A function that a page names and that is not there is an error; types of signatures are not looked up.
+nitpicky = True
+nitpick_ignore_regex = [("py:(class|data|exc|obj|attr)", ".*"), ("py:.*", r"(?!bayesian_lora_kernels\.).*")]
+
+copybutton_prompt_text = "$ "
+copybutton_exclude = ".linenos, .gp, .go"
+
+html_theme = "furo"
+html_title = f"{project} {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+
+# Of the command line's help: JSON and quoted words are code. The extension's own patterns find quotes inside JSON.
+sphinx_argparse_cli._logic._HELP_SUBSTITUTIONS[:] = [
+    (re.compile(r"""(\{.+?\}|(?<!\w)'[^']+?'(?!\w)|(?<!\w)"[^"]+?"(?!\w))"""), r"``\1``")
+]
+
+# Pages of measurements that are made from files outside this folder.
+RESULTS = re.compile(r"\((?:\.\./)+benchmarks/results/(?:[\w-]+/)?([\w-]+)\.md")
+
+
+def _link_results(app: Sphinx, docname: str, source: list[str]) -> None:
+    """A link to a file of results that is right on GitHub becomes one to the page of that name in `results/`."""
+    up = "../" * docname.count("/")
+    source[0] = RESULTS.sub(lambda found: f"({up}results/{found[1]}.md", source[0])
+
+
+def _as_rst(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Docstrings have `code` in single backticks, and bars that are no substitutions; settings describe themselves."""
+    if name.endswith(".LaplaceConfig"):
+        lines += ["", "Args:", *(f"    {one.name}: {one.metadata['help']}" for one in fields(LaplaceConfig))]
+    for i, line in enumerate(lines):
+        parts = re.split(r"(``.+?``|`[^`]+`)", line)
+        parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
+        parts[1::2] = [f"``{part.strip('`')}``" for part in parts[1::2]]
+        lines[i] = "".join(parts)
+    # napoleon takes what stands before a colon in the first line of these for a type; a blank line of markup has none.
+    starts = [i + 1 for i, line in enumerate(lines) if line.strip() in ("Returns:", "Yields:")]
+    for i in reversed([0, *starts] if what == "property" else starts):
+        lines.insert(i, " " * (len(lines[i]) - len(lines[i].lstrip())) + "\\ ")
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", _link_results)
+    app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon reads them

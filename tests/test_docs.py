@@ -1,0 +1,88 @@
+"""Every code block of the documentation runs, and prints what its page says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from pages import PAGES, ROOT, blocks, pictures, run, same
+
+# What cannot run in a test, and why.
+NOT_RUN = {
+    "docs/index.md": 1,  # stands for a user's own adapter and files
+}
+RUNNABLE = [page for page in PAGES if any(block.runs for block in blocks(page.read_text(encoding="utf-8")))]
+
+
+def _name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=_name)
+def test_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for shown, found in run(page, tmp_path):
+            where = f"{_name(page)}:{shown.line}"
+            for before, now in ((shown.printed, found.printed), (shown.code, found.code)):
+                assert same(before, now), f"{where}: python -m pages writes it anew\n--- page\n{before}--- now\n{now}"
+    finally:
+        torch.set_num_threads(threads)
+    for picture in pictures(page):
+        if page.parent.name == "tutorials":
+            assert (tmp_path / picture).stat().st_size > 1000, picture
+
+
+def test_few_blocks_are_not_run() -> None:
+    skipped = {_name(page): sum(not block.runs for block in blocks(page.read_text(encoding="utf-8"))) for page in PAGES}
+    assert {name: count for name, count in skipped.items() if count} == NOT_RUN
+
+
+def test_links_lead_somewhere() -> None:
+    """Files and folders, as GitHub finds them; `make docs` looks at headings. External ones by their form."""
+    pages = [
+        *PAGES,
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
+    ]
+    seen = 0
+    for page in pages:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text)):
+            seen += 1
+            if "://" in target:
+                assert re.fullmatch(r"https://[\w.-]+\.[a-z]+(/\S*)?", target), f"{_name(page)}: {target}"
+                continue
+            file = target.partition("#")[0]
+            assert (page.parent / file).exists(), f"{_name(page)}: {target}"
+    assert seen > 100
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "equal"),
+    [
+        ("a 1.00 and 2,000\n", "a 1.05 and 2,010\n", True),
+        ("a 1.00\n", "a 1.50\n", False),
+        ("a 1.00\n", "b 1.00\n", False),
+        ("a 1.00\nb\n", "a 1.00\n", False),
+        ("time 1.3 s\n", "time 41.0 s\n", True),
+        ("x    -0.01 y\n", "x  0.01 y\n", True),
+        ("x 1.0e-05\n", "x 0.02\n", True),
+        ("", "a\n", False),
+    ],
+)
+def test_what_counts_as_the_same(shown: str, printed: str, equal: bool) -> None:
+    assert same(shown, printed) is equal
+
+
+def test_blocks_of_a_page() -> None:
+    text = "a\n\n```python\nx = 1\n```\n\n```text\n1\n```\n\n```console no-run\n$ blk\n```\n<!-- setup\ny = 2\n-->\n"
+    found = [(one.language, one.code, one.printed, one.runs, one.line) for one in blocks(text)]
+    assert found == [
+        ("python", "x = 1\n", "1\n", True, 3),
+        ("console", "$ blk\n", "", False, 11),
+        ("setup", "y = 2\n", "", True, 14),
+    ]
