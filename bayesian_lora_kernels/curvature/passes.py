@@ -70,6 +70,16 @@ class _Totals:
         self.sketch.least = list(state["sketch"])
         vars(self).update({key: value for key, value in state.items() if key != "sketch"})
 
+    def join(self, state: Mapping[str, Any]) -> None:
+        other = _Totals()
+        other.restore(state)
+        self.n_examples += other.n_examples
+        self.positions = self.positions + other.positions
+        self.labelled &= other.labelled
+        known = [one for one in (self.log_likelihood, other.log_likelihood) if one is not None]
+        self.log_likelihood = sum(known[1:], known[0]) if known else None
+        self.sketch.join(other.sketch)
+
 
 class _Names(set[str]):
     def state(self) -> list[str]:
@@ -77,6 +87,8 @@ class _Names(set[str]):
 
     def restore(self, state: Iterable[str]) -> None:
         self.update(state)
+
+    join = restore
 
 
 class Passes:

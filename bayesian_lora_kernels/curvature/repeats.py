@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -43,7 +43,14 @@ class Sketch:
         masks = [on_host(mask).cpu() for mask in batch.masks if mask.shape == rows.shape]
         contents = [row if not masks else row[masks[0][i]] for i, row in enumerate(rows)]
         digests = [hashlib.blake2b(repr(one.tolist()).encode(), digest_size=8).digest() for one in contents]
-        self.least = sorted({*self.least, *(int.from_bytes(digest, "big") for digest in digests)})[:KEPT]
+        self._keep(int.from_bytes(digest, "big") for digest in digests)
+
+    def join(self, other: Sketch) -> None:
+        """The examples of another, too."""
+        self._keep(other.least)
+
+    def _keep(self, hashes: Iterable[int]) -> None:
+        self.least = sorted({*self.least, *hashes})[:KEPT]
 
 
 def warn_of_repeats(sketches: Sequence[Sequence[int]]) -> None:

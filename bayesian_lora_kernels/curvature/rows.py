@@ -97,6 +97,8 @@ class RowStore:
         for block in state:
             self.append(block)
 
+    join = restore
+
     def rows(self, name: str, columns: slice = slice(None)) -> Tensor:
         """`[n, columns]` of one layer, wherever it lies."""
         if self.place == "file" and name not in self._blocks:
