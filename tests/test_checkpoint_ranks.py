@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dense import relative
-from interrupted import differences
+from interrupted import case, differences, laplace
 from ranks import resumed
 from ranks.start import run
 from torch import Tensor
@@ -71,3 +71,33 @@ def test_another_number_of_processes(setting, sizes, stops, tmp_path):
         assert float(one["log_likelihood"]) == pytest.approx(float(expected["log_likelihood"]), rel=1e-12)
         compare(one, expected)
     assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_killed_while_it_takes_over_and_afterwards(tmp_path):
+    """Before anything of the new processes is written, and when they have gone on."""
+    setting, kept = "ekfac, exact Fisher", tmp_path / "kept"
+    (expected,) = fits(tmp_path, "whole", 1, setting, "turns", None, {})
+    fits(tmp_path, "two", 2, setting, "turns", kept, {0: 1}, timeout=3)
+    before = {path: path.read_bytes() for path in (kept / "0").rglob("*.safetensors")}
+    fits(tmp_path, "three", 3, setting, "turns", kept, {2: 0}, timeout=3)  # as it reads which examples it has
+    assert {path: path.read_bytes() for path in (kept / "0").rglob("*.safetensors")} == before
+    fits(tmp_path, "three again", 3, setting, "turns", kept, {1: 2}, timeout=3)  # in the pass
+    assert {path.parent.parent.name for path in kept.rglob("checkpoint.json")} == {"1"}
+    fits(tmp_path, "and again", 3, setting, "turns", kept, {0: 2}, timeout=3)
+    found = fits(tmp_path, "two again", 2, setting, "turns", kept, {})
+    for one in found:
+        assert one["n_examples"] == 8
+        compare(one, expected)
+    assert list(kept.iterdir()) == []
+
+
+def test_other_data_than_what_was_counted(tmp_path):
+    setting, kept = "kfac, exact Fisher", tmp_path / "kept"
+    fits(tmp_path, "two", 2, setting, "turns", kept, {0: 1}, timeout=3)
+    one = case()
+    with pytest.raises(ValueError, match="checkpoint of 2 processes has counted examples that no loader has now"):
+        laplace(one, setting).fit(one.loader(2)[2:], progress=False, checkpoint=kept)
+    with pytest.raises(ValueError, match="expected a loader that can start again, got an iterator"):
+        laplace(one, setting).fit(iter(one.loader(2)), progress=False, checkpoint=kept)
+    assert {path.name for path in (kept / "0").iterdir()} == {"rank-0-of-2", "rank-1-of-2"}
+    laplace(one, setting).fit(one.loader(2), progress=False, checkpoint=kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 import warnings
 from collections import Counter
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from bayesian_lora_kernels.curvature import takeover
-from bayesian_lora_kernels.curvature.checkpoint_folder import CheckpointFolder, held, locked
+from bayesian_lora_kernels.curvature.checkpoint_folder import JSON_NAME, CheckpointFolder, held, locked
 from bayesian_lora_kernels.curvature.state import (
     Joining,
     Stateful,
@@ -81,9 +82,9 @@ class Checkpoint:
         if self._shards and processes.rank < len(shards) and (one := of_shards[processes.rank]) is not None:
             self.saved = {**one["own"], "totals": None}
         self._proved, self._took, self._last = False, 0.0, time.monotonic()
-        if self._saved is None:
+        if self._saved is None and not self._shards:  # those stand until all processes have written what they took over
             folder.clear()
-            folder.write(self._identity, {FIT: {"passes": [], "examples": 0}})
+            folder.write(self._identity, {FIT: {"passes": [], "examples": 0, "skip": []}})
 
     def batches(
         self,
@@ -241,7 +242,7 @@ class Checkpoint:
                         one.join(state)
                     else:
                         raise ValueError(
-                            f"{type(one).__name__}: expected a method join, for the sums of a process more"
+                            f"{type(one).__name__}: expected a method join, for the sums of several processes"
                         )
                 mine.append(shard.read(EXAMPLES))
                 begun = True
@@ -263,7 +264,7 @@ class Checkpoint:
     def _not_told(self) -> ValueError:
         return ValueError(
             f"{self._folder.folder.parent.parent}: the examples of some batches cannot be told apart, so that only as "
-            f"many processes as before ({len(self._shards)}) can go on"
+            "many processes as before can go on"
         )
 
     def _others(self, counted: int, found: str) -> ValueError:
@@ -303,11 +304,15 @@ def checkpoint_in(
         for shard in range(before or 0):
             path = _place(base, generation - 1, shard, before)
             shards.append(stack.enter_context(held(path)) if shard % size == rank else CheckpointFolder(path))
+            if FIT not in shards[-1].parts:
+                raise ValueError(
+                    f"{path}: expected the checkpoint of one of {before} processes, got none; is it shared?"
+                )
         if shards:
             own.clear()  # of an earlier attempt
         yield Checkpoint(own, every, identity(), processes, shards)
-    for path in (base / str(generation - 1), base / str(generation)):
-        with suppress(OSError):  # it is not empty, or not there
+    for path in base.glob("[0-9]*"):
+        with suppress(OSError):  # something is in it
             path.rmdir()
 
 
@@ -317,15 +322,16 @@ def _place(base: Path, generation: int, rank: int, size: int) -> Path:
 
 def _generation(base: Path, size: int) -> tuple[int, int | None]:
     """Which generation a fit of so many processes is, and how many the one before had, if it has to take that over."""
-    found: dict[tuple[int, int], int] = {}
-    for path in base.glob("*/rank-*-of-*/checkpoint.json"):
-        if match := re.fullmatch(r"(\d+)/rank-\d+-of-(\d+)", path.parent.relative_to(base).as_posix()):
-            key = int(match[1]), int(match[2])
-            found[key] = found.get(key, 0) + 1
-    whole = [key for key, count in found.items() if count == key[1]]
+    places: dict[tuple[int, int], list[Path]] = {}
+    for path in base.glob("*/rank-*-of-*"):
+        if match := re.fullmatch(r"(\d+)/rank-\d+-of-(\d+)", path.relative_to(base).as_posix()):
+            places.setdefault((int(match[1]), int(match[2])), []).append(path)
+    whole = [key for key, paths in places.items() if sum((path / JSON_NAME).exists() for path in paths) == key[1]]
     if not whole:  # nothing, or folders on disks that others do not see
-        return max((key[0] for key in found if key[1] == size), default=0), None
+        return max((key[0] for key in places if key[1] == size), default=0), None
     generation, before = max(whole)
+    for path in (path for key in places if key != (generation, before) for path in places[key]):
+        shutil.rmtree(path, ignore_errors=True)  # of a fit that was killed as it took over
     return (generation, None) if before == size else (generation + 1, before)
 
 
@@ -339,7 +345,7 @@ def _saved(folder: CheckpointFolder, identity: Any) -> Any:
         return None
     saved = folder.read(FIT)
     saved["passes"] = [_Pass(**one) for one in saved["passes"]]
-    if not saved["examples"] and not any(one.batches for one in saved["passes"]):
+    if not saved["examples"] and not len(saved["skip"]) and not any(one.batches for one in saved["passes"]):
         return None
     _check_identity(folder.folder, folder.identity, identity)
     return saved

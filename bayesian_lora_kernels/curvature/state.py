@@ -14,6 +14,8 @@ from torch import Tensor
 
 from bayesian_lora_kernels.model.containers import is_record, items_of
 
+UNKNOWN = b"?"  # what digests begin with of objects whose values nobody knows
+
 
 class Stateful(Protocol):
     """What a checkpoint keeps of some sums.
@@ -192,5 +194,5 @@ def parts_of(value: Any) -> Iterator[bytes]:
             yield from parts_of(part)
     elif value is None or isinstance(value, (str, bytes, bool, int, float)):
         yield f"{value!r}\n".encode()
-    else:  # nobody knows its values
-        yield f"{type(value).__name__}\n".encode()
+    else:
+        yield UNKNOWN + f"{type(value).__name__}\n".encode()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.curvature.state import parts_of
+from bayesian_lora_kernels.curvature.state import UNKNOWN, parts_of
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.containers import items_of
 from bayesian_lora_kernels.model.forward import IGNORED_LABEL
@@ -23,15 +23,17 @@ WIDTH = 16  # bytes of a digest
 def example_digests(given: Any) -> Tensor | None:
     """Digests `[N, 16]` uint8 of the examples of a batch, the same in batches that pad them otherwise.
 
-    None where nothing tells whose the numbers of the batch are.
+    None where nothing tells them apart: numbers of which it is not known whose they are, objects of unknown values.
     """
     batch = Batch.of(given)
-    if batch.uncut or batch.rows_of_inputs not in (batch.size, None):
+    if batch.uncut:
         return None
     digests = bytearray()
     for i in range(batch.size):
         digest = hashlib.blake2b(digest_size=WIDTH)
         for part in parts_of(_without_padding(batch.rows(i, i + 1).given)):
+            if part.startswith(UNKNOWN):
+                return None
             digest.update(part)
         digests += digest.digest()
     return _rows(digests)
@@ -93,6 +95,8 @@ def _rows(digests: bytearray) -> Tensor:
 
 def _without_padding(example: Any) -> Any:
     """One example: its tokens without those that its mask excludes; labels from the first to the last that is one."""
+    if isinstance(example, (tuple, list)) and not has_names(example):
+        return [_without_padding(part) for part in example]
     if not has_names(example):
         return example
     items = items_of(example)
