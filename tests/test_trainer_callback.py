@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -213,12 +214,19 @@ import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from test_trainer_callback import QUICK, LaplaceCallback, trainer
-made = trainer(Path(sys.argv[1]))
-callback = LaplaceCallback(made, strict=True, calibrate=True, curvature="ekfac", rank=None, **QUICK)
-made.add_callback(callback)
+made = trainer(Path("out"))
+kinds = "ekfac", "exact"
+callbacks = [
+    LaplaceCallback(made, strict=True, calibrate=True, curvature=kind, rank=None, folder=f"out/{kind}", **QUICK)
+    for kind in kinds
+]
+for callback in callbacks:
+    made.add_callback(callback)
 made.train()
 made.save_model()
-print(callback.laplace.n_examples, float(callback.laplace.log_marginal_likelihood()), callback.laplace.calibration)
+for kind, callback in zip(kinds, callbacks):
+    found = callback.laplace
+    print(kind, found.n_examples, float(found.log_marginal_likelihood()), found.calibration, flush=True)
 """
 
 
@@ -238,22 +246,22 @@ def test_on_two_processes(tmp_path: Path) -> None:
         "--nproc_per_node",
         "2",
         "script.py",
-        "out",
     ]
     done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = [line for line in done.stdout.splitlines() if line.startswith(f"{N} ")]
-    assert len(said) == 2
-    assert said[0] == said[1]
     fresh = model()
     peft.set_peft_model_state_dict(fresh, peft.load_peft_weights(str(tmp_path / "out")))
-    laplace = blk.LaplaceLoRA.from_pretrained(fresh, tmp_path / "out")
-    truth = by_hand(fresh, curvature="ekfac", rank=None).optimize_prior_precision()
-    assert laplace.n_examples == N
-    assert laplace.calibration is not None
-    assert laplace.calibration.n_labels == HELD_OUT
     held_out = batches(data(HELD_OUT, seed=1))[0]
-    assert relative(laplace.predict(held_out).covariance, truth.predict(held_out).covariance) < 1e-4
+    for kind in ("ekfac", "exact"):
+        said = re.findall(rf"{kind} {N} .*", done.stdout)
+        assert len(said) == 2
+        assert said[0] == said[1]
+        laplace = blk.LaplaceLoRA.from_pretrained(fresh, tmp_path / "out" / kind)
+        truth = by_hand(fresh, curvature=kind, rank=None).optimize_prior_precision()
+        assert laplace.n_examples == N
+        assert laplace.calibration is not None
+        assert laplace.calibration.n_labels == HELD_OUT
+        assert relative(laplace.predict(held_out).covariance, truth.predict(held_out).covariance) < 1e-4
 
 
 # ---- what cannot be --------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ class LaplaceCallback(TrainerCallback):
             found = self._numbers(laplace)
             if self.calibrate:
                 found |= self._calibrated(laplace, args, kwargs.get("eval_dataloader"))
-            if state.is_world_process_zero:
+            if state.is_world_process_zero or laplace.posterior.curvature.processes.size > 1:  # each holds a part
                 laplace.save_pretrained(args.output_dir if self.folder is None else self.folder)
         except Exception as error:
             if self.strict:
