@@ -16,6 +16,7 @@
 #   them: 3 GB to download and 5 GB of disk, since they bring NVIDIA's packages; less where PIP_FLAGS names an index of CPU
 #   builds
 # make fuzz: 100,000 damaged posteriors and adapter folders; COUNT=1000 for fewer
+# make soak: 200 fits and 10,000 predictions in one process; memory must not grow; writes docs/soak.svg
 # make test-saves: two processes save into one folder at once, 1,000 times, while a third reads
 # make docs: these pages as a site in docs/_build; a warning is an error. make pages: runs the pages' code and writes what it
 #   prints into them; PAGES="docs/tutorials/classification.md" for some
@@ -208,6 +209,9 @@ format: $(READY)
 
 bench: $(READY)
 	@$(PYTEST) -q benchmarks --benchmark-only
+
+soak: $(READY)
+	@$(BIN)/python -m benchmarks.soak --json benchmarks/results/cpu-2026-11/soak.json --plot docs/soak
 
 study: $(STUDIED)
 	@$(BIN)/python -m benchmarks.calibration.methods --ratings $(RATINGS) --out blk-study $(STUDY)

@@ -37,6 +37,7 @@ LABELS = {
     "model/hidden.py": GRAPH,
     "model/capture.py": GRADIENTS,
     "model/jacobians.py": GRADIENTS,
+    "curvature/likelihood.py": "losses and their cotangents",
     "model/checks.py": "checks of the model",
     "model/probe.py": "checks of the model",
     "model/padding.py": "checks of the model",

@@ -45,7 +45,8 @@ class Processes:
         ValueError: for a group that this process is not in.
     """
 
-    _made: ClassVar[weakref.WeakKeyDictionary[Any, int]] = weakref.WeakKeyDictionary()  # of each group, so far
+    # Of each group, how many have met: those that say nothing to others do not count.
+    _met: ClassVar[weakref.WeakKeyDictionary[Any, int]] = weakref.WeakKeyDictionary()
 
     def __init__(self, group: Any = None):
         self.group = group
@@ -60,8 +61,7 @@ class Processes:
                 f"this process alone, got {type(group).__name__}"
             )
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._number = self._made[group] = self._made.get(group, 0) + 1
-        self._step = 0
+        self._number, self._step = 0, 0
 
     # ---- meeting ----------------------------------------------------------------------------------------------------
 
@@ -237,6 +237,8 @@ class Processes:
         return seconds
 
     def _key(self, step: int, rank: int) -> str:
+        if not self._number:
+            self._number = self._met[self.group] = self._met.get(self.group, 0) + 1
         return f"bayesian_lora_kernels/{self._number}/{step}/{rank}"
 
     def _post(self, step: int, text: str) -> None:

@@ -8,7 +8,7 @@ sent in between, so that the number of batches does not matter.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -179,13 +179,25 @@ def compared(size: int, sent_by_first: dict[tuple[int, str], int]) -> Iterator[s
         yield f"| {size} | {batches} | {curvature} | {number} | {model:.0f} | {number / model:.3f} |"
 
 
-def _work(rank: int, size: int, port: int) -> None:
+def run(work: Callable[[Any], None], size: int) -> None:
+    """`work(group)` in each of so many processes, over gloo."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_run, (work, size, port), nprocs=size)
+
+
+def _run(rank: int, work: Callable[[Any], None], size: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=120), rank=rank, world_size=size)
-    found = {(n, curvature): sent(dist.group.WORLD, n, curvature) for curvature in ("kfac", "ekfac") for n in (2, 16)}
-    if rank == 0:
-        print("\n".join(compared(size, found)), flush=True)
+    work(dist.group.WORLD)
     dist.destroy_process_group()
+
+
+def _print_sent(group: Any) -> None:
+    found = {(n, curvature): sent(group, n, curvature) for curvature in ("kfac", "ekfac") for n in (2, 16)}
+    if dist.get_rank(group) == 0:
+        print("\n".join(compared(dist.get_world_size(group), found)), flush=True)
 
 
 def main() -> None:
@@ -195,10 +207,7 @@ def main() -> None:
         flush=True,
     )
     for size in (2, 3, 4):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.spawn(_work, (size, port), nprocs=size)
+        run(_print_sent, size)
 
 
 if __name__ == "__main__":

@@ -51,14 +51,17 @@ sphinx_argparse_cli._logic._HELP_SUBSTITUTIONS[:] = [
     (re.compile(r"""(\{.+?\}|(?<!\w)'[^']+?'(?!\w)|(?<!\w)"[^"]+?"(?!\w))"""), r"``\1``")
 ]
 
-# Pages of measurements that are made from files outside this folder.
-RESULTS = re.compile(r"\((?:\.\./)+benchmarks/results/(?:[\w-]+/)?([\w-]+)\.md")
+# Files outside this folder that have pages here, which include them.
+OUTSIDE = re.compile(r"\((?:\.\./)+(?:benchmarks/(results)/(?:[\w-]+/)?([\w-]+)|(CONTRIBUTING|CHANGELOG))\.md")
 
 
-def _link_results(app: Sphinx, docname: str, source: list[str]) -> None:
-    """A link to a file of results that is right on GitHub becomes one to the page of that name in `results/`."""
+def _link_inside(app: Sphinx, docname: str, source: list[str]) -> None:
+    """A link to such a file, which is right on GitHub, becomes one to its page."""
     up = "../" * docname.count("/")
-    source[0] = RESULTS.sub(lambda found: f"({up}results/{found[1]}.md", source[0])
+    source[0] = OUTSIDE.sub(
+        lambda x: f"({up}{f'results/{x[2]}' if x[1] else x[3].lower()}.md",
+        source[0],
+    )
 
 
 def _as_rst(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
@@ -78,5 +81,5 @@ def _as_rst(app: Sphinx, what: str, name: str, obj: object, options: object, lin
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.connect("source-read", _link_results)
+    app.connect("source-read", _link_inside)
     app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon reads them

@@ -2,8 +2,8 @@
 
 A page's blocks run in order in one namespace and one empty folder:
 
-- `python`: is executed; what it prints is the `text` block right after it.
-- `console`, `sh`: every line `$ blk ...` is that command; in `console` what it prints stands below.
+- `python`: is executed; what it prints is the `text` block right after it. `python file=NAME`: is written to that file.
+- `console`, `sh`: every line `$ blk ...` or `$ torchrun ...` is that command; in `console` what it prints stands below.
 - `<!-- setup`, up to `-->`: Python that a reader does not see, for pages that speak of a model of the reader's own.
 
 A block whose info string says `no-run` is not run. Numbers may differ as `NUMBERS` says, and seconds in any way.
@@ -18,9 +18,10 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Block:
     stop: int
     line: int
     runs: bool = True
+    file: str | None = None
 
 
 def blocks(text: str) -> list[Block]:
@@ -68,9 +70,11 @@ def blocks(text: str) -> list[Block]:
         if match["setup"] is not None:
             found.append(Block("setup", match["setup"], "", match.start(), match.end(), line))
             continue
-        runs = "no-run" not in match["info"].split()
+        info = match["info"].split()
+        file = next((word.removeprefix("file=") for word in info if word.startswith("file=")), None)
         code, printed = match["code"], match["printed"] or ""
-        found.append(Block(match["language"], code, printed, match.start(), match.end(), line, runs))
+        place = match.start(), match.end(), line
+        found.append(Block(match["language"], code, printed, *place, "no-run" not in info, file))
     return found
 
 
@@ -85,7 +89,10 @@ def run(page: Path, folder: Path) -> Iterator[tuple[Block, Block]]:
         for block in blocks(page.read_text(encoding="utf-8")):
             if not block.runs:
                 continue
-            if block.language in ("python", "setup"):
+            if block.file is not None:
+                Path(block.file).write_text(block.code, encoding="utf-8")
+                yield block, block
+            elif block.language in ("python", "setup"):
                 source = "\n" * block.line + block.code
                 code = compile(source, str(page), "exec")
                 yield block, replace(block, printed=_printed(lambda code=code: exec(code, namespace)))
@@ -95,12 +102,18 @@ def run(page: Path, folder: Path) -> Iterator[tuple[Block, Block]]:
 
 @contextlib.contextmanager
 def _inside(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
+    """There, as a script is: its modules are found, and forgotten afterwards."""
+    before, modules = Path.cwd(), set(sys.modules)
     os.chdir(folder)
+    sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         os.chdir(before)
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - modules:
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
+                del sys.modules[name]
 
 
 def _session(block: Block, page: Path) -> str:
@@ -110,14 +123,27 @@ def _session(block: Block, page: Path) -> str:
     shown = []
     for command in commands:
         program, *words = shlex.split(command.removeprefix("$ "), comments=True)
-        assert program == "blk", f"{page.name}:{block.line}: {program} cannot be run here; mark the block no-run"
+        assert program in PROGRAMS, f"{page.name}:{block.line}: {program} cannot be run here; mark the block no-run"
 
-        def call(words: list[str] = words, command: str = command) -> None:
-            assert blk(words) == 0, f"{page.name}:{block.line}: {command}"
+        def call(program: str = program, words: list[str] = words, command: str = command) -> None:
+            assert PROGRAMS[program](words) == 0, f"{page.name}:{block.line}: {command}"
 
         printed = _printed(call)
         shown.append(f"{command}\n{printed}" if block.language == "console" else f"{command}\n")
     return "".join(shown)
+
+
+def _torchrun(words: list[str]) -> int:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    print(done.stdout, end="")
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+    return done.returncode
+
+
+PROGRAMS: dict[str, Callable[[list[str]], int]] = {"blk": blk, "torchrun": _torchrun}
 
 
 def _printed(call: Any) -> str:

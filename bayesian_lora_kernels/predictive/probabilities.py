@@ -63,11 +63,11 @@ def _mean_of_pairs(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     return _centred(mean), variance[:, None]
 
 
-# From the variance of every difference of two logits: `1 / p_k` is the sum over j of
-# `exp(-(f_k - f_j) / sqrt(T^2 + pi/8 b S_kj))`, with `S_kj` the variance of `f_k - f_j`; then divided by their sum.
+#: From the variance of every difference of two logits: `1 / p_k` is the sum over j of
+#: `exp(-(f_k - f_j) / sqrt(T^2 + pi/8 b S_kj))`, with `S_kj` the variance of `f_k - f_j`; then divided by their sum.
 pairwise_log_probs = TemperedFormula(_pairs, lambda scaled: (-(-scaled).logsumexp(dim=-1)).log_softmax(dim=-1))
 
-# From the mean v of these variances: the softmax of `f / sqrt(T^2 + pi/8 b v)`, which keeps the most probable class.
+#: From the mean v of these variances: the softmax of `f / sqrt(T^2 + pi/8 b v)`, which keeps the most probable class.
 scalar_log_probs = TemperedFormula(_mean_of_pairs, lambda scaled: scaled.log_softmax(dim=-1))
 
 
