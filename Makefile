@@ -16,6 +16,7 @@
 #   them: 3 GB to download and 5 GB of disk, since they bring NVIDIA's packages; less where PIP_FLAGS names an index of CPU
 #   builds
 # make fuzz: 100,000 damaged posteriors and adapter folders; COUNT=1000 for fewer
+# make soak: 200 fits and 10,000 predictions in one process; memory must not grow; writes docs/soak.svg
 # make test-saves: two processes save into one folder at once, 1,000 times, while a third reads
 # make docs: these pages as a site in docs/_build; a warning is an error. make pages: runs the pages' code and writes what it
 #   prints into them; PAGES="docs/tutorials/classification.md" for some
@@ -120,7 +121,8 @@ FLOOR_TESTS  ?= tests/test_bad_calls.py tests/test_batches.py tests/test_calibra
 # transformers 4.46 cannot make the first test's model, and its Trainer does not fit the accelerate of today.
 FLOOR_SKIP   := tests/test_batches.py::test_a_vision_language_model_one_example_at_a_time \
   tests/test_crossfit.py::test_a_trainer \
-  tests/test_crossfit.py::test_a_trainer_hands_over_the_right_examples_whatever_its_loaders_keep
+  tests/test_crossfit.py::test_a_trainer_hands_over_the_right_examples_whatever_its_loaders_keep \
+  "tests/test_examples.py::test_an_example_runs[trainer]" tests/test_examples.py::test_accelerate_on_two_processes
 
 # In a copy, so that neither the sources nor an extension built for .venv are imported in place of what was installed.
 test-floors: $(FLOORS)/.ready
@@ -208,6 +210,9 @@ format: $(READY)
 
 bench: $(READY)
 	@$(PYTEST) -q benchmarks --benchmark-only
+
+soak: $(READY)
+	@$(BIN)/python -m benchmarks.soak --json benchmarks/results/cpu-2026-11/soak.json --plot docs/soak
 
 study: $(STUDIED)
 	@$(BIN)/python -m benchmarks.calibration.methods --ratings $(RATINGS) --out blk-study $(STUDY)

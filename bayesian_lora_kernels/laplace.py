@@ -26,7 +26,7 @@ from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
-from bayesian_lora_kernels.model.sharding import in_step, not_sharded
+from bayesian_lora_kernels.model.sharding import check_apart, in_step, not_sharded
 from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
 from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence
@@ -291,6 +291,7 @@ class LaplaceLoRA:
         likelihood = LIKELIHOODS[self.likelihood]()
         processes = Processes(group)
         with processes.together():
+            check_apart(self.model, processes)
             val_loader = own_share(val_loader, processes, "optimize_prior_precision")
             found = minimise_nll(self._predictor(fit), likelihood, val_loader, fit.curvature, processes)
         self.prior_precision = found
@@ -346,6 +347,7 @@ class LaplaceLoRA:
         likelihood = LIKELIHOODS[self.likelihood]()
         found, scale, processes = LabelLikelihood(), self.variance_scale, Processes(group)
         with processes.together():
+            check_apart(self.model, processes)
             val_loader = own_share(val_loader, processes, "calibrate")
             processes.check_alike(self._prior_numbers())
             for mean, (covariance,), labels in labelled_predictions(
@@ -422,6 +424,7 @@ class LaplaceLoRA:
         fit, processes = self._fitted("predict"), Processes(gather)
         device = model_device(self.model)
         with processes.together():
+            check_apart(self.model, processes)
             own = None
             if gather is None or batch is not None:
                 (batch,) = in_step(self.model, [batch])

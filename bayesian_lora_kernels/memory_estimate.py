@@ -37,6 +37,7 @@ LABELS = {
     "model/hidden.py": GRAPH,
     "model/capture.py": GRADIENTS,
     "model/jacobians.py": GRADIENTS,
+    "curvature/likelihood.py": "losses and their cotangents",
     "model/checks.py": "checks of the model",
     "model/probe.py": "checks of the model",
     "model/padding.py": "checks of the model",
@@ -220,16 +221,16 @@ class _Subject:
         each = sum(store.rows(name).nbytes for name in store.names) // seen
         rows = _Rows(each, n_examples, budget)
         here = live.peak[self.device]
-        during = {GRADIENTS: here[GRADIENTS] - seen * each, ROWS: min(rows.all, budget)}
-        peak = {**live.peak, self.device: {**here, **during}}
-        counted, found = rows.all > 0 and not rows.in_files, {}
-        for name in store.names:
-            size = round(store.n_rows * (n_examples or seen) / seen), store.width(name)
-            like = torch.empty(size, dtype=store.rows(name).dtype, device="meta")
-            found[name] = self.dry.empty(like, self.device, ROWS if counted else None)
+        peak = {**live.peak, self.device: {**here, ROWS: min(rows.all, budget)}}
+        size = round(store.n_rows * (n_examples or seen) / seen), store.n_columns
+        like = torch.empty(size, dtype=store.read(slice(0, 1)).dtype, device="meta")
+        counted = rows.all > 0 and not rows.in_files
+        found = RowStore.of(
+            {name: store.width(name) for name in shapes}, self.dry.empty(like, self.device, ROWS if counted else None)
+        )
         del some, store
         live.forget_peak()
-        return FunctionSpaceCurvature(RowStore.of(found), shapes, self.device), [peak, live.peak], rows
+        return FunctionSpaceCurvature(found, shapes, self.device), [peak, live.peak], rows
 
     def predict(
         self, batch: Any, curvature: Curvature, outputs: Outputs | Literal["vocabulary"], differences: bool

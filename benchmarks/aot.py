@@ -49,7 +49,7 @@ HEIGHTS = {
     "wide_input_kernel": ("C_", "O_"),
     "wide_output_kernel": ("C_", "O_"),
     "kept_rows_kernel": ("C_",),
-    "narrow_rows_kernel": ("C_", "R_"),
+    "narrow_rows_kernel": ("C_", "O_"),
     "similarities_kernel": ("T_",),
     "remainder_similarities_kernel": ("T_",),
     "token_gram_kernel": ("C_", "O_"),

@@ -3,14 +3,13 @@
 `python -m benchmarks.memory --json FILE` writes the numbers, and a table beside it. Each case runs in a process of its
 own, which does the same with a tiny model first, so that code which loads at first use is there. Then the freed heap
 goes back to the system, Linux's high-water mark of the resident set is reset, and the model is made, fitted, and
-predicts. A peak is the high-water mark less the resident set before the model was made: the model is in it. glibc is
-told to give every larger block back to the system when it is freed; what it would keep is its own, and no need.
+predicts. A peak is the high-water mark less the resident set before the model was made: it has the model in it. glibc
+is told to give every larger block back to the system when it is freed; what it would keep is its own, and no need.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -29,7 +28,8 @@ from bayesian_lora_kernels.memory_estimate import readable
 from .peak_memory import reset_peak, resident
 from .workload import Workload
 
-VOCABULARY = "vocabulary"
+VOCABULARY, SCORE = "vocabulary", "score"
+BUDGETS = (None, 8 * 10**6, 2 * 10**6)
 GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 BATCHES = 3
 SMALL = Workload(layers=2, width=256, heads=4, feed_forward=688)
@@ -45,18 +45,20 @@ class Case:
     name: str
     workload: Workload
     settings: Mapping[str, Any] = field(default_factory=dict)
-    vocabulary: bool = False
+    outputs: str | None = None  # VOCABULARY or SCORE
 
     def laplace(self, workload: Workload) -> LaplaceLoRA:
-        ids = {} if self.vocabulary else {"class_token_ids": workload.class_token_ids}
+        ids = {} if self.outputs else {"class_token_ids": workload.class_token_ids}
         return LaplaceLoRA(workload.model(), **ids, **self.settings)
 
     def batches(self, workload: Workload) -> list[dict[str, Tensor]]:
         batches = workload.batches(BATCHES)
-        return [{**batch, "labels": batch["input_ids"]} for batch in batches] if self.vocabulary else batches
+        return [{**batch, "labels": batch["input_ids"]} for batch in batches] if self.outputs else batches
 
     def predict(self, laplace: LaplaceLoRA, batch: Mapping[str, Tensor]) -> None:
-        if self.vocabulary:
+        if self.outputs == SCORE:
+            laplace.score(batch)
+        elif self.outputs == VOCABULARY:
             laplace.predict_vocabulary(batch).probs()
         else:
             laplace.predict(batch)
@@ -72,7 +74,21 @@ def cases() -> list[Case]:
     exact = {"curvature": "exact", "memory_budget": 20 * 10**6}
     found.append(Case("exact, rows in files", replace(SMALL, classes=16, examples=16), exact))
     found.append(Case("budget of 2 MB", replace(plain, examples=16), {"memory_budget": 2 * 10**6}))
-    found.append(Case("vocabulary", replace(SMALL, examples=4), vocabulary=True))
+    found.append(Case("vocabulary", replace(SMALL, examples=4), outputs=VOCABULARY))
+    return found
+
+
+def budget_cases() -> list[Case]:
+    """One batch size, three budgets, and batches of one example, which need least."""
+    found = []
+    kinds = {kind: {"curvature": kind} for kind in ("kfac", "ekfac", "exact")}
+    for name, settings in {**kinds, VOCABULARY: {}, SCORE: {}}.items():
+        outputs = name if name in (VOCABULARY, SCORE) else None
+        for budget in BUDGETS:
+            said = "no budget" if budget is None else f"budget {readable(budget)}"
+            own = {**settings, "memory_budget": budget}
+            found.append(Case(f"{name}, {said}", replace(SMALL, examples=32), own, outputs))
+        found.append(Case(f"{name}, one example", replace(SMALL, examples=1), settings, outputs))
     return found
 
 
@@ -92,10 +108,13 @@ def measure(case: Case) -> dict[str, Any]:
     reset_peak()
     case.predict(laplace, batches[0])
     measured["predict"] = resident(peak=True) - before
-    outputs = VOCABULARY if case.vocabulary else None
+    seen = {"case": case.name, "model": model, "measured": measured}
+    if case in budget_cases():
+        return seen
+    outputs = VOCABULARY if case.outputs else None
     found = laplace.memory_estimate(batches[0], outputs, n_examples=BATCHES * case.workload.examples)
     estimated = {"fit": found.fit["cpu"], "predict": found.predict["cpu"]}
-    return {"case": case.name, "model": model, "measured": measured, "estimated": estimated, **found.as_dict()}
+    return {**seen, "estimated": estimated, **found.as_dict()}
 
 
 def in_fresh_process(name: str) -> dict[str, Any]:
@@ -124,25 +143,36 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def budget_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Peaks above the model."""
+    lines = ["| | fit | predict |", "|---|---|---|"]
+    for one in results:
+        above = [readable(one["measured"][use] - one["model"]) for use in ("fit", "predict")]
+        lines.append(f"| {' | '.join([one['case'], *above])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", choices=[case.name for case in cases()], help="measure one, in this process")
+    every = {case.name: case for case in [*cases(), *budget_cases()]}
+    parser.add_argument("--case", choices=every, help="measure one, in this process")
+    parser.add_argument("--budgets", action="store_true", help="what memory_budget does, instead of the estimate")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the numbers, and a table to FILE's name as .md"
     )
     arguments = parser.parse_args()
     if arguments.case is not None:
         warnings.simplefilter("ignore")
-        print(json.dumps(measure(next(case for case in cases() if case.name == arguments.case))))
+        print(json.dumps(measure(every[arguments.case])))
         return
+    chosen, as_table = (budget_cases(), budget_table) if arguments.budgets else (cases(), table)
     results = []
-    for case in cases():
+    for case in chosen:
         results.append(in_fresh_process(case.name))
-        print(table(results[-1:]).splitlines()[-1], flush=True)
-        gc.collect()
+        print(as_table(results[-1:]).splitlines()[-1], flush=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        arguments.json.with_suffix(".md").write_text(f"{table(results)}\n", encoding="utf-8")
+        arguments.json.with_suffix(".md").write_text(f"{as_table(results)}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -196,6 +196,7 @@ def recording() -> Iterator[Recorder]:
         mock.patch.object(pieces, "_is_new", return_value=False),
         mock.patch.object(_config, "meta_nonzero_assume_all_nonzero", True),
         mock.patch.object(torch, "Generator", return_value=_NoGenerator()),
+        mock.patch.object(Passes, "device", META),  # of a model that is all on it, as no other is
         mock.patch.object(Passes, "_drawn", return_value=None),
         recorder,
     ):

@@ -51,7 +51,10 @@ def laplace(one: Case, setting: str, **settings: Any) -> blk.LaplaceLoRA:
 
 def tensors(fitted: blk.LaplaceLoRA) -> dict[str, torch.Tensor]:
     """All that a fit found."""
-    found = dict(fitted.posterior.curvature.pack()[0])
+    packed = fitted.posterior.curvature.pack()[0]
+    found = {
+        name: one.clone() if isinstance(one, torch.Tensor) else one.read(slice(None)) for name, one in packed.items()
+    }
     found["n_examples"] = torch.tensor(fitted.n_examples)
     if fitted.log_likelihood is not None:
         found["log_likelihood"] = torch.tensor(fitted.log_likelihood, dtype=torch.float64)

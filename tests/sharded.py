@@ -192,6 +192,17 @@ def sharded(mesh: Any, policy: Any = None) -> Ready:
     return ready
 
 
+def replicated(rank: int) -> dict[str, Tensor]:
+    """DistributedDataParallel: every process by itself, with more data on one than on the other; training goes on."""
+    model = nn.parallel.DistributedDataParallel(llama(causal=False))
+    laplace = blk.LaplaceLoRA(model, rank=None, fisher="exact").fit(BATCHES[: 1 + rank], progress=False)
+    found = numbers(laplace, BATCHES[0])
+    model.train()
+    model(**BATCHES[rank]).loss.backward()
+    gradients = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
+    return found | {f"gradient of {name}": g for name, g in gradients.items()}
+
+
 def refusals(ready: Ready) -> dict[str, str]:
     """What every process says of what cannot be: none of them may hang."""
     rank = dist.get_rank()
@@ -229,6 +240,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     results: dict[str, Any] = {}
     for name, scene in SCENES.items():
         results[name] = scene(half if name == "mixed" else sharded(mesh), folder)
+    results["replicated"] = replicated(rank)
     results["refusals"] = refusals(sharded(mesh))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -79,7 +79,7 @@ def test_what_is_expected_of_a_kernel():
     assert aot.expected(launch("wide_input", C_=4, O_=8)).matrix == "mma"
     assert aot.expected(launch("product", BV=128, PRECISION="ieee")).matrix == "best"
     assert aot.expected(launch("product", BV=64, PRECISION="tf32x3")).matrix == "mma"
-    assert aot.expected(launch("narrow_rows", C_=2, R_=8)).matrix == "mma"
+    assert aot.expected(launch("narrow_rows", C_=2, O_=8)).matrix == "mma"
     assert aot.expected(launch("merge")) == aot.expected(launch("orthonormalise", BL=64)) == aot.Expected()
     assert list(aot.expected(launch("orthonormalise", BL=128)).stack) == ["all"]
 

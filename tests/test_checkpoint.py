@@ -161,6 +161,26 @@ def test_a_shuffled_loader_gives_the_same_order_again(draws, tmp_path):
         assert torch.equal(torch.rand(3), drawn), "what is drawn afterwards"
 
 
+def test_a_forward_that_draws_goes_on_with_its_numbers(tmp_path):
+    one = mlp(n=8)
+
+    def noisy() -> blk.LaplaceLoRA:
+        def forward(model: Any, batch: Any) -> torch.Tensor:
+            return model(batch[0] + torch.randn(batch[0].shape, dtype=torch.float64))
+
+        return blk.LaplaceLoRA(one.model, forward=forward, curvature="ekfac", check="off")
+
+    for after in (0, 2, 4, 5):
+        torch.manual_seed(0)
+        expected = tensors(noisy().fit(one.loader(2), progress=False))
+        torch.manual_seed(0)
+        with pytest.raises(Stop):
+            noisy().fit(Batches(one.loader(2), after), progress=False, checkpoint=tmp_path, every=1)
+        torch.manual_seed(0 if after == 0 else 1)
+        found = noisy().fit(one.loader(2), progress=False, checkpoint=tmp_path)
+        assert differences(tensors(found), expected) == []
+
+
 class Stateful(Batches):
     """A loader that says where it was, as torchdata's StatefulDataLoader does."""
 
@@ -418,7 +438,8 @@ def test_two_fits_into_one_folder(tmp_path):
 def test_a_loaders_workers_do_not_hold_the_folder(tmp_path):
     """They outlive a killed fit by some seconds."""
     reading, writing = os.pipe()
-    with checkpoint_folder.held(tmp_path):
+    with checkpoint_folder.held(tmp_path) as folder:
+        folder.write({}, {"fit": None})
         child = os.fork()
         if child == 0:
             os.close(writing)
@@ -463,6 +484,21 @@ def test_damaged_files_are_refused_by_name(setting, tmp_path):
                 laplace(one, setting).fit(one.loader(2), progress=False, checkpoint=tmp_path)
         path.write_bytes(whole)
     laplace(one, setting).fit(one.loader(2), progress=False, checkpoint=tmp_path)
+
+
+def test_what_a_killed_writing_left_is_removed(tmp_path):
+    one = case()
+    stopped("exact", tmp_path, 2, one)
+    left = [tmp_path / RANK / "writing", tmp_path / RANK / "pass-0-9.safetensors"]
+    left[0].mkdir()
+    for path in (left[0] / "fit-4.safetensors", left[1]):
+        path.write_bytes(b"half of it")
+
+    def batches() -> Any:
+        assert not any(path.exists() for path in left)
+        yield from one.loader(2)
+
+    laplace(one, "exact").fit(batches(), progress=False, checkpoint=tmp_path)
 
 
 def test_a_newer_version(tmp_path):
@@ -517,6 +553,15 @@ def test_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         laplace(one, "exact").fit(one.loader(2), progress=False, checkpoint=tmp_path)
     assert [path for path in contents(tmp_path) if "lock" not in path] == []
+    full[0] = False
+
+    def full_at_the_first_sums() -> Any:
+        for batch in one.loader(2):
+            full[0] = True
+            yield batch
+
+    with pytest.raises(OSError, match="No space left"):
+        laplace(one, "exact").fit(full_at_the_first_sums(), progress=False, checkpoint=tmp_path, every=1)
 
     def filling() -> Any:
         for i, batch in enumerate(one.loader(2)):

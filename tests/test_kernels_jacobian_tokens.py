@@ -187,7 +187,7 @@ def test_variants_are_distinct_and_readable():
     a, g = data(2, 37, 70, 4, 3, torch.float16)
     out, mask = torch.empty(2, 3, 3), torch.ones(2, 37) > 0
     assert [str(one) for one in launch.variants(out, a, g, None)] == [
-        "input fp16 fp16 aligned contiguous rest C=4 O=4 D=64 T=32"
+        "input fp16 fp16 aligned contiguous rest R=4 C=4 O=4 D=64 T=32"
     ]
     bases = [torch.empty(4, 4)] * 3, [torch.empty(70, 6)] * 3
     found = launch.variants(out, [a, a, a.mT.contiguous().mT], [g] * 3, *bases, *[[None] * 3] * 4, [None, mask, None])

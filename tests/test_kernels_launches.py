@@ -33,7 +33,7 @@ def configuration(launch):
     # Outputs and directions side by side make up the rows of one tile; each K_ has one of the layouts.
     if "O_" in constants:
         constants["rows"] = str(int(constants.pop("C_")) * int(constants.pop("O_")))
-        constants["K_"] = str(constants["K_"] != "0")
+        constants["K_"] = str(constants.get("K_") != "0")
     if launch.function == "wide_output_kernel":
         constants["T_"] = str(constants["T_"] != "1")
     widened = launch.constants.get("WIDEN", False)

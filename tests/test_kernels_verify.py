@@ -154,7 +154,8 @@ def random_jacobian(draw):
     wide, narrow = draw.choice([300, 1024]), draw.choice([2, 4, 8, 16, 24, 64])
     outputs, tokens, kept = draw.choice([1, 2, 3, 4, 8, 30]), draw.choice([8, 100, 256]), draw.choice([0, 10, 32, 50])
     d_in, d_out = (wide, narrow) if draw.random() < 0.5 else (narrow, wide)
-    k_in, k_out = (min(kept, d_in), d_out) if d_in > d_out else (d_in, min(kept, d_out))
+    kept_narrow = narrow - draw.choice([0, 1])
+    k_in, k_out = (min(kept, d_in), kept_narrow) if d_in > d_out else (kept_narrow, min(kept, d_out))
     stride = draw.choice([1, 1, 2])
     a = torch.empty(2, tokens, stride * d_in, dtype=dtype)[..., ::stride]
     g = torch.empty(2, outputs, tokens, stride * d_out, dtype=dtype)[..., ::stride]

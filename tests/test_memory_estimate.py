@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from bayesian_lora_kernels import LaplaceLoRA
 from bayesian_lora_kernels.cli import main
+from bayesian_lora_kernels.config import LaplaceConfig
+from bayesian_lora_kernels.curvature.factor_sums import FactorSums
 from bayesian_lora_kernels.memory_estimate import GRAPH, MODEL, ROWS, MemoryEstimate, readable
+from bayesian_lora_kernels.model.deferred import AT_ONCE
 from bayesian_lora_kernels.model.dry_run import DryRun, LiveBytes
 from benchmarks.memory import in_fresh_process
 from benchmarks.peak_memory import measurable
@@ -81,8 +84,8 @@ def test_nothing_is_touched_and_no_weight_is_read():
 
 
 def test_the_budget_makes_pieces():
-    case = models.mlp(n=8, tokens=8, width=64, dtype=torch.float32)
-    wide, narrow = (estimate(case, settings={"memory_budget": size, "check": "off"}) for size in (10**9, 3000))
+    case = models.mlp(n=32, tokens=32, width=32, dtype=torch.float32)
+    wide, narrow = (estimate(case, settings={"memory_budget": size, "check": "off"}) for size in (10**9, 80_000))
     assert narrow.fit["cpu"] < wide.fit["cpu"] / 2
 
 
@@ -200,3 +203,22 @@ def test_doctor_says_what_is_wrong(place: Path, capsys: Any, options: list[str],
         code = int(stopped.code or 0)
     assert code == 2
     assert said in capsys.readouterr().err
+
+
+def test_rows_that_wait_are_within_the_budget():
+    """A factor of 300 columns would let 768 rows wait; with a budget for 100 of them, it takes 100 at a time."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(20, 300, generator=generator) for _ in range(12)]
+    most = {}
+    for budget in (None, 100 * 300 * 4):
+        sums = FactorSums(LaplaceConfig(memory_budget=budget))
+        waiting = []
+        for x in batches:
+            sums.add({"a": (x, None)}, AT_ONCE, lambda key: ValueError(key))
+            waiting.append(sums.sums["a"].waiting_bytes)
+        most[budget] = max(waiting)
+        found, tail = sums.finish({"a": 1.0})["a"]
+        total = sum(float(x.double().square().sum()) for x in batches)
+        assert float(found.double().square().sum() + tail * (300 - found.shape[1])) == pytest.approx(total, rel=1e-5)
+    assert most[None] == 12 * 20 * 300 * 4
+    assert most[100 * 300 * 4] == 100 * 300 * 4

@@ -71,6 +71,22 @@ def test_a_mixed_precision_policy(found: list[dict[str, Any]], tmp_path: Path):
     assert 1e-4 < off < 0.1, off
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_replicated_by_ddp(rank: int, found: list[dict[str, Any]]):
+    """Each process has its own posterior, of its own data, and the gradients of training are averaged as before."""
+    model = sharded.llama(causal=False)
+    laplace = blk.LaplaceLoRA(model, rank=None, fisher="exact").fit(sharded.BATCHES[: 1 + rank], progress=False)
+    expected = sharded.numbers(laplace, sharded.BATCHES[0])
+    values = {key.replace(".module.", ".").replace(" module.", " "): v for key, v in found[rank]["replicated"].items()}
+    assert all(relative(values[key], value) <= TOLERANCE for key, value in expected.items())
+    for batch in sharded.BATCHES:
+        (model(**batch).loss / 2).backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert relative(values[f"gradient of {name}"], p.grad) <= TOLERANCE, name
+
+
 REFUSED = {
     "other batches": "batch 1: FSDP",
     "another number": "no more",

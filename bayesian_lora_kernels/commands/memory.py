@@ -42,7 +42,7 @@ def estimate(args: Namespace) -> tuple[str, dict[str, Any]]:
             config,
             Prior(1.0),
             batch,
-            outputs=VOCABULARY if args.outputs == VOCABULARY else None,
+            outputs="vocabulary" if args.outputs == VOCABULARY else None,
             n_examples=args.examples,
             device=device,
         )

@@ -21,9 +21,9 @@ CURVATURES = ("kfac", "ekfac", "exact")
 METHODS = ("pairwise", "scalar", "probit", "bridge", "mc")  # of probabilities, but for the model's own
 CALIBRATED = ("pairwise", "scalar")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-# Those that --choices and the evidence do not say already.
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 VOCABULARY: Final = "vocabulary"
+# Those that --choices and the evidence do not say already.
 SETTINGS = {one.name for one in fields(LaplaceConfig)} - {"class_token_ids", "likelihood", "prior_precision"}
 
 
@@ -82,6 +82,27 @@ def add_device(parser: ArgumentParser) -> None:
     """Where and in what the model computes."""
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base model; default: as it was saved")
+
+
+def add_memory(parser: ArgumentParser) -> None:
+    """Of an estimate."""
+    group = parser.add_argument_group(
+        "memory", "with --adapter, a folder with an adapter_config.json, and a base model with a config.json"
+    )
+    group.add_argument("--batch-size", type=positive, metavar="N", help="texts in a batch")
+    group.add_argument("--length", type=positive, metavar="T", help="tokens of a text")
+    group.add_argument("--curvature", choices=CURVATURES, default=LaplaceConfig.curvature, help="default: %(default)s")
+    group.add_argument(
+        "--budget", type=_bytes, metavar="BYTES", help="memory_budget, such as 8GB; default: half of what is left free"
+    )
+    group.add_argument(
+        "--outputs",
+        type=_outputs,
+        default=2,
+        metavar="C",
+        help="how many choices or labels are predicted, or `vocabulary`; default: 2",
+    )
+    group.add_argument("--examples", type=positive, metavar="N", help="of the fit, for the rows of exact")
 
 
 def add_settings(parser: ArgumentParser) -> None:
@@ -157,30 +178,20 @@ def add_diagrams(parser: ArgumentParser) -> None:
     )
 
 
-def add_memory_options(parser: ArgumentParser) -> None:
-    """Of an estimate."""
-    group = parser.add_argument_group(
-        "memory", "with --adapter, a folder with an adapter_config.json, and a base model with a config.json"
-    )
-    group.add_argument("--batch-size", type=positive, metavar="N", help="texts in a batch")
-    group.add_argument("--length", type=positive, metavar="T", help="tokens of a text")
-    group.add_argument("--curvature", choices=CURVATURES, default=LaplaceConfig.curvature, help="default: %(default)s")
-    group.add_argument(
-        "--budget", type=_bytes, metavar="BYTES", help="memory_budget, such as 8GB; default: half of what is left free"
-    )
-    group.add_argument(
-        "--outputs",
-        type=_outputs,
-        default=2,
-        metavar="C",
-        help="how many choices or labels are predicted, or `vocabulary`; default: 2",
-    )
-    group.add_argument("--examples", type=positive, metavar="N", help="of the fit, for the rows of exact")
-
-
 def add_json(parser: ArgumentParser, text: str = "also write the results to this file") -> None:
     """Of every command; `output.check_outputs` looks at it."""
     parser.add_argument("--json", type=Path, metavar="FILE", help=text)
+
+
+def _outputs(text: str) -> int | str:
+    return text if text == VOCABULARY else positive(text)
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text)
+    if found is None or not (size := round(float(found[1]) * UNITS[found[2]])):
+        raise ArgumentTypeError(f"expected bytes, such as 8GB or 500MB, got {text!r}")
+    return size
 
 
 def positive(text: str) -> int:
@@ -225,14 +236,3 @@ def _pattern(text: str) -> str | None:
     except re.error as error:
         raise ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from error
     return text
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text)
-    if found is None or not (size := round(float(found[1]) * UNITS[found[2]])):
-        raise ArgumentTypeError(f"expected bytes, such as 8GB or 500MB, got {text!r}")
-    return size
-
-
-def _outputs(text: str) -> int | str:
-    return text if text == VOCABULARY else positive(text)

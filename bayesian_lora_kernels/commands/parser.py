@@ -16,7 +16,7 @@ from bayesian_lora_kernels.commands.options import (
     add_diagrams,
     add_job_options,
     add_json,
-    add_memory_options,
+    add_memory,
     add_model,
     add_posterior,
     add_probabilities,
@@ -120,7 +120,7 @@ def _doctor(subparsers: Subparsers) -> None:
         "machine, and remember the outcome",
     )
     add_device(parser)
-    add_memory_options(parser)
+    add_memory(parser)
     add_json(parser, "also write the report to this file")
 
 

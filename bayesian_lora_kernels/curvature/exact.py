@@ -7,9 +7,9 @@ decomposed. Evidence for every prior precision then costs nothing more than its 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,21 @@ from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.posterior.stored import Stored
 from bayesian_lora_kernels.posterior.tensor_file import Columns
 
+# Rows that are widened to float64 at a time: on a GPU few launches count, on a CPU what its caches hold.
 SLICE_BYTES = 128 * 2**20
+CPU_SLICE_BYTES = 4 * 2**20
 GRAM = "gram"
-ROUNDING = 1e-3  # of the rows' square lengths in a file
+ROUNDING = 1e-6  # of the inner products of rows in a file
+
+Columnwise = Callable[[slice], Tensor]
+
+
+class Prepared(NamedTuple):
+    """What a prior makes of the rows: with D the inverse prior precisions, the eigendecomposition of `R D R^T`."""
+
+    variances: Tensor  # D: of each layer, in the order of the rows' columns, or 0-d
+    values: Tensor
+    vectors: Tensor
 
 
 @register("exact")
@@ -39,7 +51,7 @@ class FunctionSpaceCurvature(Curvature):
         eigenvectors: of it, `[n, n]`.
 
     Args:
-        store: the rows, per layer `[n, d_out * d_in]` in row-major order of the weight.
+        store: the rows, of each layer in row-major order of its weight.
         shapes: `{layer: (d_out, d_in)}`.
         device: where to compute.
         gram: `R R^T`, if known already.
@@ -60,7 +72,7 @@ class FunctionSpaceCurvature(Curvature):
         self.store = store
         self.device = device
         self._shapes = dict(shapes)
-        self.gram = self._gram_of(self.store.names, None) if gram is None else gram.to(device)
+        self.gram = self._gram() if gram is None else gram.to(device)
         if not torch.isfinite(self.gram).all():
             raise ValueError("the Gram matrix of the Gauss-Newton rows is not finite; keep the rows in a wider dtype")
         self.eigenvalues, self.eigenvectors = torch.linalg.eigh(self.gram)
@@ -69,10 +81,12 @@ class FunctionSpaceCurvature(Curvature):
     @classmethod
     def measure(cls, data: Passes) -> FunctionSpaceCurvature:
         """One pass for the rows."""
-        store = RowStore(data.memory_budget, data.config.row_dtype)
+        shapes = {layer.name: layer.shape for layer in data.layers}
+        widths = {name: math.prod(shape) for name, shape in shapes.items()}
+        store = RowStore(widths, data.memory_budget, data.config.row_dtype)
         for gradients in data.weight_gradients("rows", [store]):
-            store.append({layer.name: gradients[layer.name].flatten(start_dim=1) for layer in data.layers})
-        return cls(store, {layer.name: layer.shape for layer in data.layers}, data.device)
+            store.append({name: gradients[name].flatten(start_dim=1) for name in widths})
+        return cls(store, shapes, data.device)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
@@ -92,19 +106,28 @@ class FunctionSpaceCurvature(Curvature):
 
     def logdet(self, prior: Prior) -> Tensor:
         """See `Curvature`."""
-        base = torch.stack([prior[name].to(self.device).log() * p for name, p in self.n_parameters.items()]).sum()
+        precisions = self._precisions(prior)
         if prior.shared is not None:
-            return base + torch.log1p(self.eigenvalues / prior.shared.to(self.device)).sum()
-        scaled = sum(gram / prior[name].to(self.device) for name, gram in self.layer_grams.items())
-        assert isinstance(scaled, Tensor)
+            return self.store.n_columns * precisions.log() + torch.log1p(self.eigenvalues / precisions).sum()
+        base = (precisions.log() * precisions.new_tensor([self.store.width(name) for name in self.store.names])).sum()
+        scaled = torch.tensordot(precisions.reciprocal(), self.layer_grams, 1)
         return base + torch.linalg.slogdet(torch.eye(len(scaled), dtype=scaled.dtype, device=self.device) + scaled)[1]
 
     @cached_property
-    def layer_grams(self) -> dict[str, Tensor]:
-        """Each layer's own `R R^T`, `[n, n]` float64."""
-        return {name: self._gram_of([name], None) for name in self.store.names}
+    def layer_grams(self) -> Tensor:
+        """Each layer's own `R R^T`, `[layers, n, n]` float64, in the order of `store.names`."""
+        n = self.store.n_rows
+        grams = torch.zeros(len(self.store.names), n, n, dtype=torch.float64, device=self.device)
+        for layers, columns in self.store.slices_of_layers(self._step()):
+            rows, outs = self._rows(columns), grams[layers]
+            if len(outs) == 1:
+                ops.outer_product(rows.mT, out=outs[0])
+            else:
+                by_layer = rows.unflatten(1, (len(outs), -1)).transpose(0, 1)
+                outs.baddbmm_(by_layer, by_layer.mT)
+        return grams
 
-    def covariance(self, jacobians: Jacobians, prior: Prior, prepared: tuple[Tensor, Tensor]) -> Tensor:
+    def covariance(self, jacobians: Jacobians, prior: Prior, prepared: Prepared) -> Tensor:
         """See `Curvature`: float64.
 
         `Sigma = D - D R^T (I + R D R^T)^-1 R D` with D the inverse prior precisions.
@@ -112,25 +135,18 @@ class FunctionSpaceCurvature(Curvature):
         n, c = jacobians.shape
         own = torch.zeros(n, c, c, dtype=torch.float64, device=self.device)
         cross = torch.zeros(n * c, self.store.n_rows, dtype=torch.float64, device=self.device)
-        names = self.store.names
-        variances = torch.stack([prior[name] for name in names]).to(self.device).reciprocal()
-        weights = dict(zip(names, variances.unbind(), strict=True))
-        for name in names:
-            flat = jacobians.matrix(name).reshape(n * c, -1)
-            weight = weights[name]
-            for columns, rows in self._slices(name):
-                j = flat[:, columns].to(self.device, torch.float64)
-                cross += (j @ rows.mT) * weight
-                by_example = j.reshape(n, c, -1)
-                own += (by_example @ by_example.mT) * weight
-        values, vectors = prepared
-        projected = (cross @ vectors).reshape(n, c, -1)
-        own -= (projected / (1 + values)) @ projected.mT
+        layers = [jacobians.matrix(name).flatten(start_dim=2).to(self.device) for name in self.store.names]
+        variances = self._by_column(prepared.variances)
+        for columns in self.store.slices(self._step(n * c)):
+            j = self.store.cut(layers, columns).to(torch.float64)
+            scaled = j * variances(columns)
+            own.baddbmm_(scaled, j.mT)
+            cross.addmm_(scaled.flatten(end_dim=1), self._rows(columns).mT)
+        projected = (cross @ prepared.vectors).reshape(n, c, -1)
+        own -= (projected / (1 + prepared.values)) @ projected.mT
         return (own + own.mT) / 2
 
-    def sample(
-        self, n: int, prior: Prior, prepared: tuple[Tensor, Tensor], generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def sample(self, n: int, prior: Prior, prepared: Prepared, generator: torch.Generator | None) -> dict[str, Tensor]:
         """See `Curvature`: float64.
 
         With `Z` white and D the inverse prior precisions, `D^1/2 (I - M^T g(M M^T) M) Z`, M = R D^1/2, has covariance
@@ -140,35 +156,32 @@ class FunctionSpaceCurvature(Curvature):
             name: torch.randn(n, p, generator=generator, dtype=torch.float64, device=self.device)
             for name, p in self.n_parameters.items()
         }
-        scale = {name: prior[name].to(self.device).rsqrt() for name in self._shapes}
+        sample = torch.cat([noise.pop(name) for name in self.store.names], dim=1)
+        scales = self._by_column(prepared.variances.sqrt())
         inner = torch.zeros(self.store.n_rows, n, dtype=torch.float64, device=self.device)
-        for name in self.store.names:
-            for columns, rows in self._slices(name):
-                inner += rows @ noise[name][:, columns].mT * scale[name]
-        values, vectors = prepared
+        for columns in self.store.slices(self._step(n)):
+            inner.addmm_(self._rows(columns), (sample[:, columns] * scales(columns)).mT)
         # (1 - (1 + e)^-1/2) / e without cancellation at e = 0
-        root = (1 + values).sqrt()
+        root = (1 + prepared.values).sqrt()
         gain = 1 / (root * (1 + root))
-        correction = vectors @ (gain[:, None] * (vectors.mT @ inner))
-        result = {}
-        for name, shape in self._shapes.items():
-            sample = noise[name].clone()
-            for columns, rows in self._slices(name):
-                sample[:, columns] -= correction.mT @ rows * scale[name]
-            result[name] = (sample * scale[name]).reshape(n, *shape)
-        return result
+        correction = prepared.vectors @ (gain[:, None] * (prepared.vectors.mT @ inner))
+        for columns in self.store.slices(self._step(n)):
+            scale = scales(columns)
+            sample[:, columns] -= correction.mT @ self._rows(columns) * scale
+            sample[:, columns] *= scale
+        return {name: sample[:, self.store.columns[name]].reshape(n, *shape) for name, shape in self._shapes.items()}
 
-    def prepare(self, prior: Prior) -> tuple[Tensor, Tensor]:
-        """The eigendecomposition of `R D R^T`, D the inverse prior precisions."""
+    def prepare(self, prior: Prior) -> Prepared:
+        """See `Curvature`."""
+        variances = self._precisions(prior).reciprocal()
         if prior.shared is not None:
-            return self.eigenvalues / prior.shared.to(self.device), self.eigenvectors
+            return Prepared(variances, self.eigenvalues * variances, self.eigenvectors)
         if "layer_grams" in self.__dict__:  # known already: cheaper than going over the rows
-            grams = [gram / prior[name].to(gram.device) for name, gram in self.layer_grams.items()]
-            weighted = torch.stack(grams).sum(0)
+            weighted = torch.tensordot(variances, self.layer_grams, 1)
         else:
-            weighted = self._gram_of(self.store.names, prior)
+            weighted = self._gram(self._by_column(variances.sqrt()))
         values, vectors = torch.linalg.eigh(weighted)
-        return values.clamp_min(0), vectors
+        return Prepared(variances, values.clamp_min(0), vectors)
 
     def pack(self) -> tuple[dict[str, Tensor | Columns], dict[str, dict[str, Any]]]:
         """See `Curvature`."""
@@ -186,34 +199,47 @@ class FunctionSpaceCurvature(Curvature):
         shapes = {name: stored.shape(layer) for layer, name in stored.names.items()}
         device = next(iter(stored.devices.values()))
         gram = stored.tensor(GRAM, (n, n), device)
-        store, squares = RowStore(default_budget(device)), torch.zeros(n, dtype=torch.float64, device=device)
-        step = max(SLICE_BYTES // (8 * sum(map(math.prod, shapes.values()))), 1)
+        store = RowStore({name: math.prod(shape) for name, shape in shapes.items()}, default_budget(device))
+        probe = torch.randn(n, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
+        sums: dict[str, Tensor] = {}  # of the rows, each times its number of the probe
+        step = max(SLICE_BYTES // (8 * store.n_columns), 1)
         for start in range(0, n, step):
             block, rows = {}, slice(start, min(start + step, n))
             for layer, name in stored.names.items():
                 shape = n, math.prod(shapes[name])
                 found = block[name] = stored.tensor(f"{layer}.rows", shape, stored.device(layer), rows=rows)
-                squares[rows] += torch.linalg.vector_norm(found, dim=1, dtype=torch.float64).square().to(device)
+                sums[name] = sums.get(name, 0) + probe[rows].to(found.device) @ found.double()
             store.append(block)
-        if not torch.allclose(squares, gram.diagonal(), rtol=ROUNDING, atol=0):
+        square, probe = sum(float(one.square().sum()) for one in sums.values()), probe.to(device)
+        if not (math.isfinite(square) and math.isclose(square, float(probe @ gram @ probe), rel_tol=ROUNDING)):
             raise ValueError(f"{GRAM}: expected the inner products of the rows")
         return cls(store, shapes, device, gram)
 
-    def _gram_of(self, names: list[str], prior: Prior | None) -> Tensor:
-        total: Tensor | None = None
-        for name in names:
-            scale = 1.0 if prior is None else 1.0 / float(prior[name])
-            for _, rows in self._slices(name):
-                if total is None:
-                    total = rows.new_zeros(self.store.n_rows, self.store.n_rows)
-                ops.outer_product(rows.mT, scale=scale, out=total)
-        assert total is not None
-        return total
+    def _gram(self, scales: Columnwise | None = None) -> Tensor:
+        """`R R^T`, of columns that are scaled."""
+        gram = torch.zeros(self.store.n_rows, self.store.n_rows, dtype=torch.float64, device=self.device)
+        for columns in self.store.slices(self._step()):
+            rows = self._rows(columns)
+            ops.outer_product((rows if scales is None else rows * scales(columns)).mT, out=gram)
+        return gram
 
-    def _slices(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """Column slices of one layer's rows, in float64 and small enough to be held beside everything else."""
-        width = self.store.width(name)
-        step = max(SLICE_BYTES // (8 * max(self.store.n_rows, 1)), 1)
-        for start in range(0, width, step):
-            columns = slice(start, min(start + step, width))
-            yield columns, self.store.rows(name, columns).to(self.device, torch.float64)
+    def _precisions(self, prior: Prior) -> Tensor:
+        """Of each layer, in the order of the rows' columns; 0-d if they are all the same."""
+        if prior.shared is not None:
+            return prior.shared.to(self.device)
+        return torch.stack([prior[name] for name in self.store.names]).to(self.device)
+
+    def _by_column(self, of_layers: Tensor) -> Columnwise:
+        """What takes a slice of columns to the numbers of their layers."""
+        if of_layers.ndim == 0:
+            return lambda columns: of_layers
+        each = [one.expand(self.store.width(x)) for x, one in zip(self.store.names, of_layers.unbind(), strict=True)]
+        return lambda columns: self.store.cut(each, columns)
+
+    def _step(self, beside: int = 0) -> int:
+        """Columns at a time, of the rows and of `beside` other ones."""
+        bound = CPU_SLICE_BYTES if self.device.type == "cpu" else SLICE_BYTES
+        return max(bound // (8 * max(self.store.n_rows, beside, 1)), 1)
+
+    def _rows(self, columns: slice) -> Tensor:
+        return self.store.read(columns).to(self.device, torch.float64)

@@ -87,6 +87,11 @@ class FactorSum:
         return torch.cat(rows), mask
 
     @property
+    def waiting_bytes(self) -> int:
+        """Of these rows."""
+        return sum(x.numel() * x.element_size() for x, _ in self._rows)
+
+    @property
     def waiting(self) -> bool:
         """Whether rows have been gathered that no update has seen."""
         return bool(self._rows)
@@ -138,6 +143,9 @@ class FactorSums:
                 ready.append(total)
         self._add_traces(squares)
         self._add_full(full)
+        budget = self.config.memory_budget
+        if budget is not None and sum(total.waiting_bytes for total in self.sums.values()) > budget:
+            ready = [total for total in self.sums.values() if total.waiting]
         try:
             self._update(ready)
         except ValueError:

@@ -19,7 +19,7 @@ from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.checkpoint import Checkpoint
 from bayesian_lora_kernels.curvature.factor_sums import Rows, checked_square_sums, not_finite
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
-from bayesian_lora_kernels.curvature.repeats import Sketch, warn_of_repeats
+from bayesian_lora_kernels.curvature.repeats import sketch, warn_of_repeats
 from bayesian_lora_kernels.curvature.state import Stateful
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
@@ -52,23 +52,22 @@ class _Totals:
     positions: Tensor | int = 0  # that carry a loss
     log_likelihood: Tensor | float | None = None
     labelled: bool = True
-    sketch: Sketch = field(default_factory=Sketch)
+    sketch: list[int] = field(default_factory=list)  # of the examples
 
     def of_all(self, processes: Processes) -> _Totals:
         """Those of all processes together."""
         known = None if self.log_likelihood is None else float(self.log_likelihood)
-        parts = processes.values([self.n_examples, int(self.positions), known, self.labelled, self.sketch.least])
+        parts = processes.values([self.n_examples, int(self.positions), known, self.labelled, self.sketch])
         examples, positions, likelihoods, labelled, sketches = zip(*parts, strict=True)
         warn_of_repeats(sketches)
         seen = [one for one in likelihoods if one is not None]
         return _Totals(sum(examples), sum(positions), sum(seen) if seen else None, all(labelled))
 
     def state(self) -> dict[str, Any]:
-        return {**vars(self), "sketch": self.sketch.least}
+        return vars(self)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.sketch.least = list(state["sketch"])
-        vars(self).update({key: value for key, value in state.items() if key != "sketch"})
+        vars(self).update(state)
 
 
 class _Names(set[str]):
@@ -140,9 +139,7 @@ class Passes:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `Stateful`."""
-        if state["totals"] is not None:
-            self._totals = _Totals()
-            self._totals.restore(state["totals"])
+        self._totals = None if state["totals"] is None else _Totals(**state["totals"])
         for device, own in state["generators"].items():
             self._generator(torch.device(device)).set_state(own)
         self._limit.examples = state["examples"]
@@ -197,7 +194,7 @@ class Passes:
                 if batch.size == 0:
                     continue
                 if self.processes.size > 1 and self._totals is None:
-                    totals.sketch.add(batch)
+                    totals.sketch = sketch(totals.sketch, batch)
                 step = examples_within(self.config.memory_budget, batch, self.layers, weight_gradients=weight_gradients)
                 for recorded in self._pieces(batch, step, functools.partial(self._count, index, totals)):
                     yield index, recorded

@@ -17,33 +17,28 @@ KEPT = 64  # hashes of a process
 FEW = 8  # examples of which the same may be there by chance
 
 
-class Sketch:
-    """The least of the hashes of one process' examples: two processes have the same examples if they have the same.
+def sketch(known: Sequence[int], batch: Batch) -> list[int]:
+    """The least of the hashes of all examples: where these are the same, the examples are.
 
     Source: Broder 1997, "On the resemblance and containment of documents".
 
-    Attributes:
-        least: the hashes, ascending.
+    Args:
+        known: those of the batches before, ascending.
+        batch: its examples are known by their tokens without padding, or their first tensor.
     """
-
-    def __init__(self) -> None:
-        self.least: list[int] = []
-
-    def add(self, batch: Batch) -> None:
-        """The examples of a batch, by their tokens without padding, or their first tensor."""
-        inputs = batch.inputs
-        if isinstance(inputs, Mapping):
-            values = [inputs.get(key) for key in EXAMPLE_KEYS] + [*inputs.values()]
-        else:
-            values = [inputs] if isinstance(inputs, Tensor) else [*inputs] if isinstance(inputs, (list, tuple)) else []
-        rows = next((v for v in values if isinstance(v, Tensor) and v.ndim and len(v) == batch.size), None)
-        if rows is None:
-            return
-        rows = on_host(rows.detach()).cpu()
-        masks = [on_host(mask).cpu() for mask in batch.masks if mask.shape == rows.shape]
-        contents = [row if not masks else row[masks[0][i]] for i, row in enumerate(rows)]
-        digests = [hashlib.blake2b(repr(one.tolist()).encode(), digest_size=8).digest() for one in contents]
-        self.least = sorted({*self.least, *(int.from_bytes(digest, "big") for digest in digests)})[:KEPT]
+    inputs = batch.inputs
+    if isinstance(inputs, Mapping):
+        values = [inputs.get(key) for key in EXAMPLE_KEYS] + [*inputs.values()]
+    else:
+        values = [inputs] if isinstance(inputs, Tensor) else [*inputs] if isinstance(inputs, (list, tuple)) else []
+    rows = next((v for v in values if isinstance(v, Tensor) and v.ndim and len(v) == batch.size), None)
+    if rows is None:
+        return [*known]
+    rows = on_host(rows.detach()).cpu()
+    masks = [on_host(mask).cpu() for mask in batch.masks if mask.shape == rows.shape]
+    contents = [row if not masks else row[masks[0][i]] for i, row in enumerate(rows)]
+    digests = [hashlib.blake2b(repr(one.tolist()).encode(), digest_size=8).digest() for one in contents]
+    return sorted({*known, *(int.from_bytes(digest, "big") for digest in digests)})[:KEPT]
 
 
 def warn_of_repeats(sketches: Sequence[Sequence[int]]) -> None:

@@ -100,6 +100,7 @@ class WithoutRepeats:
 
     def __init__(self, loader: Any, counted: Sequence[tuple[int, int]]):
         self.loader, self.counted = loader, counted
+        self.batch_sampler, self.generator = loader.batch_sampler, getattr(loader, "generator", None)
 
     def __len__(self) -> int:
         return len(self.counted)

@@ -25,6 +25,7 @@ from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.layouts import Layout
 from bayesian_lora_kernels.model.masks import Scopes, TokenMask
 from bayesian_lora_kernels.model.measuring import hooked, undo_when_measured
+from bayesian_lora_kernels.model.quantised import Seen, noting_quantised
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 
 WAITING_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # of output gradients that wait for a grouped operation
@@ -142,6 +143,7 @@ class Capture:
         self._mailbox = _Mailbox()
         self._sink: Tensor | None = None
         self.parameters: dict[str, dict[str, Tensor]] = {}  # of each layer, as its call found them
+        self.quantised: Seen = {}  # layers beside these, and some of their input
         self.all_labels = False
         self.batch: Batch
         self.result: ForwardResult
@@ -211,13 +213,18 @@ class Capture:
                 *((m, identify) for m in sourced.values()),
                 *((layer.module, ready(layer)) for layer in self.layers.values() if differentiable),
             ],
-            [*((layer.module, recorder(layer)) for layer in self.layers.values()), *leave],
+            [
+                *((layer.module, recorder(layer)) for layer in self.layers.values()),
+                *leave,
+                *(noting_quantised(self.forward.model, self.quantised) if differentiable else []),
+            ],
         ):
             self.result = self.forward(batch, all_labels=all_labels)
         if self._sink is None or not self.result.logits.requires_grad:
             raise ValueError(
                 "forward: the logits do not depend on any of the layers: none was called (an adapter that is merged, "
-                "disabled or not active?), or forward runs under torch.no_grad()"
+                "disabled or not active?), forward runs under torch.no_grad(), or a layer behind them has no "
+                "derivative (a quantised one that is made for inference)"
             )
         self.batch = replace(batch, size=len(self.logits))  # of objects that nobody can count, the logits tell it
         self._check_graph()

@@ -25,6 +25,7 @@ from bayesian_lora_kernels.model.layouts import Layout, layouts
 from bayesian_lora_kernels.model.masks import MASK
 from bayesian_lora_kernels.model.padding import find_masks
 from bayesian_lora_kernels.model.probe import Probe, lowest_dtype, tolerance_of
+from bayesian_lora_kernels.model.quantised import check_derivatives
 
 
 def kind_of(batch: Batch, all_labels: bool) -> Any:
@@ -49,11 +50,13 @@ def check(recorded: Capture, thorough: bool) -> None:
         thorough: whether the examples run in reversed order, too.
 
     Raises:
-        ValueError: if a layer's weight is used in a way that its calls do not show, if padding counts, or if the model
-            says something else about an example that runs alone.
+        ValueError: if a layer's weight is used in a way that its calls do not show, if padding counts, if the model
+            says something else about an example that runs alone, or if a quantised layer's backward pass is wrong.
         NotByExample: if some layer's examples cannot be told apart.
         OtherLogits: if an example by itself has others.
     """
+    if thorough:
+        check_derivatives(recorded.quantised)
     probe = Probe(recorded)
     probe.run(thorough)
     if not all(torch.isfinite(seen).all() for seen in probe.found.values()):

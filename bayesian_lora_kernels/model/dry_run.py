@@ -136,6 +136,7 @@ class DryRun(TorchDispatchMode):
         Raises:
             ValueError: for parameters on the meta device, if no other is named, and for those that are no plain tensors
                 (of a quantised model).
+            RuntimeError: for a model that cannot be copied.
         """
         fakes: dict[int, Any] = {}
         for name, x in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -146,12 +147,14 @@ class DryRun(TorchDispatchMode):
                 raise ValueError(f"{name}: it is on the meta device; say with device=... where it shall be")
             fake = self.empty(x, device or x.device, label)
             fakes[id(x)] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
-        return copy.deepcopy(model, fakes)
+        try:
+            return copy.deepcopy(model, fakes)
+        except Exception as error:  # what wrappers hold: process groups, locks
+            raise RuntimeError(f"{type(model).__name__}: cannot be copied ({error}); pass the model inside") from error
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        given = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
-        if not any(isinstance(x, FakeTensor) for x in given) and (given or not _makes_numbers(kwargs)):
+        if FakeTensor not in types and (_has_tensors(args, kwargs) or not _makes_numbers(kwargs)):
             with _disable_current_modes():
                 return func(*args, **kwargs)
         if "generator" in kwargs:
@@ -164,13 +167,14 @@ class DryRun(TorchDispatchMode):
             return _every_position(args[0])
         out = func(*args, **kwargs)
         answer = _answer(func, args)
-        for x in tree_iter(out):
+        for x in (out,) if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(x, FakeTensor):
                 self.live.add(x, self._label)
                 if answer is not None:
                     x.answer = answer  # type: ignore[attr-defined]
         if func is aten._linalg_eigh.default:
-            self.live.touch(args[0].device, self._label(), EIGH_SCRATCH * args[0][:1].nbytes)
+            one = args[0].element_size() * args[0].shape[-1] ** 2
+            self.live.touch(args[0].device, self._label(), EIGH_SCRATCH * one)
         return out
 
     def _label(self) -> str:
@@ -181,6 +185,10 @@ class DryRun(TorchDispatchMode):
                 return label
             frame = frame.f_back
         return self.other if threading.get_ident() == self._thread else self.elsewhere
+
+
+def _has_tensors(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(x, Tensor) for x in tree_iter((args, kwargs)))
 
 
 def _makes_numbers(kwargs: Mapping[str, Any]) -> bool:

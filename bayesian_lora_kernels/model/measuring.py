@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bayesian_lora_kernels.model.quantised import wants_training_mode
 from bayesian_lora_kernels.model.sharding import resharded
 
 CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps it
@@ -62,7 +63,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
                 _uncompiled.enter(steps)
                 modes = [(module, module.training) for module in model.modules()]
                 steps.append(lambda: _set_modes(modes))
-                model.eval()
+                inference_mode(model)
                 checkpointed = [module for module, _ in modes if _checkpoints(module)]
                 functions = [(module, vars(module)[CHECKPOINT]) for module in checkpointed]
                 steps.append(lambda: _set_functions(functions))
@@ -83,6 +84,14 @@ def measuring(model: nn.Module) -> Iterator[None]:
                 uninterrupted(undo)
             _current.steps = outer
             steps.clear()  # they hold the model, and one of them holds them
+
+
+def inference_mode(model: nn.Module) -> None:
+    """Eval mode, of all that is not changed for good by running in it."""
+    model.eval()
+    for module in model.modules():
+        if wants_training_mode(module):
+            module.training = True
 
 
 @contextmanager

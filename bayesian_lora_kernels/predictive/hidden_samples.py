@@ -20,7 +20,7 @@ from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.head import OutputHead, read_head
 from bayesian_lora_kernels.model.hidden import HiddenStates, differentiable_attention
 from bayesian_lora_kernels.model.layers import LinearLayer
-from bayesian_lora_kernels.model.measuring import measuring, uninterrupted
+from bayesian_lora_kernels.model.measuring import inference_mode, measuring, uninterrupted
 from bayesian_lora_kernels.model.memory import default_budget
 from bayesian_lora_kernels.model.reading import inputs_and_labels
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
@@ -109,7 +109,7 @@ class HiddenSampler:
     def head(self, batch: Batch) -> OutputHead:
         """The output head, with what it does to the hidden state; see `read_head` for errors."""
         with measuring(self.model), torch.no_grad():
-            self.model.eval()
+            inference_mode(self.model)
             return read_head(self.forward, [layer.name for layer in self.layers], batch)
 
     def mean(self, batch: Batch, every: bool) -> tuple[Tensor, Tensor | None]:
@@ -119,7 +119,7 @@ class HiddenSampler:
             ValueError: if they are not finite.
         """
         with measuring(self.model), torch.no_grad():
-            self.model.eval()
+            inference_mode(self.model)
             parts = [self._at(piece, self.states(piece), every) for _, piece in batch.pieces(self._shape(batch)[0])]
         hidden = torch.cat(parts)
         hidden = hidden.to(accumulate_dtype(hidden))
@@ -138,7 +138,7 @@ class HiddenSampler:
         blocks = max(1, samples // BLOCK)
         parts: list[Deviations] = []
         with measuring(self.model), differentiable_attention(self.model), torch.no_grad():
-            self.model.eval()  # checkpointing, which `measuring` leaves on, has nothing to do with these derivatives
+            inference_mode(self.model)  # `measuring` leaves checkpointing on, which these derivatives do not need
             with constant_norms(self.model, lambda: self._run(batch, examples)):
                 while (missing := n - sum(map(len, parts))) > 0:
                     drawn = [self.posterior.sample(BLOCK, generator) for _ in range(min(blocks, -(-missing // BLOCK)))]

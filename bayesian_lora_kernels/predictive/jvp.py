@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 class JacobianVectorProduct:
     """Jacobian times weight deviations, with the first method that works on the model; later calls keep to it.
 
-    A method that runs is believed only if it agrees with a backward pass, once: `|J v|^2 = <J^T J v, v>`.
+    A method that runs is believed only if it agrees with a backward pass, once: `<u, J v> = <J^T u, v>`.
 
     Attributes:
         method: of METHODS, None before the first call. `forward`: forward mode, all samples at once; `forward-single`:
@@ -175,20 +175,25 @@ def _double_backward(function: Function, parameters: Parameters, deviations: Par
 
 
 def _compare(function: Function, parameters: Parameters, deviations: Parameters, first: Tensor) -> None:
-    """Raises RuntimeError if a backward pass contradicts `J v` of the first sample: a derivative that is cut off."""
+    """Raises RuntimeError if a backward pass contradicts `J v` of the first sample: a derivative that is cut off.
+
+    Where all of it is, `J v` is zero; then the backward pass is of a random u.
+    """
+    noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(first)
+    u = first if first.any() else noise
     with torch.enable_grad():
         leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
         value = function(leaves)
         wide = torch.float64
         backward = 0.0
         if value.requires_grad:
-            grads = torch.autograd.grad(value, list(leaves.values()), first.to(value.dtype), allow_unused=True)
+            grads = torch.autograd.grad(value, list(leaves.values()), u.to(value.dtype), allow_unused=True)
             backward = sum(
                 float((g.to(wide) * deviations[name][0].to(g.device, wide)).sum())
                 for name, g in zip(leaves, grads, strict=True)
                 if g is not None
             )
-    forward = float(first.to(wide).square().sum())
+    forward = float((u.to(wide) * first.to(wide)).sum())
     tolerance = 0.1 if torch.finfo(first.dtype).bits < 32 else 1e-2
     if not abs(forward - backward) <= tolerance * max(abs(forward), abs(backward)):
         raise RuntimeError(f"disagrees with a backward pass ({forward:.6g} against {backward:.6g})")

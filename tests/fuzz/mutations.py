@@ -147,12 +147,7 @@ def mutate(path: Path, random: Random) -> None:
         change = tensors_of
     try:
         path.write_bytes(change(data, random))
-    except (
-        ValueError,
-        RecursionError,
-        AttributeError,
-        IndexError,
-    ):  # it was damaged already, and is no longer of a kind
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # it was damaged before
         path.write_bytes(bytes_of(data, random))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..device import int64_table
 from ..kernel_types import TYPES
 from . import kernel_rows
-from .variants import Variant, power
+from .variants import Variant
 
 
 @dataclass(frozen=True)
@@ -92,23 +92,15 @@ def eigenbasis_rows(group: Group, table: Tensor, examples: int, padded: int, pla
         dtype=planes or torch.float32,
         device=narrow.device,
     )
-    c_, d_, r_ = narrow_tile(outputs, narrow.shape[-1], shape.rows)
-    t_ = min(max(32, 2048 // (c_ * r_)), power(padded, 16))
+    c_, o_ = group.variant.narrow
+    t_ = 2048 // (c_ * o_)  # what registers leave
     kernel_rows.narrow_rows_kernel[(triton.cdiv(padded, t_) * examples * entries,)](
         table, group.covariance.maps, out, out[0].numel(),
         outputs, shape.tokens, padded, narrow.shape[-1], shape.rows,
         narrow.stride(0), c_stride, *narrow.stride()[-2:], examples,
         # The interpreter cannot multiply bfloat16; float32 holds the same numbers.
         DTYPE=TYPES[narrow.dtype], AS=TYPES[torch.float32 if shape.interpreted else torch.bfloat16],
-        MASKED=shape.masked, PLANES=planes is not None, C_=c_, D_=d_, R_=r_, T_=t_,
+        MASKED=shape.masked, PLANES=planes is not None, C_=c_, O_=o_, T_=t_,
         num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out
-
-
-def narrow_tile(outputs: int, width: int, rows: int) -> tuple[int, int, int]:
-    """Outputs side by side in `narrow_rows_kernel`, coordinates and directions of each; powers of two, at least 16 of
-    either in all: a matrix instruction's least.
-    """
-    c = min(power(outputs, 1), max(1, 16 // power(width, 1)))
-    return c, power(width, 16 // c), power(rows, 16 // c)

@@ -57,8 +57,7 @@ def narrow_rows_kernel(
     MASKED: tl.constexpr,
     PLANES: tl.constexpr,
     C_: tl.constexpr,
-    D_: tl.constexpr,
-    R_: tl.constexpr,
+    O_: tl.constexpr,
     T_: tl.constexpr,
 ):
     """The narrow operand times the directions of its eigenbasis, tokens last, zero where there are none or none counts.
@@ -68,21 +67,22 @@ def narrow_rows_kernel(
     `3 C_ width rows` multiply-adds per token and output, all in bfloat16, which holds a bfloat16 operand exactly; of
     another type the operand is three such numbers, too, and the multiply-adds are twice as many.
     """
+    D_: tl.constexpr = min(O_, 64)  # no narrow side is wider
     pid = tl.program_id(0).to(tl.int64)
     token_blocks = tl.cdiv(padded, T_)
     block, pid = pid % token_blocks, pid // token_blocks
     n, entry = pid % examples, pid // examples
     o_t = block * T_ + tl.arange(0, T_)
     o_x = tl.arange(0, C_ * D_).to(tl.int64)
-    o_y = tl.arange(0, C_ * R_).to(tl.int64)
-    c_x, o_d, c_y, o_r = o_x // D_, o_x % D_, o_y // R_, o_y % R_
-    m_m = (c_y[:, None] == c_x[None, :]) & (o_r < rows)[:, None] & (o_d < width)[None, :]
-    b_m = tl.load(maps + (entry * width + o_d)[None, :] * rows + o_r[:, None], mask=m_m, other=0.0)
-    m_high, m_middle, m_low = split(b_m, AS)  # [C_ * R_, C_ * D_]
+    o_y = tl.arange(0, C_ * O_).to(tl.int64)
+    c_x, o_d, c_y, o_o = o_x // D_, o_x % D_, o_y // O_, o_y % O_
+    m_m = (c_y[:, None] == c_x[None, :]) & (o_o < rows)[:, None] & (o_d < width)[None, :]
+    b_m = tl.load(maps + (entry * width + o_d)[None, :] * rows + o_o[:, None], mask=m_m, other=0.0)
+    m_high, m_middle, m_low = split(b_m, AS)  # [C_ * O_, C_ * D_]
     m_t = counted(table, entry, n, o_t, tokens, MASKED)
     x = entry_pointer(table, entry, NARROW, DTYPE, False) + n * stride_n
     p_x = x + (c_x * stride_c + o_d * stride_d)[:, None] + (o_t * stride_t)[None, :]
-    p_out = out + (((entry * examples + n) * outputs + c_y) * rows + o_r)[:, None] * padded + o_t[None, :]
+    p_out = out + (((entry * examples + n) * outputs + c_y) * rows + o_o)[:, None] * padded + o_t[None, :]
     for first in range(0, outputs, C_):
         m_x = ((o_d < width) & (first + c_x < outputs))[:, None] & m_t[None, :]
         b_x = tl.load(p_x, mask=m_x, other=0.0)  # [C_ * D_, T_]
@@ -94,7 +94,7 @@ def narrow_rows_kernel(
         else:
             high, middle, low = split(b_x.to(tl.float32), AS)
             y = planes_product(m_high, m_middle, m_low, high, middle, low)
-        m_out = ((o_r < rows) & (first + c_y < outputs))[:, None] & (o_t < padded)[None, :]
+        m_out = ((o_o < rows) & (first + c_y < outputs))[:, None] & (o_t < padded)[None, :]
         if PLANES:
             store_planes(y, p_out, plane, m_out)
         else:

@@ -17,19 +17,20 @@ variance. Step 5 redoes an example where `size` is more than `_CANCELS` of any o
 of g: the rest is good to 1e-6 `_CANCELS`. After step 5 J is that of the remainder, which is left of the limits: an
 error of 1e-6 of what cancels among tokens outside Q.
 
-Per module and example, with T tokens (padded to t), R rows of the narrow side, C outputs, M = C R, m = 32 rows per
-program, b bytes per element, t = 128 or 64 tokens of a tile, N = 3 k columns (rounded up to 16, 32 or 128) and K_ = k
-rounded up to a power of two; terms with a share are divided by how many modules share their input:
+Per module and example, with T tokens (padded to t), R rows of the narrow side, C outputs, M = C R, m = 64 rows per
+program (32 for mma.sync), b bytes per element, t = 128 or 64 tokens of a tile, N = 3 k columns (rounded up to 16, 32 or
+128) and K_ = k rounded up to a power of two; terms with a share are divided by how many modules share their input:
 
     device memory   width T b + 4 k width, a share (the floor); written and read again: 6 T^2 (K, a share) and 6 M T (g)
-    L2              width (T^2 b / t + 2 T N / t), a share; (15 / 4 T^2 + 6 m T) M / m
+    L2              width (T^2 b / t + 2 T N / t), a share; (3 T (T + 64) + 6 m T ((T + 64) / 128 + 2)) M / m
     multiply-adds   width (T (T + t) / 2 + T N), a share; 6 M T ((T + 64) / 2 + m + K_); all in bfloat16
-    launches        7 and a memset for as many modules as the workspace holds
+    launches        6, and 2 that add up, for as many modules as the workspace holds
 
 For 8 examples of 256 tokens, width 4096, R = 8, k = 10, bfloat16, 224 modules, nothing shared: step 3 has 0.41 T
-multiply-adds, 4.5 GB of device memory and 8.5 GB from L2. On an H100 (3 TB/s, 5.5 TB/s, 0.3 T multiply-adds/ms) 1.6 ms;
-0.9 ms where q, k, v and gate, up share. C = 32 adds 0.3 ms (step 2: 1 GB) and 0.7 ms (step 4: 0.15 T with mma.sync, 1.4
-GB): 2.7 ms, C = 4 an eighth of that. Step 5 costs 0.1 ms, and 8 times step 3 for the examples that need it.
+multiply-adds, 4.4 GB of device memory and 8.5 GB from L2. On an H100 (3 TB/s, 5.5 TB/s, 0.3 T multiply-adds/ms) 1.5 ms,
+which memory bounds; 0.9 ms where q, k, v and gate, up share. C = 32 adds 0.3 ms (step 2: 0.94 GB) and 0.7 ms (step 4:
+0.17 T multiply-adds, 1.5 GB); C = 4 an eighth of that. Step 5 costs 0.1 ms, and 8 times step 3 for the examples that
+need it.
 """
 
 # mypy: disable-error-code="no-untyped-def"

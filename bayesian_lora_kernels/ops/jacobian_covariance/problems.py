@@ -88,19 +88,21 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def _near(variant: str) -> Iterator[Problem]:
     """Problems of the sizes that a name of ``variants.Variant`` has."""
-    route, wide, narrow, *words = variant.split()
+    route, wide, narrow_type, *words = variant.split()
     sizes = {name: int(size) for name, _, size in (word.partition("=") for word in words if "=" in word)}
     flags = {name: name in words for name in ("masked", "aligned", "contiguous")}
-    c, o, k = sizes["C"], sizes["O"], sizes.get("K", 0)
+    c, r, k = sizes["C"], sizes["R"], sizes.get("K", 0)
     # Of a basis in three planes, as many directions as its columns have room for.
     kept_are = dict.fromkeys((k, max(0, k - 3), sizes.get("N", 3 * k) // 3))
-    for width, tokens, outputs, rows, kept in itertools.product(
-        (136, 1032, 4104), (37, 256, 130, 5), (c, c - c // 4), (o, 2 * o, 3 * o // 4, 4 * o), kept_are
+    # An incomplete basis has the directions of its complement, too.
+    narrow_are = ((64, 63),) if r > 64 else dict.fromkeys(((r, r), (r - r // 4, r - r // 4)))
+    for width, tokens, outputs, narrow, kept in itertools.product(
+        (136, 1032, 4104), (37, 256, 130, 5), (c, c - c // 4), narrow_are, kept_are
     ):
         for wide_size in (width,) if "rest" in words else (kept,):
-            if wide_size >= rows > 0:
-                dtype, dtype_narrow = _DTYPES[wide], _DTYPES[narrow]
-                shape = wide_size, rows, kept, rows
+            if wide_size >= narrow[0]:
+                dtype, dtype_narrow = _DTYPES[wide], _DTYPES[narrow_type]
+                shape = wide_size, narrow[0], kept, narrow[1]
                 yield _problem(_Kind(*shape, route != "output", dtype, dtype_narrow, outputs, tokens, **flags))
 
 

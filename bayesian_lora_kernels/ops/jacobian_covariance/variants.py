@@ -72,7 +72,8 @@ class Variant:
 
     Args:
         route: ``tokens``, ``input`` (the Jacobians of a wide input) or ``output``.
-        outputs: side by side in a program, and ``directions`` of the narrow side.
+        rows: directions of the narrow side, rounded up.
+        outputs: side by side in a program, and ``directions`` beside them.
         kept: directions of the wide side, rounded up; 0 for none.
         columns: of the basis as the route ``tokens`` multiplies with it.
         main: of the kernel that reads the wide operand.
@@ -81,6 +82,7 @@ class Variant:
 
     route: str
     shape: Shape
+    rows: int
     outputs: int
     directions: int
     kept: int
@@ -88,10 +90,16 @@ class Variant:
     columns: int = 0
     tail: Configuration | None = None
 
+    @property
+    def narrow(self) -> tuple[int, int]:
+        """Outputs and directions in a program of ``narrow_rows_kernel``: as many as fill a matrix instruction."""
+        c = min(self.outputs, max(1, 16 // self.rows)) if self.shape.wide_input else 1
+        return c, max(self.rows, 16 // c)
+
     def __str__(self) -> str:
         shape = self.shape
         flags = [name for name in ("masked", "aligned", "contiguous", "rest", "planes") if getattr(shape, name)]
-        sizes = {"C": self.outputs, "O": self.directions, "K": self.kept, "N": self.columns}
+        sizes = {"R": self.rows, "C": self.outputs, "O": self.directions, "K": self.kept, "N": self.columns}
         sizes |= {"D": self.main.width, "T": self.main.tokens}
         if self.tail:
             sizes["S"] = self.tail.tokens
@@ -147,7 +155,7 @@ def by_jacobian(shape: Shape) -> Variant:
     if not shape.wide_input and shape.tokens <= _ROWS // c > 1:  # as many rows again, of outputs and tokens
         chosen = replace(chosen, tokens=_ROWS // c, num_warps=4, max_registers=255)
     kept = power(shape.kept, 16) if shape.kept else 0
-    return Variant("input" if shape.wide_input else "output", shape, c, o, kept, chosen)
+    return Variant("input" if shape.wide_input else "output", shape, power(shape.rows, 1), c, o, kept, chosen)
 
 
 def by_tokens(shape: Shape, architecture: str) -> Variant:
@@ -163,7 +171,7 @@ def by_tokens(shape: Shape, architecture: str) -> Variant:
         main = Configuration(width, tokens, num_warps=8, num_stages=stages)
     c, o = side_by_side(shape.outputs, shape.rows, _ROWS_OF_TOKENS[architecture])
     tail = Configuration(width=64, tokens=64 if c * o <= 32 else 32, num_warps=4, num_stages=3)
-    return Variant("tokens", shape, c, o, kept, main, columns, tail)
+    return Variant("tokens", shape, power(shape.rows, 1), c, o, kept, main, columns, tail)
 
 
 def padded_tokens(chosen: Variant) -> int:
