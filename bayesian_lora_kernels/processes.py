@@ -77,7 +77,6 @@ class Processes:
             self._fail(error)
             raise
         self.values(None)
-        self.add([torch.zeros(1)])  # the store may be gone with the first that leaves: not before all have read it
 
     def values(self, own: Any) -> list[Any]:
         """What JSON can hold, of every process.
@@ -101,6 +100,9 @@ class Processes:
                 )
             # All have come here, so all have read the step before.
             self._store.delete_key(self._key(step - 1, self.rank))
+        read = torch.ones(1)
+        self.add([read])
+        read.item()  # all have: the store may be gone with the first process that leaves
         return [found[rank] for rank in range(self.size)]
 
     def check_alike(self, own: Mapping[str, Any]) -> None:
