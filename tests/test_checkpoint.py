@@ -464,7 +464,7 @@ def test_damaged_files_are_refused_by_name(setting, tmp_path):
     one = case()
     stopped(setting, tmp_path, 6 if setting == "ekfac" else 3, one)
     files = [path for path in (tmp_path / RANK).iterdir() if path.name != ".lock"]
-    assert len(files) == 1 + {"ekfac": 3, "exact": 5}[setting]
+    assert len(files) == 1 + {"ekfac": 4, "exact": 6}[setting]
     for path in files:
         whole = path.read_bytes()
         lengths = {0, 1, 7, 8, 9, len(whole) // 2, len(whole) - 1}
