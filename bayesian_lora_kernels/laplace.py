@@ -181,6 +181,7 @@ class LaplaceLoRA:
             )
         (values, described), ids = weights.base, self._forward.class_token_ids
         base = hashlib.sha256(values.cpu().numpy().tobytes() + json.dumps(described, sort_keys=True).encode())
+        devices = list(dict.fromkeys(str(layer.device) for layer in self.layers))
         return {
             "settings": self.config.as_json(),
             "class_token_ids": None if ids is None else ids.tolist(),
@@ -189,10 +190,11 @@ class LaplaceLoRA:
                 layer.name: {
                     "shape": list(layer.shape),
                     "covers": [leaf for leaf in ("weight", "bias") if getattr(layer, leaf)],
-                    "device": str(layer.device),
+                    "device": devices.index(str(layer.device)),
                 }
                 for layer in self.layers
             },
+            "devices": devices,
             "adapter": weights.digest,
             "base_model": base.hexdigest(),
         }

@@ -56,8 +56,8 @@ def test_a_killed_process_and_the_same_group_again(setting, before, tmp_path):
     ("setting", "sizes", "stops"),
     [
         ("kfac, exact Fisher", (2, 3), {1: 1}),
-        ("kfac, exact Fisher", (2, 1), {0: 1}),
-        ("ekfac, exact Fisher", (1, 2), {0: 6}),
+        pytest.param("kfac, exact Fisher", (2, 1), {0: 1}, marks=pytest.mark.slow),
+        pytest.param("ekfac, exact Fisher", (1, 2), {0: 6}, marks=pytest.mark.slow),
         ("ekfac, exact Fisher", (3, 2), {2: 1}),
     ],
 )
@@ -73,6 +73,7 @@ def test_another_number_of_processes(setting, sizes, stops, tmp_path):
     assert list((tmp_path / "kept").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_killed_while_it_takes_over_and_afterwards(tmp_path):
     """Before anything of the new processes is written, and when they have gone on."""
     setting, kept = "ekfac, exact Fisher", tmp_path / "kept"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.curvature import takeover
@@ -53,7 +54,8 @@ class Checkpoint:
     Args:
         folder: for this process alone.
         every: batches between checkpoints; None: after a minute, or after 20 times as long as the last took.
-        identity: what two fits must have in common for one to go on where the other was, as JSON.
+        identity: what two fits must have in common for one to go on where the other was, as JSON; of the
+            layers' `devices` only the kinds.
         processes: that share the fit.
         shards: all folders of the same fit by another number of processes.
 
@@ -127,7 +129,7 @@ class Checkpoint:
             self._digests = None if examples is None else [examples]
             self._skip = takeover.counter(saved["skip"])
         if number < len(known):
-            for own, state in zip(sums, self._folder.read(_name(number)), strict=True):
+            for own, state in zip(sums, self._read(self._folder, _name(number)), strict=True):
                 own.restore(state)
             if saved["loader"] is not None:
                 if one.done:
@@ -175,6 +177,9 @@ class Checkpoint:
     def remove(self) -> None:
         """The fit has its result."""
         self._folder.clear()
+
+    def _read(self, folder: CheckpointFolder, part: str) -> Any:
+        return _read(folder, part, self._identity)
 
     def _is_time(self, batches: int) -> bool:
         if self._every is not None:
@@ -235,7 +240,7 @@ class Checkpoint:
         own, mine, begun = self._shards[self._processes.rank :: self._processes.size], list[Tensor](), False
         for shard in own:
             if _name(0) in shard.parts:
-                for one, state in zip(sums, shard.read(_name(0)), strict=True):
+                for one, state in zip(sums, self._read(shard, _name(0)), strict=True):
                     if not begun:
                         one.restore(state)
                     elif isinstance(one, Joining):
@@ -343,12 +348,23 @@ def _saved(folder: CheckpointFolder, identity: Any) -> Any:
     """
     if FIT not in folder.parts:
         return None
-    saved = folder.read(FIT)
+    saved = _read(folder, FIT, identity)
     saved["passes"] = [_Pass(**one) for one in saved["passes"]]
     if not saved["examples"] and not len(saved["skip"]) and not any(one.batches for one in saved["passes"]):
         return None
-    _check_identity(folder.folder, folder.identity, identity)
+    _check_identity(folder.folder, _of_any_device(folder.identity), _of_any_device(identity))
     return saved
+
+
+def _read(folder: CheckpointFolder, part: str, identity: Any) -> Any:
+    """What a folder holds of a part, on the devices that the layers have now."""
+    now = dict(zip(folder.identity["devices"], identity["devices"], strict=False))
+    return folder.read(part, lambda name: torch.device(now.get(name, name)))
+
+
+def _of_any_device(identity: Any) -> Any:
+    """Whichever of its kind it is: another process has another one."""
+    return {**identity, "devices": [name.partition(":")[0] for name in identity["devices"]]}
 
 
 def _name(number: int) -> str:

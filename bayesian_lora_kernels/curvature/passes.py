@@ -143,7 +143,7 @@ class Passes:
         self.checks.end()
         return {
             "totals": None if self._totals is None else self._totals.state(),
-            "generators": {str(device): one.get_state() for device, one in self._generators.items()},
+            "generators": {device: one.get_state() for device, one in self._generators.items()},
             "examples": self._limit.examples,
             "findings": self.forward.findings.state(),
             "checks": (self.forward.checks.unchecked, self.forward.checks.steady),
@@ -153,7 +153,7 @@ class Passes:
         """See `Stateful`."""
         self._totals = None if state["totals"] is None else _Totals(**state["totals"])
         for device, own in state["generators"].items():
-            self._generator(torch.device(device)).set_state(own)
+            self._generator(device).set_state(own)
         self._limit.examples = state["examples"]
         self.forward.findings.restore(state["findings"])
         self.forward.checks.unchecked, self.forward.checks.steady = state["checks"]

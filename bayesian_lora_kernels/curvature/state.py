@@ -20,7 +20,7 @@ UNKNOWN = b"?"  # what digests begin with of objects whose values nobody knows
 class Stateful(Protocol):
     """What a checkpoint keeps of some sums.
 
-    State is made of dicts, lists, tuples, numbers, strings, None, tensors, and `GrowingRows`.
+    State is made of dicts, lists, tuples, numbers, strings, None, tensors, devices, and `GrowingRows`.
     """
 
     def state(self) -> Any:
@@ -84,7 +84,9 @@ class Packer:
         if isinstance(state, Tensor):
             name = self._names.setdefault(id(state), f"{self.prefix}{len(self.tensors)}")
             self.tensors[name] = state
-            return {"tensor": name, "device": str(state.device), "strides": list(state.stride())}
+            return {"tensor": name, "on": str(state.device), "strides": list(state.stride())}
+        if isinstance(state, torch.device):
+            return {"device": str(state)}
         if isinstance(state, GrowingRows):
             name = f"{self.prefix}{len(self.rows)}"
             self.rows[name] = state
@@ -92,13 +94,19 @@ class Packer:
         raise TypeError(f"expected numbers, strings, tensors, and lists or dicts of them, got {type(state).__name__}")
 
 
-def unpack(packed: Any, tensor: Callable[[str], Tensor], rows: Callable[[str], Iterable[Mapping[str, Tensor]]]) -> Any:
+def unpack(
+    packed: Any,
+    tensor: Callable[[str], Tensor],
+    rows: Callable[[str], Iterable[Mapping[str, Tensor]]],
+    device: Callable[[str], torch.device] = torch.device,
+) -> Any:
     """What `Packer.pack` took apart; of rows, an iterable of the blocks they were written in.
 
     Args:
         packed: JSON.
         tensor: of a name, on the CPU.
         rows: likewise.
+        device: that takes the place of one with this name.
     """
     known: dict[str, Tensor] = {}
 
@@ -113,9 +121,11 @@ def unpack(packed: Any, tensor: Callable[[str], Tensor], rows: Callable[[str], I
             return {build(key): build(value) for key, value in part["dict"]}
         if "rows" in part:
             return rows(part["rows"])
+        if "device" in part:
+            return device(part["device"])
         name = part["tensor"]
         if name not in known:
-            known[name] = _placed(tensor(name), part["strides"], torch.device(part["device"]))
+            known[name] = _placed(tensor(name), part["strides"], device(part["on"]))
         return known[name]
 
     return build(packed)
