@@ -214,8 +214,9 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if arguments.markdown:
-        head = __doc__.split("\n\n", 2)
-        arguments.markdown.write_text(f"# {head[0]}\n\n{head[2]}\n{table(content)}\n", encoding="utf-8")
+        title, _, text = __doc__.split("\n\n", 2)
+        page = f"# {title.removesuffix('.')}\n\n{text}\n{table(content)}\n"
+        arguments.markdown.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
