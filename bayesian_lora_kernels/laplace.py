@@ -26,7 +26,7 @@ from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
-from bayesian_lora_kernels.model.sharding import check_apart, in_step, not_sharded
+from bayesian_lora_kernels.model.sharding import in_step, not_sharded, together
 from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
 from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence
@@ -159,8 +159,10 @@ class LaplaceLoRA:
             _check_positive("every", every)
             if checkpoint is None:
                 raise ValueError("every: expected checkpoint=folder with it, got None")
+        if checkpoint is not None:
+            not_sharded(self.model, "checkpoint", "its processes would resume at different batches")
         processes = Processes(group)
-        with processes.together(), checkpoint_in(checkpoint, every, self._identity, processes) as kept:
+        with together(self.model, processes), checkpoint_in(checkpoint, every, self._identity, processes) as kept:
             loader = own_share(loader, processes, "fit")
             passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress, processes, kept)
             found = fit_curvature(passes)
@@ -292,8 +294,7 @@ class LaplaceLoRA:
             raise ValueError('per_module: expected method="marglik"; a held-out set is too small to tune every module')
         likelihood = LIKELIHOODS[self.likelihood]()
         processes = Processes(group)
-        with processes.together():
-            check_apart(self.model, processes)
+        with together(self.model, processes):
             val_loader = own_share(val_loader, processes, "optimize_prior_precision")
             found = minimise_nll(self._predictor(fit), likelihood, val_loader, fit.curvature, processes)
         self.prior_precision = found
@@ -348,8 +349,7 @@ class LaplaceLoRA:
             raise ValueError(f"calibrate: expected likelihood='classification', got {self.likelihood!r}")
         likelihood = LIKELIHOODS[self.likelihood]()
         found, scale, processes = LabelLikelihood(), self.variance_scale, Processes(group)
-        with processes.together():
-            check_apart(self.model, processes)
+        with together(self.model, processes):
             val_loader = own_share(val_loader, processes, "calibrate")
             processes.check_alike(self._prior_numbers())
             for mean, (covariance,), labels in labelled_predictions(
@@ -425,8 +425,7 @@ class LaplaceLoRA:
             return self.predict_vocabulary(batch)
         fit, processes = self._fitted("predict"), Processes(gather)
         device = model_device(self.model)
-        with processes.together():
-            check_apart(self.model, processes)
+        with together(self.model, processes):
             own, posterior = None, self._gaussian()
             with posterior.in_step():
                 if gather is None or batch is not None:

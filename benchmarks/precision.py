@@ -76,15 +76,21 @@ class Data:
     answers: list[int]
 
 
-def prepare(ratings: Path) -> tuple[nn.Module, Data]:
+def prepare(ratings: Path, chat: bool) -> tuple[nn.Module, Data]:
     """The fine-tuned model, rounded to bfloat16, in float32."""
     base, tokenizer = load_smollm2()
     sets = sentiment.draw(read_ratings(ratings), SIZES, seed=0)
-    answers = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in sentiment.choices(False)]
+    answers = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in sentiment.choices(chat)]
 
     def encode(name: str) -> list[Example]:
-        prompts = [(sentiment.prompt(text, False), label) for text, label in sets[name]]
-        return [Example(tuple(tokenizer(prompt)["input_ids"]), label) for prompt, label in prompts]
+        prompts = [(sentiment.prompt(text, chat), label) for text, label in sets[name]]
+        options = {"add_generation_prompt": True, "return_dict": False}
+        return [
+            Example(
+                tuple(tokenizer.apply_chat_template(one, **options) if chat else tokenizer(one)["input_ids"]), label
+            )
+            for one, label in prompts
+        ]
 
     def batches(examples: Sequence[Example]) -> list[Batch]:
         pad, longest = tokenizer.pad_token_id or 0, sorted(examples, key=lambda one: -len(one.tokens))
@@ -158,8 +164,8 @@ def errors(found: Said, plain: Said) -> dict[str, float]:
     return dict(zip(SAID, values, strict=True))
 
 
-def measure(ratings: Path) -> dict[str, Any]:
-    model, data = prepare(ratings)
+def measure(ratings: Path, chat: bool) -> dict[str, Any]:
+    model, data = prepare(ratings, chat)
     plain: Said | None = None
     results: dict[str, Any] = {}
     truth = torch.stack([gradients(model, batch, data) for batch in data.test])
@@ -184,6 +190,8 @@ def measure(ratings: Path) -> dict[str, Any]:
     return {
         "environment": environment(),
         "sizes": asdict(SIZES),
+        "chat": chat,
+        "tokens": [int(batch["attention_mask"].sum()) for batch in (*data.train, *data.test)],
         "epochs": EPOCHS,
         "prior_precision": PRIOR,
         "results": results,
@@ -208,14 +216,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables")
     parser.add_argument("--ratings", type=Path, default=RATINGS, metavar="FILE", help=f"default: {RATINGS}")
+    parser.add_argument("--chat", action="store_true", help="sentences in the model's chat template, twice as long")
     arguments = parser.parse_args()
-    content = measure(arguments.ratings)
+    content = measure(arguments.ratings, arguments.chat)
     print(table(content))
     if arguments.json:
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if arguments.markdown:
-        head = __doc__.split("\n\n", 2)
-        arguments.markdown.write_text(f"# {head[0]}\n\n{head[2]}\n{table(content)}\n", encoding="utf-8")
+        title, _, text = __doc__.split("\n\n", 2)
+        page = f"# {title.removesuffix('.')}\n\n{text}\n{table(content)}\n"
+        arguments.markdown.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

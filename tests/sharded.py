@@ -19,6 +19,8 @@ from situations import adapted, labelled, padded
 from torch import Tensor, nn
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.model.sharding import together
+from bayesian_lora_kernels.processes import ALONE
 
 IDS = [11, 12, 13]
 LLAMA = dict(
@@ -149,7 +151,7 @@ def mixed(ready: Ready, folder: Path) -> dict[str, Tensor]:
 def refused(run: Callable[[], Any]) -> str:
     try:
         run()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return "nothing was refused"
 
@@ -229,6 +231,16 @@ def refusals(ready: Ready) -> dict[str, str]:
     found["shards as a group"] = refused(lambda: laplace.fit(BATCHES, progress=False, group=dist.group.WORLD))
     laplace.fit(BATCHES, progress=False)
     found["another batch to predict"] = refused(lambda: laplace.predict(BATCHES[rank]))
+    found["a checkpoint"] = refused(lambda: laplace.fit(BATCHES, progress=False, checkpoint="nowhere"))
+
+    def interrupted() -> None:  # behind the passes of a batch
+        with together(model, ALONE):
+            laplace.predict(BATCHES[0])
+            if rank == 1:
+                raise ValueError("no space left")
+            laplace.predict(BATCHES[1])
+
+    found["a failure between batches"] = refused(interrupted)
     found["score"] = refused(lambda: laplace.score(BATCHES[0]))
     found["vocabulary"] = refused(lambda: laplace.predict(BATCHES[0], outputs="vocabulary"))
     found["verify"] = refused(lambda: laplace.verify(BATCHES[0]))

@@ -212,6 +212,19 @@ def test_a_right_backward_pass_is_served():
     assert relative(found, truth) < 1e-10
 
 
+def test_a_map_of_floats_that_is_not_linear_is_no_quantised_layer():
+    """A frozen nn.Linear with an activation inside: its derivative is autograd's, whatever it is."""
+
+    class Activated(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(super().forward(x))
+
+    model = residual(1.0)
+    model.middle = Activated(6, 6).double().requires_grad_(False)
+    laplace = blk.LaplaceLoRA(model, rank=None).fit([BATCH], progress=False)
+    assert torch.isfinite(laplace.predict(BATCH).covariance).all()
+
+
 def test_a_derivative_that_is_zero_is_not_believed():
     """Forward mode through an operation that has none gives zero, and says nothing."""
 

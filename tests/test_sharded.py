@@ -109,6 +109,8 @@ REFUSED = {
     "a loader that fails": "no such file",
     "another batch to predict": "batch 0: FSDP",
     "shards as a group": "group: FSDP shards the model over the processes [0, 1]",
+    "a failure between batches": "no space left",
+    "a checkpoint": "checkpoint: not for a model that FSDP",
     "score": "score: not for a model that FSDP",
     "vocabulary": "FSDP",
     "verify": "verify: not for a model that FSDP",

@@ -31,7 +31,7 @@ from bayesian_lora_kernels.model.memory import default_budget, examples_within
 from bayesian_lora_kernels.model.out_of_memory import Limit, ran_out
 from bayesian_lora_kernels.model.pieces import captures
 from bayesian_lora_kernels.model.reading import check_loader
-from bayesian_lora_kernels.model.sharding import check_apart, in_step, sharing
+from bayesian_lora_kernels.model.sharding import in_step, sharing
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
 from bayesian_lora_kernels.posterior.weights import MeasuredWeights
 from bayesian_lora_kernels.processes import ALONE, Processes
@@ -404,7 +404,6 @@ def fit_curvature(passes: Passes) -> Fit:
             "or add up over data.processes in its measure and set of_all_processes = True"
         )
     check_loader(passes.loader)
-    check_apart(passes.model, passes.processes)
     if kind.passes > 1 and isinstance(passes.loader, Iterator):
         raise ValueError(
             f"loader: {passes.config.curvature.upper()} goes over the data twice, expected an iterable that can start "

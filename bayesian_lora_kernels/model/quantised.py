@@ -25,7 +25,7 @@ def noting_quantised(model: nn.Module, seen: Seen) -> list[tuple[nn.Module, Any]
 
     def note(name: str) -> Any:
         def run(module: nn.Module, args: tuple[Any, ...], *_: Any) -> None:
-            if args and args[0].requires_grad and name not in seen:
+            if args and isinstance(args[0], Tensor) and args[0].requires_grad and name not in seen:
                 seen[name] = module, args[0].detach().reshape(-1, args[0].shape[-1])[:ROWS].clone()
 
         return run
@@ -63,10 +63,12 @@ def wants_training_mode(module: nn.Module) -> bool:
 
 
 def _is_quantised(module: nn.Module) -> bool:
-    """Whether it is a linear map that keeps or applies its weight in a way of its own."""
+    """Whether it is a linear map whose weight is kept as whole numbers, or as a tensor of a kind of its own."""
     if not (hasattr(module, "in_features") and hasattr(module, "out_features")) or module._modules:
         return False
-    weight = getattr(module, "weight", None)
-    if type(module).forward is not nn.Linear.forward or not isinstance(weight, Tensor):
-        return True
-    return not weight.is_floating_point() or (hasattr(weight, "__tensor_flatten__") and not is_sharded(weight))
+    matrices = [p for p in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if p.ndim > 1]
+    return any(not p.is_floating_point() or _is_of_its_own_kind(p) for p in matrices)
+
+
+def _is_of_its_own_kind(tensor: Tensor) -> bool:
+    return hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor)

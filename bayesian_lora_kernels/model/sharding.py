@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -24,6 +25,10 @@ from bayesian_lora_kernels.processes import ALONE, Processes
 
 Item = TypeVar("Item")
 FSDP = "torch.distributed.fsdp"
+OTHER_WEIGHTS = "it runs the model with other weights in the place of its own"
+
+# Of each model one, so that what its processes say to each other stays in step; by its outermost sharded module.
+_known: weakref.WeakKeyDictionary[nn.Module, Processes] = weakref.WeakKeyDictionary()
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -71,20 +76,40 @@ def sharing(model: nn.Module) -> Processes:
         groups.add(mesh.get_group(axes[0]))
     if len(groups) > 1:
         raise ValueError(f"FSDP shards the model over {len(groups)} different groups of processes; expected one")
-    return Processes(groups.pop())
+    group, outermost = groups.pop(), modules[0]
+    if outermost not in _known or _known[outermost].group is not group:
+        _known[outermost] = Processes(group)
+    return _known[outermost]
 
 
-def not_sharded(model: nn.Module, what: str) -> None:
-    """Refuse what does not run a model as it is.
+def not_sharded(model: nn.Module, what: str, why: str = OTHER_WEIGHTS) -> None:
+    """Refuse what is not for a model that is sharded.
 
     Raises:
-        ValueError: for a model that is sharded.
+        ValueError: for such a model.
     """
     if sharing(model) is not ALONE:
         raise ValueError(
-            f"{what}: not for a model that FSDP shards (fully_shard), because it runs the model with other weights in "
-            "the place of its own; load base model and adapter without fully_shard for this"
+            f"{what}: not for a model that FSDP shards (fully_shard), because {why}; load base model and adapter "
+            "without fully_shard for this"
         )
+
+
+@contextmanager
+def together(model: nn.Module, processes: Processes) -> Iterator[None]:
+    """What one process raises inside, all raise that share the model or the data.
+
+    Args:
+        model: that is run inside.
+        processes: with data of their own.
+
+    Raises:
+        ValueError: if the model is sharded over processes with data of their own, which hold parts of it, not copies.
+    """
+    shards = sharing(model)
+    with processes.together(), shards.together():
+        _check_apart(shards, processes)
+        yield
 
 
 def in_step(model: nn.Module, batches: Iterable[Item]) -> Iterator[Item]:
@@ -129,13 +154,7 @@ def smallest(model: nn.Module, number: int) -> int:
     return number if processes is ALONE else min(processes.values(number))
 
 
-def check_apart(model: nn.Module, processes: Processes) -> None:
-    """Whether processes that each have data of their own hold copies of the model, rather than parts of one.
-
-    Raises:
-        ValueError: if a model is sharded over some of them.
-    """
-    shards = sharing(model)
+def _check_apart(shards: Processes, processes: Processes) -> None:
     if shards is ALONE or processes.group is None:
         return
     both = set(dist.get_process_group_ranks(shards.group)) & set(dist.get_process_group_ranks(processes.group))
