@@ -77,7 +77,7 @@ def run(fits: int, predictions: int) -> list[dict[str, int]]:
         for _ in range(per_fit):
             done += 1
             predict(laplace, batch(generator), done)
-        if fit % max(fits // READINGS, 1) == 0:
+        if (fit + 1) % max(fits // READINGS, 1) == 0:
             resident = reset_peak()
             tensors = sum(isinstance(one, Tensor) for one in gc.get_objects())
             readings.append({"fits": fit + 1, "predictions": done, "resident": resident, "tensors": tensors})
