@@ -425,12 +425,13 @@ class LaplaceLoRA:
         device = model_device(self.model)
         with processes.together():
             check_apart(self.model, processes)
-            own = None
-            if gather is None or batch is not None:
-                (batch,) = in_step(self.model, [batch])
-                parsed = Batch.of(batch, device, labels=False)
-                if gather is None or parsed.size:
-                    own = self._predictor(fit).predict(parsed, outputs, [self._gaussian()], differences)
+            own, posterior = None, self._gaussian()
+            with posterior.in_step():
+                if gather is None or batch is not None:
+                    (batch,) = in_step(self.model, [batch])
+                    parsed = Batch.of(batch, device, labels=False)
+                    if gather is None or parsed.size:
+                        own = self._predictor(fit).predict(parsed, outputs, [posterior], differences)
             if own is None or gather is not None:
                 processes.check_alike({"differences": differences, **self._prior_numbers()})
                 own = gather_logits(processes, own, device)
@@ -550,10 +551,11 @@ class LaplaceLoRA:
         """Write the posterior into a folder, `laplace.json` and a safetensors file, whole or not at all.
 
         It may be the adapter's own folder. Neither adapter nor base model is written; loading checks that they are the
-        same. Processes that write to one folder at once take turns.
+        same. Processes that write to one folder at once take turns. Of `curvature="exact"` that was fitted by a group
+        all processes call this, as each holds a part of it; the first one writes.
 
         Raises:
-            RuntimeError: before `fit`.
+            RuntimeError: before `fit`; if another process failed.
             ValueError: if an adapter is merged into the base model.
         """
         fit, weights = self._fitted("save_pretrained"), self._weights
@@ -587,7 +589,12 @@ class LaplaceLoRA:
             "base_model": base,
             "calibration": None if calibration is None else calibration.as_json(),
         }
-        storage.save(folder, {**tensors, BASE: values}, description)
+        processes = fit.curvature.processes
+        with processes.together():
+            if processes.rank == 0:
+                storage.save(folder, {**tensors, BASE: values}, description)
+            else:
+                storage.hand_over({**tensors, BASE: values})
 
     @classmethod
     @in_own_surroundings

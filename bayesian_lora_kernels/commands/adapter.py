@@ -191,7 +191,7 @@ def open_adapter(
         raise InputError(f"{folder}: no {CONFIG} in it; expected a PEFT adapter folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object")
