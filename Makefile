@@ -224,7 +224,7 @@ $(STUDIED): $(LLM) benchmarks/calibration/requirements.txt
 	@touch $@
 
 clean:
-	@rm -rf $(VENV) $(VENV)-triton-* $(FLOORS) $(RELEASE) $(DOCS) docs/_build build dist *.egg-info
+	@rm -rf $(VENV) $(VENV)-triton-* $(FLOORS) $(RELEASE) $(DOCS) docs/_build docs/results build dist *.egg-info
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@rm -f bayesian_lora_kernels/_native*.so bayesian_lora_kernels/_native_build.json
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -64,7 +64,6 @@ WAYS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[], AbstractCon
     "bfloat16, adapter in float32": (partial(narrowed, dtype=torch.bfloat16, adapter=torch.float32), nullcontext),
     "bfloat16": (partial(narrowed, dtype=torch.bfloat16, adapter=torch.bfloat16), nullcontext),
     "autocast to bfloat16": (lambda model: model, autocast),
-    "float16, adapter in float32": (partial(narrowed, dtype=torch.float16, adapter=torch.float32), nullcontext),
 }
 
 
@@ -132,7 +131,7 @@ def predictions(laplace: LaplaceLoRA, data: Data, around: Callable[[], AbstractC
 
 
 def fit(model: nn.Module, data: Data, around: Callable[[], AbstractContextManager[object]]) -> LaplaceLoRA:
-    laplace = LaplaceLoRA(model, class_token_ids=data.answers, prior_precision=PRIOR)
+    laplace = LaplaceLoRA(model, class_token_ids=data.answers, prior_precision=PRIOR, check="off")
     with around():
         return laplace.fit(data.train, progress=False)
 
@@ -164,28 +163,24 @@ def measure(ratings: Path) -> dict[str, Any]:
     plain: Said | None = None
     results: dict[str, Any] = {}
     truth = torch.stack([gradients(model, batch, data) for batch in data.test])
-    for i, (name, (build, around)) in enumerate(WAYS.items()):
-        print(f"{i + 1}/{len(WAYS)} {name}", file=sys.stderr, flush=True)
+    for name, (build, around) in WAYS.items():
         one = build(model)
         said = predictions(fit(one, data, around), data, around)
-        if plain is None:
-            plain = said
+        plain = said if plain is None else plain
         with around():
             own = torch.stack([gradients(one, batch, data) for batch in data.test])
-        swapped = copy.copy(said.laplace)
-        swapped._fit = plain.laplace._fit  # the passes of one, the curvature of the other
-        passes = predictions(swapped, data, around)
-        other = copy.copy(plain.laplace)
-        other._fit = said.laplace._fit
-        curvature = predictions(other, data, nullcontext)
-        parts = [relative_error(part.covariance, plain.covariance) for part in (passes, curvature)]
-        parts.append(relative_error(own, truth))
+        # The passes of one with the curvature of the other, and the other way round.
+        swapped, other = copy.copy(said.laplace), copy.copy(plain.laplace)
+        swapped._fit, other._fit = plain.laplace._fit, said.laplace._fit
+        found = [predictions(swapped, data, around), predictions(other, data, nullcontext)]
+        parts = [*(relative_error(part.covariance, plain.covariance) for part in found), relative_error(own, truth)]
         results[name] = {
             "errors": errors(said, plain),
             "parts": dict(zip(PARTS, parts, strict=True)),
             "log_likelihood": said.log_likelihood,
             "log_marginal_likelihood": said.evidence,
         }
+        print(f"{len(results)}/{len(WAYS)} {name}: {results[name]}", file=sys.stderr, flush=True)
     return {
         "environment": environment(),
         "sizes": asdict(SIZES),

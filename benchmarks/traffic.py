@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -188,13 +188,25 @@ def merging_seconds(size: int, width: int = 4096, columns: int = 64) -> float:
     return time.process_time() - start
 
 
-def _work(rank: int, size: int, port: int) -> None:
+def run(work: Callable[[Any], None], size: int) -> None:
+    """`work(group)` in each of so many processes, over gloo."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_run, (work, size, port), nprocs=size)
+
+
+def _run(rank: int, work: Callable[[Any], None], size: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=120), rank=rank, world_size=size)
-    found = {(n, curvature): sent(dist.group.WORLD, n, curvature) for curvature in ("kfac", "ekfac") for n in (2, 16)}
-    if rank == 0:
-        print("\n".join(compared(size, found)), flush=True)
+    work(dist.group.WORLD)
     dist.destroy_process_group()
+
+
+def _print_sent(group: Any) -> None:
+    found = {(n, curvature): sent(group, n, curvature) for curvature in ("kfac", "ekfac") for n in (2, 16)}
+    if dist.get_rank(group) == 0:
+        print("\n".join(compared(dist.get_world_size(group), found)), flush=True)
 
 
 def main() -> None:
@@ -204,10 +216,7 @@ def main() -> None:
         flush=True,
     )
     for size in (2, 3, 4):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.spawn(_work, (size, port), nprocs=size)
+        run(_print_sent, size)
     torch.set_num_threads(1)
     times = ", ".join(f"{merging_seconds(size):.2f} s of {size} processes" for size in (8, 64))
     print(f"\nmerging one stream of 4096 x 64 on one CPU core: {times}")

@@ -15,9 +15,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kfac, sampled": {"curvature": "kfac", "fisher": "mc", "fisher_samples": 2, "rank": None},
     "kfac, low-rank": {"curvature": "kfac", "fisher": "mc", "rank": 1, "rank_threshold": 4},
     "ekfac": {"curvature": "ekfac", "fisher": "mc"},
+    "ekfac, exact Fisher": {"curvature": "ekfac", "fisher": "exact", "rank": None},
     "exact": {"curvature": "exact", "fisher": "exact"},
 }
-PASSES = {name: 2 if name == "ekfac" else 1 for name in SETTINGS}
+PASSES = {name: 2 if name.startswith("ekfac") else 1 for name in SETTINGS}
 
 
 class Stop(Exception):

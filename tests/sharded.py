@@ -203,6 +203,18 @@ def replicated(rank: int) -> dict[str, Tensor]:
     return found | {f"gradient of {name}": g for name, g in gradients.items()}
 
 
+def hybrid(rank: int, size: int) -> dict[str, Tensor]:
+    """HSDP: copies of a model, each shared by `size / 2` processes; each copy has data of its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
+    model = sharded(mesh)(llama(causal=False))
+    laplace = blk.LaplaceLoRA(model, rank=None, fisher="exact")
+    copy = mesh.get_local_rank("replicate")
+    laplace.fit(BATCHES[copy : copy + 1], progress=False, group=mesh.get_group("replicate"))
+    return numbers(laplace, BATCHES[0])
+
+
 def refusals(ready: Ready) -> dict[str, str]:
     """What every process says of what cannot be: none of them may hang."""
     rank = dist.get_rank()
@@ -214,6 +226,7 @@ def refusals(ready: Ready) -> dict[str, str]:
         "a loader that fails": failing(rank),
     }
     found = {name: refused(lambda b=batches: laplace.fit(b, progress=False)) for name, batches in data.items()}
+    found["shards as a group"] = refused(lambda: laplace.fit(BATCHES, progress=False, group=dist.group.WORLD))
     laplace.fit(BATCHES, progress=False)
     found["another batch to predict"] = refused(lambda: laplace.predict(BATCHES[rank]))
     found["score"] = refused(lambda: laplace.score(BATCHES[0]))
@@ -241,6 +254,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     for name, scene in SCENES.items():
         results[name] = scene(half if name == "mixed" else sharded(mesh), folder)
     results["replicated"] = replicated(rank)
+    results["hybrid"] = hybrid(rank, size)
     results["refusals"] = refusals(sharded(mesh))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()

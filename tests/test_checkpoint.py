@@ -24,7 +24,7 @@ from bayesian_lora_kernels.curvature import checkpoint, checkpoint_folder
 from bayesian_lora_kernels.model import deferred
 from bayesian_lora_kernels.model.deferred import Deferred
 
-RANK = "rank-0"
+RANK = "0/rank-0-of-1"
 
 
 def stopped(setting: str, folder: Path, after: int, one: Any = None, **settings: Any) -> None:

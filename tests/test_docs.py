@@ -11,10 +11,10 @@ from pages import PAGES, ROOT, blocks, pictures, run, same
 
 # What cannot run in a test, and why.
 NOT_RUN = {
-    "docs/distributed.md": 1,  # GPUs, and torchrun
     "docs/index.md": 1,  # stands for a user's own adapter and files
     "docs/migrating.md": 1,  # laplace-torch
     "docs/spread-models.md": 1,  # a sharded model
+    "docs/training.md": 1,  # examples/trainer.py is the whole
 }
 RUNNABLE = [page for page in PAGES if any(block.runs for block in blocks(page.read_text(encoding="utf-8")))]
 

@@ -187,15 +187,24 @@ def held(folder: Path) -> Iterator[CheckpointFolder]:
         OSError: if another fit holds it, or it cannot be made or written to.
         ValueError: as `CheckpointFolder`.
     """
+    with locked(folder):
+        yield CheckpointFolder(folder)
+    with suppress(OSError):  # something is in it
+        folder.rmdir()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A folder, made if it is not there, in which no other process is inside such a block.
+
+    Raises:
+        OSError: if one is, or the folder cannot be made or written to.
+    """
     descriptor = _locked(folder)
     try:
-        found = CheckpointFolder(folder)
-        yield found
-        if not found.parts:
-            (folder / LOCK_NAME).unlink(missing_ok=True)
-            with suppress(OSError):  # something else is in it
-                folder.rmdir()
+        yield
     finally:
+        (folder / LOCK_NAME).unlink(missing_ok=True)
         _release(descriptor)
 
 

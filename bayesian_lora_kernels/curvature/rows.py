@@ -98,6 +98,8 @@ class RowStore:
         for block in state:
             self.append(block)
 
+    join = restore
+
     def spread(self, processes: Processes, device: torch.device) -> RowStore:
         """The rows of all processes, in no particular order, of which each process holds a share of the columns.
 

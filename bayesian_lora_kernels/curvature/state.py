@@ -6,13 +6,15 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.model.containers import is_record, items_of
+
+UNKNOWN = b"?"  # what digests begin with of objects whose values nobody knows
 
 
 class Stateful(Protocol):
@@ -26,6 +28,14 @@ class Stateful(Protocol):
 
     def restore(self, state: Any) -> None:
         """Takes the place of everything that has been added: tensors on the devices where they were; not shared."""
+
+
+@runtime_checkable
+class Joining(Stateful, Protocol):
+    """Sums that another number of processes can take over."""
+
+    def join(self, state: Any) -> None:
+        """The state of another process' sums is added to these."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +173,13 @@ def loader_state(loader: Any) -> Any:
 def batch_digest(before: str, batch: Any) -> str:
     """Of all batches up to this one, from the digest of those before it: keys, shapes, dtypes and values."""
     digest = hashlib.blake2b(before.encode(), digest_size=16)
-    for part in _parts(batch):
+    for part in parts_of(batch):
         digest.update(part)
     return digest.hexdigest()
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def parts_of(value: Any) -> Iterator[bytes]:
+    """What a digest of a batch, or of a part of one, is of."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         yield f"array {value.dtype} {value.shape}\n".encode()
         yield np.ascontiguousarray(value).tobytes()
@@ -180,8 +191,8 @@ def _parts(value: Any) -> Iterator[Any]:
         yield f"{len(items)} items\n".encode()
         for key, part in items.items():
             yield f"{key!r}: ".encode()
-            yield from _parts(part)
+            yield from parts_of(part)
     elif value is None or isinstance(value, (str, bytes, bool, int, float)):
         yield f"{value!r}\n".encode()
-    else:  # nobody knows its values
-        yield f"{type(value).__name__}\n".encode()
+    else:
+        yield UNKNOWN + f"{type(value).__name__}\n".encode()

@@ -157,3 +157,16 @@ def check_wrong_use(group: Any) -> None:
             shared.posterior.sample(2 + rank)
         with pytest.raises(ValueError, match=f"expected a column for each of {size} processes, got 1"):
             RowStore({"one": 1}, 10**6).spread(Processes(group), torch.device("cpu"))
+
+
+def check_failure(group: Any) -> None:
+    """What one process raises in a prediction, all of them raise; and go on."""
+    rank = dist.get_rank(group)
+    case, single, shared = spread(group, "turns")
+    batch = case.batch()
+    if rank == 0:
+        batch = (batch[0] * float("nan"), batch[1])
+    error = "the logits are not finite" if rank == 0 else "rank 0 of the group failed: ValueError: .*not finite"
+    with pytest.raises(ValueError if rank == 0 else RuntimeError, match=error):
+        shared.predict(batch)
+    assert relative(shared.predict(case.batch()).covariance, single.predict(case.batch()).covariance) < EXACTLY
