@@ -457,3 +457,24 @@ def test_bases_are_orthonormal(scale: float, saved: Path) -> None:
     sealed(saved, lambda content: None, changed(data, "first.basis_a", lambda t: t * scale))
     with pytest.raises(ValueError, match=r"first.basis_a: expected (orthonormal columns|finite numbers)"):
         blk.LaplaceLoRA.from_pretrained(mlp().model, saved)
+
+
+def test_a_reader_between_two_posteriors_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors that JSON names are gone, then another posterior is there, then the first one again; three times."""
+    one, other = fitted(2.0), fitted(7.0, fisher="empirical")
+    one.save_pretrained(tmp_path)
+    opened, calls = tensor_file.safe_open, []
+
+    def overtaken(path: Path, framework: str) -> Any:
+        calls.append(path)
+        if len(calls) > 3:
+            return opened(path, framework)
+        other.save_pretrained(tmp_path)
+        try:
+            torch.UntypedStorage.from_file(str(path), False, 8)  # as safetensors does it
+        finally:
+            one.save_pretrained(tmp_path)
+
+    monkeypatch.setattr(tensor_file, "safe_open", overtaken)
+    assert float(blk.LaplaceLoRA.from_pretrained(mlp().model, tmp_path).prior_precision) == 2.0
+    assert len(calls) == 4
