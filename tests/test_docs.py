@@ -14,7 +14,6 @@ NOT_RUN = {
     "docs/index.md": 1,  # stands for a user's own adapter and files
     "docs/migrating.md": 1,  # laplace-torch
     "docs/spread-models.md": 1,  # a sharded model
-    "docs/training.md": 1,  # examples/trainer.py is the whole
 }
 RUNNABLE = [page for page in PAGES if any(block.runs for block in blocks(page.read_text(encoding="utf-8")))]
 
