@@ -269,7 +269,8 @@ class FunctionSpaceCurvature(Curvature):
             mine = slices[self.processes.rank]
             width = mine.stop - mine.start
             came = self.processes.exchange([of(x).reshape(-1) for x in slices], [one * width for one in counts])
-            cross.addmm_(torch.cat(came).reshape(total, width), self._rows(mine).mT)
+            others = came[0] if len(came) == 1 else torch.cat(came)
+            cross.addmm_(others.reshape(total, width), self._rows(mine).mT)
         parts = [part.reshape(-1) for part in cross.split(counts)]
         own = counts[self.processes.rank]
         came = self.processes.exchange(parts, [own * n] * self.processes.size)
