@@ -121,7 +121,8 @@ FLOOR_TESTS  ?= tests/test_bad_calls.py tests/test_batches.py tests/test_calibra
 # transformers 4.46 cannot make the first test's model, and its Trainer does not fit the accelerate of today.
 FLOOR_SKIP   := tests/test_batches.py::test_a_vision_language_model_one_example_at_a_time \
   tests/test_crossfit.py::test_a_trainer \
-  tests/test_crossfit.py::test_a_trainer_hands_over_the_right_examples_whatever_its_loaders_keep
+  tests/test_crossfit.py::test_a_trainer_hands_over_the_right_examples_whatever_its_loaders_keep \
+  "tests/test_examples.py::test_an_example_runs[trainer]" tests/test_examples.py::test_accelerate_on_two_processes
 
 # In a copy, so that neither the sources nor an extension built for .venv are imported in place of what was installed.
 test-floors: $(FLOORS)/.ready
@@ -223,7 +224,7 @@ $(STUDIED): $(LLM) benchmarks/calibration/requirements.txt
 	@touch $@
 
 clean:
-	@rm -rf $(VENV) $(VENV)-triton-* $(FLOORS) $(RELEASE) $(DOCS) docs/_build build dist *.egg-info
+	@rm -rf $(VENV) $(VENV)-triton-* $(FLOORS) $(RELEASE) $(DOCS) docs/_build docs/results build dist *.egg-info
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@rm -f bayesian_lora_kernels/_native*.so bayesian_lora_kernels/_native_build.json
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

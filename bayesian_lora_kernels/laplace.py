@@ -183,6 +183,7 @@ class LaplaceLoRA:
             )
         (values, described), ids = weights.base, self._forward.class_token_ids
         base = hashlib.sha256(values.cpu().numpy().tobytes() + json.dumps(described, sort_keys=True).encode())
+        devices = list(dict.fromkeys(str(layer.device) for layer in self.layers))
         return {
             "settings": self.config.as_json(),
             "class_token_ids": None if ids is None else ids.tolist(),
@@ -191,10 +192,11 @@ class LaplaceLoRA:
                 layer.name: {
                     "shape": list(layer.shape),
                     "covers": [leaf for leaf in ("weight", "bias") if getattr(layer, leaf)],
-                    "device": str(layer.device),
+                    "device": devices.index(str(layer.device)),
                 }
                 for layer in self.layers
             },
+            "devices": devices,
             "adapter": weights.digest,
             "base_model": base.hexdigest(),
         }
@@ -424,12 +426,13 @@ class LaplaceLoRA:
         fit, processes = self._fitted("predict"), Processes(gather)
         device = model_device(self.model)
         with together(self.model, processes):
-            own = None
-            if gather is None or batch is not None:
-                (batch,) = in_step(self.model, [batch])
-                parsed = Batch.of(batch, device, labels=False)
-                if gather is None or parsed.size:
-                    own = self._predictor(fit).predict(parsed, outputs, [self._gaussian()], differences)
+            own, posterior = None, self._gaussian()
+            with posterior.in_step():
+                if gather is None or batch is not None:
+                    (batch,) = in_step(self.model, [batch])
+                    parsed = Batch.of(batch, device, labels=False)
+                    if gather is None or parsed.size:
+                        own = self._predictor(fit).predict(parsed, outputs, [posterior], differences)
             if own is None or gather is not None:
                 processes.check_alike({"differences": differences, **self._prior_numbers()})
                 own = gather_logits(processes, own, device)
@@ -549,10 +552,11 @@ class LaplaceLoRA:
         """Write the posterior into a folder, `laplace.json` and a safetensors file, whole or not at all.
 
         It may be the adapter's own folder. Neither adapter nor base model is written; loading checks that they are the
-        same. Processes that write to one folder at once take turns.
+        same. Processes that write to one folder at once take turns. Of `curvature="exact"` that was fitted by a group
+        all processes call this, as each holds a part of it; the first one writes.
 
         Raises:
-            RuntimeError: before `fit`.
+            RuntimeError: before `fit`; if another process failed.
             ValueError: if an adapter is merged into the base model.
         """
         fit, weights = self._fitted("save_pretrained"), self._weights
@@ -586,7 +590,12 @@ class LaplaceLoRA:
             "base_model": base,
             "calibration": None if calibration is None else calibration.as_json(),
         }
-        storage.save(folder, {**tensors, BASE: values}, description)
+        processes = fit.curvature.processes
+        with processes.together():
+            if processes.rank == 0:
+                storage.save(folder, {**tensors, BASE: values}, description)
+            else:
+                storage.hand_over({**tensors, BASE: values})
 
     @classmethod
     @in_own_surroundings

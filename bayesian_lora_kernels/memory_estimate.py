@@ -217,17 +217,15 @@ class _Subject:
         live.forget_peak()
         some, seen = self.fit(batch)
         assert isinstance(some, FunctionSpaceCurvature)
-        store, shapes = some.store, some.shapes
-        each = sum(store.rows(name).nbytes for name in store.names) // seen
-        rows = _Rows(each, n_examples, budget)
-        here = live.peak[self.device]
-        peak = {**live.peak, self.device: {**here, ROWS: min(rows.all, budget)}}
+        peak, store, shapes = dict(live.peak), some.store, some.shapes
+        column = store.read(slice(0, 1))
+        rows = _Rows(column.nbytes * store.n_columns // seen, n_examples, budget)
+        peak[self.device] = {**peak[self.device], ROWS: min(rows.all, budget)}
         size = round(store.n_rows * (n_examples or seen) / seen), store.n_columns
-        like = torch.empty(size, dtype=store.read(slice(0, 1)).dtype, device="meta")
+        like = torch.empty(size, dtype=column.dtype, device="meta")
         counted = rows.all > 0 and not rows.in_files
-        found = RowStore.of(
-            {name: store.width(name) for name in shapes}, self.dry.empty(like, self.device, ROWS if counted else None)
-        )
+        widths = {name: store.width(name) for name in shapes}
+        found = RowStore.of(widths, self.dry.empty(like, self.device, ROWS if counted else None))
         del some, store
         live.forget_peak()
         return FunctionSpaceCurvature(found, shapes, self.device), [peak, live.peak], rows
@@ -239,7 +237,7 @@ class _Subject:
         posterior, budget = Posterior(curvature, self.prior), self.config.memory_budget
         if outputs is None and self.forward.head is not None and self.forward.class_token_ids is None:
             outputs = "vocabulary"
-        if isinstance(outputs, str):
+        if isinstance(outputs, str) and outputs == "vocabulary":
             jvp = JacobianVectorProduct()
             sampler = HiddenSampler(self.model, self.layers, self.forward, posterior, budget, jvp)
             vocabulary_posterior(sampler, batch).probs()

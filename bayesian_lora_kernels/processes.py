@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 BUCKET_BYTES = 64 * 2**20  # of tensors that travel together
-LONGEST_PAUSE = 0.05  # seconds between two looks at the store
+LONGEST_PAUSE = 0.05  # seconds between two looks whether all have come,
+LOOK = 2.0  # and whether one of those that have come has failed
 PATIENCE = 10.0  # seconds that the others have to say what they know of a failure
 
 
@@ -76,7 +77,6 @@ class Processes:
             self._fail(error)
             raise
         self.values(None)
-        self.add([torch.zeros(1)])  # the store may be gone with the first that leaves: not before all have read it
 
     def values(self, own: Any) -> list[Any]:
         """What JSON can hold, of every process.
@@ -100,6 +100,9 @@ class Processes:
                 )
             # All have come here, so all have read the step before.
             self._store.delete_key(self._key(step - 1, self.rank))
+        read = torch.ones(1)
+        self.add([read])
+        read.item()  # all have: the store may be gone with the first process that leaves
         return [found[rank] for rank in range(self.size)]
 
     def check_alike(self, own: Mapping[str, Any]) -> None:
@@ -252,17 +255,23 @@ class Processes:
                 self._post(step, json.dumps({"error": f"{type(error).__name__}: {error}", "seen": seen}))
 
     def _wait(self, step: int, seconds: float, read: Callable[[int, str], None]) -> list[int]:
-        """Reads what the processes post for a step as it comes; those that have not come in time."""
-        missing, end, pause = [*range(self.size)], time.monotonic() + seconds, LONGEST_PAUSE / 64
-        while True:
-            for rank in [*missing]:
-                if self._store.check([self._key(step, rank)]):
+        """Reads what the processes post for a step; those that have not come in time."""
+        missing, pause = [*range(self.size)], LONGEST_PAUSE / 64
+        now = time.monotonic()
+        end, look = now + seconds, now + LOOK
+        while missing:
+            now = time.monotonic()
+            if now > min(end, look) or self._store.check([self._key(step, rank) for rank in missing]):
+                for rank in [rank for rank in missing if self._store.check([self._key(step, rank)])]:
                     read(rank, self._store.get(self._key(step, rank)).decode())
                     missing.remove(rank)
-            if not missing or time.monotonic() > end:
-                return missing
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+                look = now + LOOK
+            if now > end:
+                break
+            if missing:
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+        return missing
 
     def _read(self, rank: int, said: str) -> Any:
         content = json.loads(said)

@@ -77,7 +77,7 @@ def run(fits: int, predictions: int) -> list[dict[str, int]]:
         for _ in range(per_fit):
             done += 1
             predict(laplace, batch(generator), done)
-        if fit % max(fits // READINGS, 1) == 0:
+        if (fit + 1) % max(fits // READINGS, 1) == 0:
             resident = reset_peak()
             tensors = sum(isinstance(one, Tensor) for one in gc.get_objects())
             readings.append({"fits": fit + 1, "predictions": done, "resident": resident, "tensors": tensors})
@@ -103,20 +103,19 @@ def growth(readings: list[dict[str, int]]) -> float:
 def plot(readings: list[dict[str, int]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([one["predictions"] for one in readings], [one["resident"] / 1e6 for one in readings], color="#1f5f8b")
-    axes.set(xlabel="predictions", ylabel="resident memory, MB", ylim=(0, None))
-    above = axes.secondary_xaxis("top", functions=(lambda x: x * _rate(readings), lambda x: x / _rate(readings)))
-    above.set_xlabel("fits")
-    axes.spines["right"].set_visible(False)
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+    calls, resident = [one["predictions"] for one in readings], [one["resident"] / 1e6 for one in readings]
+    whole, above = figure.subplots(1, 2)
+    whole.plot(calls, resident, color="#1f5f8b")
+    whole.set(ylabel="resident memory, MB", ylim=(0, 1.2 * max(resident)))
+    above.plot(calls, [size - resident[0] for size in resident], color="#1f5f8b")
+    above.set(ylabel="more than after the first fit, MB")
+    for axes in (whole, above):
+        axes.set(xlabel=f"predictions ({calls[-1] // readings[-1]['fits']} for each fit)")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=130)
-
-
-def _rate(readings: list[dict[str, int]]) -> float:
-    return readings[-1]["fits"] / readings[-1]["predictions"]
 
 
 def main() -> None:

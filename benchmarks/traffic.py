@@ -8,7 +8,8 @@ sent in between, so that the number of batches does not matter.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,7 +22,7 @@ from torch import nn
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.factor_sums import stream_columns
 from bayesian_lora_kernels.curvature.passes import Passes, fit_curvature
-from bayesian_lora_kernels.curvature.reduction import TOGETHER
+from bayesian_lora_kernels.curvature.reduction import TOGETHER, leading
 from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.layers import find_layers
 from bayesian_lora_kernels.processes import Processes
@@ -179,13 +180,33 @@ def compared(size: int, sent_by_first: dict[tuple[int, str], int]) -> Iterator[s
         yield f"| {size} | {batches} | {curvature} | {number} | {model:.0f} | {number / model:.3f} |"
 
 
-def _work(rank: int, size: int, port: int) -> None:
+def merging_seconds(size: int, width: int = 4096, columns: int = 64) -> float:
+    """Of this process' one thread, for one stream of `size` processes."""
+    estimates = [torch.randn(width, columns) for _ in range(size)]
+    start = time.process_time()
+    leading(estimates, columns)
+    return time.process_time() - start
+
+
+def run(work: Callable[[Any], None], size: int) -> None:
+    """`work(group)` in each of so many processes, over gloo."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_run, (work, size, port), nprocs=size)
+
+
+def _run(rank: int, work: Callable[[Any], None], size: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=120), rank=rank, world_size=size)
-    found = {(n, curvature): sent(dist.group.WORLD, n, curvature) for curvature in ("kfac", "ekfac") for n in (2, 16)}
-    if rank == 0:
-        print("\n".join(compared(size, found)), flush=True)
+    work(dist.group.WORLD)
     dist.destroy_process_group()
+
+
+def _print_sent(group: Any) -> None:
+    found = {(n, curvature): sent(group, n, curvature) for curvature in ("kfac", "ekfac") for n in (2, 16)}
+    if dist.get_rank(group) == 0:
+        print("\n".join(compared(dist.get_world_size(group), found)), flush=True)
 
 
 def main() -> None:
@@ -195,10 +216,10 @@ def main() -> None:
         flush=True,
     )
     for size in (2, 3, 4):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.spawn(_work, (size, port), nprocs=size)
+        run(_print_sent, size)
+    torch.set_num_threads(1)
+    times = ", ".join(f"{merging_seconds(size):.2f} s of {size} processes" for size in (8, 64))
+    print(f"\nmerging one stream of 4096 x 64 on one CPU core: {times}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import sphinx_argparse_cli._logic
 from sphinx.application import Sphinx
@@ -52,16 +53,25 @@ sphinx_argparse_cli._logic._HELP_SUBSTITUTIONS[:] = [
 ]
 
 # Files outside this folder that have pages here, which include them.
+HERE = Path(__file__).parent
 OUTSIDE = re.compile(r"\((?:\.\./)+(?:benchmarks/(results)/(?:[\w-]+/)?([\w-]+)|(CONTRIBUTING|CHANGELOG))\.md")
+
+
+def _make_results(app: Sphinx) -> None:
+    """A page in `results/` for each file of results."""
+    (HERE / "results").mkdir(exist_ok=True)
+    for file in (HERE.parent / "benchmarks" / "results").rglob("*.md"):
+        title = "" if file.read_text(encoding="utf-8").startswith("# ") else f"# {file.stem}\n\n"
+        text = f"{title}```{{include}} ../../{file.relative_to(HERE.parent)}\n```\n"
+        page = HERE / "results" / file.name
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            page.write_text(text, encoding="utf-8")
 
 
 def _link_inside(app: Sphinx, docname: str, source: list[str]) -> None:
     """A link to such a file, which is right on GitHub, becomes one to its page."""
     up = "../" * docname.count("/")
-    source[0] = OUTSIDE.sub(
-        lambda x: f"({up}{f'results/{x[2]}' if x[1] else x[3].lower()}.md",
-        source[0],
-    )
+    source[0] = OUTSIDE.sub(lambda x: f"({up}{f'results/{x[2]}' if x[1] else x[3].lower()}.md", source[0])
 
 
 def _as_rst(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
@@ -81,5 +91,6 @@ def _as_rst(app: Sphinx, what: str, name: str, obj: object, options: object, lin
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("builder-inited", _make_results)
     app.connect("source-read", _link_inside)
     app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon reads them

@@ -39,7 +39,7 @@ def fit_on_a_full_disk(setting: str, folder: Path, out: Path) -> None:
     class Watched(Batches):
         def __iter__(self) -> Any:
             for batch in super().__iter__():
-                assert not (folder / "rank-0" / "writing").exists()
+                assert not (folder / "0/rank-0-of-1" / "writing").exists()
                 yield batch
 
     with warnings.catch_warnings(record=True) as caught:
@@ -55,7 +55,7 @@ def bytes_of_the_first(setting: str, folder: Path) -> int:
     try:
         laplace(one, setting).fit(Batches(one.loader(1), 1), progress=False, checkpoint=folder, every=1)
     except Stop:
-        return sum(path.stat().st_size for path in (folder / "rank-0").iterdir())
+        return sum(path.stat().st_size for path in (folder / "0/rank-0-of-1").iterdir())
     raise AssertionError("not stopped")
 
 
@@ -79,7 +79,7 @@ def killed(setting: str, folder: Path, out: Path, seconds: float) -> bool:
 
 
 def moment_in(folder: Path) -> str:
-    own = folder / "rank-0"
+    own = folder / "0/rank-0-of-1"
     if not (own / "checkpoint.json").exists():
         return "without a checkpoint yet"
     return "while one was written" if (own / "writing").exists() else "between two"

@@ -15,9 +15,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kfac, sampled": {"curvature": "kfac", "fisher": "mc", "fisher_samples": 2, "rank": None},
     "kfac, low-rank": {"curvature": "kfac", "fisher": "mc", "rank": 1, "rank_threshold": 4},
     "ekfac": {"curvature": "ekfac", "fisher": "mc"},
+    "ekfac, exact Fisher": {"curvature": "ekfac", "fisher": "exact", "rank": None},
     "exact": {"curvature": "exact", "fisher": "exact"},
 }
-PASSES = {name: 2 if name == "ekfac" else 1 for name in SETTINGS}
+PASSES = {name: 2 if name.startswith("ekfac") else 1 for name in SETTINGS}
 
 
 class Stop(Exception):
@@ -51,7 +52,10 @@ def laplace(one: Case, setting: str, **settings: Any) -> blk.LaplaceLoRA:
 
 def tensors(fitted: blk.LaplaceLoRA) -> dict[str, torch.Tensor]:
     """All that a fit found."""
-    found = dict(fitted.posterior.curvature.pack()[0])
+    packed = fitted.posterior.curvature.pack()[0]
+    found = {
+        name: one.clone() if isinstance(one, torch.Tensor) else one.read(slice(None)) for name, one in packed.items()
+    }
     found["n_examples"] = torch.tensor(fitted.n_examples)
     if fitted.log_likelihood is not None:
         found["log_likelihood"] = torch.tensor(fitted.log_likelihood, dtype=torch.float64)

@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bayesian_lora_kernels.cli import main as blk
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts
+    page for page in (ROOT / "docs").rglob("*.md") if not {"_build", "results"} & set(page.relative_to(ROOT).parts)
 )  # README.md has one block, examples/quickstart.py: tests/test_examples.py
 # Training on another machine ends at other numbers, closer than this.
 NUMBERS: dict[str, Any] = {"rel": 0.1, "abs": 0.03}
@@ -102,14 +103,15 @@ def run(page: Path, folder: Path) -> Iterator[tuple[Block, Block]]:
 
 @contextlib.contextmanager
 def _inside(folder: Path) -> Iterator[None]:
-    """There, as a script is: its modules are found, and forgotten afterwards."""
-    before, modules = Path.cwd(), set(sys.modules)
+    """There, as a script is: its modules are found, and forgotten afterwards, as is the default dtype."""
+    before, modules, dtype = Path.cwd(), set(sys.modules), torch.get_default_dtype()
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         os.chdir(before)
+        torch.set_default_dtype(dtype)
         sys.path.remove(str(folder))
         for name in set(sys.modules) - modules:
             if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:

@@ -23,7 +23,7 @@ FLOORS = [
     {"laplace.py"},
     {"crossfitting"},
     {"__init__.py"},
-    {"demo", "compat"},
+    {"demo", "compat", "integrations"},
     {"commands"},
     {"cli.py"},
 ]

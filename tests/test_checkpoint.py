@@ -24,7 +24,7 @@ from bayesian_lora_kernels.curvature import checkpoint, checkpoint_folder
 from bayesian_lora_kernels.model import deferred
 from bayesian_lora_kernels.model.deferred import Deferred
 
-RANK = "rank-0"
+RANK = "0/rank-0-of-1"
 
 
 def stopped(setting: str, folder: Path, after: int, one: Any = None, **settings: Any) -> None:
@@ -363,6 +363,29 @@ def test_other_settings_weights_or_layers(tmp_path):
     again(memory_budget=10**9, check="always")  # these change no number
 
 
+def test_a_device_of_the_same_kind_takes_the_place_of_another(tmp_path):
+    """As of a process that takes over what another had on its own GPU."""
+    kept = tmp_path / RANK
+    identity = {"devices": ["cpu"]}
+    with checkpoint_folder.held(kept) as folder:
+        folder.write({"devices": ["cuda:1"]}, {"pass 0": [torch.device("cuda:1"), {torch.device("cpu"): 3}]})
+    with checkpoint_folder.held(kept) as folder:
+        assert folder.read("pass 0") == [torch.device("cuda:1"), {torch.device("cpu"): 3}]
+        assert checkpoint._read(folder, "pass 0", identity) == [torch.device("cpu"), {torch.device("cpu"): 3}]
+    one = case()
+    stopped("exact", tmp_path / "other", 2, one)
+    path = tmp_path / "other" / RANK / "checkpoint.json"
+    content = json.loads(path.read_text())
+    for devices, match in (
+        (["cuda:0"], r"devices: it has \['cuda'\], this fit \['cpu'\]"),
+        (["cpu", "cpu:1"], "devices"),
+    ):
+        content["identity"]["devices"] = devices
+        path.write_text(json.dumps({**content, "digest": checkpoint_folder._content_digest(content)}))
+        with refused(tmp_path / "other", match):
+            laplace(one, "exact").fit(one.loader(2), progress=False, checkpoint=tmp_path / "other")
+
+
 def test_other_data(tmp_path):
     one = case()
     loader = one.loader(2)
@@ -464,7 +487,7 @@ def test_damaged_files_are_refused_by_name(setting, tmp_path):
     one = case()
     stopped(setting, tmp_path, 6 if setting == "ekfac" else 3, one)
     files = [path for path in (tmp_path / RANK).iterdir() if path.name != ".lock"]
-    assert len(files) == 1 + {"ekfac": 3, "exact": 5}[setting]
+    assert len(files) == 1 + {"ekfac": 4, "exact": 6}[setting]
     for path in files:
         whole = path.read_bytes()
         lengths = {0, 1, 7, 8, 9, len(whole) // 2, len(whole) - 1}

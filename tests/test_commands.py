@@ -329,7 +329,7 @@ def test_fit_goes_on_from_a_checkpoint(place: Path, capsys: Any) -> None:
         with pytest.raises(KeyboardInterrupt):
             blk("fit", "--checkpoint", "kept")
     capsys.readouterr()
-    assert (place / "kept" / "rank-0" / "checkpoint.json").exists()
+    assert (place / "kept" / "0/rank-0-of-1" / "checkpoint.json").exists()
     assert "of another fit: settings.seed" in error_of(capsys, "fit", "--checkpoint", "kept", "--seed", "1")
     assert blk("fit", "--checkpoint", "kept") == 0
     kept = (place / "adapter" / "laplace.json").read_text()

@@ -48,6 +48,7 @@ def test_clear_sentences_each_once(tmp_path):
         (archive({INNER: archive({})}), f"it holds no {FILES['movies']}"),
         (archive({INNER: archive({FILES["movies"]: b"a line without tabs"})}), "expected the source distribution"),
     ],
+    ids=["none", "no archive", "another archive", "an empty archive", "another file"],
 )
 def test_other_files_are_refused(tmp_path, content, words):
     path = tmp_path / "source.tar.gz"

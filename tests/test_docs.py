@@ -11,7 +11,6 @@ from pages import PAGES, ROOT, blocks, pictures, run, same
 
 # What cannot run in a test, and why.
 NOT_RUN = {
-    "docs/distributed.md": 1,  # GPUs, and torchrun
     "docs/index.md": 1,  # stands for a user's own adapter and files
     "docs/migrating.md": 1,  # laplace-torch
     "docs/spread-models.md": 1,  # a sharded model

@@ -400,6 +400,7 @@ CLAIMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         else c["base_model"]["tensors"].update(x={"shape": [], "dtype": "x", "values": 2**62}),
         "expected a tensor base_model of shape",
     ),
+    "norm": (lambda c: c["layers"]["last"].update(square_norm=-1.0), "layers.last.square_norm: expected a finite"),
     "a file elsewhere": (lambda c: c["tensors"].update(file="../x.safetensors"), "tensors.file: expected the name"),
     "a file of no name": (lambda c: c["tensors"].update(file="\0.safetensors"), "tensors.file: expected the name"),
     "classes": (lambda c: c.update(class_token_ids=[2**64]), "class_token_ids: expected null or a list"),
@@ -433,3 +434,47 @@ def test_rows_come_back_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert again.posterior.curvature.store.place == "file"  # type: ignore[attr-defined]
     found, truth = again.predict(case.batch()).covariance, laplace.predict(case.batch()).covariance
     assert torch.allclose(found, truth, rtol=1e-12)
+
+
+@pytest.mark.parametrize("tensor", ["gram", "last.rows"])
+@pytest.mark.parametrize("number", [5.0, -1e230])
+def test_rows_are_those_of_their_gram_matrix(tensor: str, number: float, tmp_path: Path) -> None:
+    fitted(curvature="exact").save_pretrained(tmp_path)
+    data = next(tmp_path.glob("*.safetensors")).read_bytes()
+
+    def change(t: torch.Tensor) -> torch.Tensor:
+        t[1, 0] = number
+        return t
+
+    sealed(tmp_path, lambda content: None, changed(data, tensor, change))
+    with pytest.raises(ValueError, match="gram: expected the inner products of the rows"):
+        blk.LaplaceLoRA.from_pretrained(mlp().model, tmp_path)
+
+
+@pytest.mark.parametrize("scale", [2.0, 1e308])
+def test_bases_are_orthonormal(scale: float, saved: Path) -> None:
+    data = next(saved.glob("*.safetensors")).read_bytes()
+    sealed(saved, lambda content: None, changed(data, "first.basis_a", lambda t: t * scale))
+    with pytest.raises(ValueError, match=r"first.basis_a: expected (orthonormal columns|finite numbers)"):
+        blk.LaplaceLoRA.from_pretrained(mlp().model, saved)
+
+
+def test_a_reader_between_two_posteriors_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors that JSON names are gone, then another posterior is there, then the first one again; three times."""
+    one, other = fitted(2.0), fitted(7.0, fisher="empirical")
+    one.save_pretrained(tmp_path)
+    opened, calls = tensor_file.safe_open, []
+
+    def overtaken(path: Path, framework: str) -> Any:
+        calls.append(path)
+        if len(calls) > 3:
+            return opened(path, framework)
+        other.save_pretrained(tmp_path)
+        try:
+            torch.UntypedStorage.from_file(str(path), False, 8)  # as safetensors does it
+        finally:
+            one.save_pretrained(tmp_path)
+
+    monkeypatch.setattr(tensor_file, "safe_open", overtaken)
+    assert float(blk.LaplaceLoRA.from_pretrained(mlp().model, tmp_path).prior_precision) == 2.0
+    assert len(calls) == 4

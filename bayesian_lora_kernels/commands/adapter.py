@@ -191,7 +191,7 @@ def open_adapter(
         raise InputError(f"{folder}: no {CONFIG} in it; expected a PEFT adapter folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object")
@@ -214,12 +214,14 @@ def open_adapter(
             raise InputError(f"--base {base}: no such folder")
         raise InputError(f"{path}: its base model {named} is not there; pass --base FOLDER")
     adapter = AdapterFolder(folder, str(named), task, base is not None, None if base else config.get("revision"))
-    _check_config(path, config, adapter.shapes())
+    _check_config(path, config, adapter.shapes() if weights else None)
     return adapter
 
 
-def _check_config(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_config(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None) -> None:
     """Whether PEFT can be given this: it would import what the file names, and allocate what it asks for.
+
+    Without weights, of which `shapes` are, nothing is allocated.
 
     Raises:
         InputError: if not.
@@ -230,13 +232,15 @@ def _check_config(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tu
     for key in ("megatron_config", "layer_replication"):
         if config.get(key):
             raise InputError(f"{path}: {key}: expected none, which is all that blk serves")
-    largest = max((shape[0] for name, shape in shapes.items() if "lora_" in name and "_A" in name and shape), default=0)
+    known = {} if shapes is None else shapes
+    largest = max((shape[0] for name, shape in known.items() if "lora_" in name and "_A" in name and shape), default=0)
     pattern = config.get("rank_pattern") or {}
     if not isinstance(pattern, dict):
         raise InputError(f"{path}: rank_pattern: expected an object, got {pattern!r:.80}")
     for rank in (config.get("r", 8), *pattern.values()):
-        if not isinstance(rank, int) or rank > largest:
-            raise InputError(f"{path}: expected ranks of at most {largest}, as the weights have, got {rank!r:.80}")
+        if not isinstance(rank, int) or (shapes is not None and rank > largest):
+            most = "" if shapes is None else f" of at most {largest}, as the weights have"
+            raise InputError(f"{path}: expected ranks{most}, got {rank!r:.80}")
 
 
 def choose_device(name: str | None) -> torch.device:

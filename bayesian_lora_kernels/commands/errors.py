@@ -46,26 +46,28 @@ def as_input_errors(what: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def loading(what: str) -> Iterator[None]:
+def loading(what: str, done: str = "loaded") -> Iterator[None]:
     """Any error at all while other packages read the user's files, as an `InputError`: those files are to blame."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a package in Rust gives up
+            raise
         if _out_of_memory(error):
             raise InputError(f"{what}: the device is out of memory") from error
-        raise InputError(f"{what}: cannot be loaded: {brief(error)}") from error
+        raise InputError(f"{what}: cannot be {done}: {brief(error)}") from error
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """The first lines of an error's message, and its kind where the message alone says little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     plain = isinstance(error, (OSError, ValueError, RuntimeError, AssertionError)) and lines
     return " ".join(([] if plain else [f"{type(error).__name__}:"]) + lines[:2])
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _out_of_memory(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError)

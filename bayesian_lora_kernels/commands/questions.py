@@ -155,7 +155,7 @@ def _load(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
             with loading(f"--model {name}"):
-                tokenizer = AutoTokenizer.from_pretrained(name)
-                model = AutoModelForCausalLM.from_pretrained(name)
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
     wanted = (torch.bfloat16 if device.type == "cuda" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     return model.to(device, wanted).eval(), tokenizer

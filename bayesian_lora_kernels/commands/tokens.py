@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.dataset import SIDES, Content, Example
-from bayesian_lora_kernels.commands.errors import InputError, brief
+from bayesian_lora_kernels.commands.errors import InputError, brief, loading
 
 
 class Inputs(NamedTuple):
@@ -102,9 +102,9 @@ def tokenise_text(tokenizer: Any, text: str) -> Text:
         InputError: if it has no tokens.
     """
     fast = bool(tokenizer.is_fast)
-    encoded = tokenizer(
-        text, add_special_tokens=False, truncation=False, padding=False, verbose=False, return_offsets_mapping=fast
-    )
+    options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
+    with loading("tokenizer", "used"):
+        encoded = tokenizer(text, return_offsets_mapping=fast, **options)
     ids = list(encoded["input_ids"])
     if not ids:
         raise InputError("the text has no tokens")
@@ -183,14 +183,15 @@ def _text(tokenizer: Any, content: Content, line: int, answer: bool) -> str:
 
 
 def _ids(tokenizer: Any, texts: list[str], special: bool, max_length: int | None = None) -> list[list[int]]:
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=special,
-        truncation=max_length is not None,
-        max_length=max_length,
-        padding=False,
-        verbose=False,
-    )
+    with loading("tokenizer", "used"):
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=special,
+            truncation=max_length is not None,
+            max_length=max_length,
+            padding=False,
+            verbose=False,
+        )
     return [list(ids) for ids in encoded["input_ids"]]
 
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayesian_lora_kernels.curvature.checkpoint_folder import CheckpointFolder, held
+import torch
+from torch import Tensor
+
+from bayesian_lora_kernels.curvature import takeover
+from bayesian_lora_kernels.curvature.checkpoint_folder import JSON_NAME, CheckpointFolder, held, locked
 from bayesian_lora_kernels.curvature.state import (
+    Joining,
     Stateful,
     batch_digest,
     loader_state,
@@ -24,7 +32,7 @@ from bayesian_lora_kernels.processes import ALONE, Processes
 
 SECONDS = 60.0  # between checkpoints where nobody says how many batches,
 SHARE = 20  # and no less than so many times what the last took to write
-FIT = "fit"
+FIT, EXAMPLES = "fit", "examples"
 
 
 @dataclass
@@ -46,29 +54,39 @@ class Checkpoint:
     Args:
         folder: for this process alone.
         every: batches between checkpoints; None: after a minute, or after 20 times as long as the last took.
-        identity: what two fits must have in common for one to go on where the other was, as JSON.
+        identity: what two fits must have in common for one to go on where the other was, as JSON; of the
+            layers' `devices` only the kinds.
+        processes: that share the fit.
+        shards: all folders of the same fit by another number of processes.
 
     Raises:
         ValueError: if the folder holds the checkpoint of another fit.
         OSError: if nothing can be written there.
     """
 
-    def __init__(self, folder: CheckpointFolder, every: int | None, identity: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        every: int | None,
+        identity: Mapping[str, Any],
+        processes: Processes = ALONE,
+        shards: Sequence[CheckpointFolder] = (),
+    ):
         self._folder, self._every, self._identity = folder, every, json.loads(json.dumps(identity))
-        self._passes: list[_Pass] = []
-        saved: Any = folder.read(FIT) if FIT in folder.parts else {"passes": []}
-        saved["passes"] = [_Pass(**one) for one in saved["passes"]]
-        if not any(one.batches for one in saved["passes"]):
-            saved = None  # nothing was counted: nothing is lost
-        self._saved: Any = saved
+        self._processes, self._passes = processes, list[_Pass]()
+        self._digests: list[Tensor] | None = []  # of the examples that are counted, from the first pass
+        self._skip = Counter[bytes]()  # examples that come, and are counted already
         self._start: Any = None
-        self.saved: Any = None if saved is None else saved["own"]
-        if saved is not None:
-            _check_identity(folder.folder, folder.identity, self._identity)
+        of_shards = [_saved(shard, self._identity) for shard in shards]
+        self._shards = shards if any(of_shards) else ()
+        self._saved = None if self._shards else _saved(folder, self._identity)
+        self.saved: Any = None if self._saved is None else self._saved["own"]
+        if self._shards and processes.rank < len(shards) and (one := of_shards[processes.rank]) is not None:
+            self.saved = {**one["own"], "totals": None}
         self._proved, self._took, self._last = False, 0.0, time.monotonic()
-        if saved is None:
+        if self._saved is None and not self._shards:  # those stand until all processes have written what they took over
             folder.clear()
-            folder.write(self._identity, {FIT: {"passes": [], "own": None}})
+            folder.write(self._identity, {FIT: {"passes": [], "examples": 0, "skip": []}})
 
     def batches(
         self,
@@ -93,18 +111,25 @@ class Checkpoint:
         Raises:
             ValueError: for other batches than those that were counted.
         """
-        saved, number = self._saved, len(self._passes)
+        number = len(self._passes)
+        if number == 0 and self._shards:
+            self._take_over(what, loader, sums, fit)
+        saved: Any = self._saved
         known = [] if saved is None else saved["passes"]
         one = known[number] if number < len(known) else _Pass(what)
-        self._passes.append(one)
+        self._passes[number:] = [one]
         if one.what != what:
             raise ValueError(f"{self._folder.folder}: a checkpoint of the pass {one.what!r}, expected {what!r}")
         if number == 0:
             self._start = random_state(loader) if saved is None else saved["start"]
             set_random_state(self._start, loader)
         counted, first, digest = one.batches, 0, ""
+        if number == 0 and saved is not None:
+            examples = self._folder.read(EXAMPLES)
+            self._digests = None if examples is None else [examples]
+            self._skip = takeover.counter(saved["skip"])
         if number < len(known):
-            for own, state in zip(sums, self._folder.read(_name(number)), strict=True):
+            for own, state in zip(sums, self._read(self._folder, _name(number)), strict=True):
                 own.restore(state)
             if saved["loader"] is not None:
                 if one.done:
@@ -126,7 +151,10 @@ class Checkpoint:
             if index >= counted:
                 if one.done:
                     raise self._others(counted, f"more than {counted}")
-                yield index, given
+                if number > 0:
+                    yield index, given
+                else:
+                    yield from ((index, part) for part in self._noted(given))
                 one.batches, one.digest = index + 1, digest
                 if self._is_time(one.batches):
                     self._write(sums, fit, loader)
@@ -150,6 +178,9 @@ class Checkpoint:
         """The fit has its result."""
         self._folder.clear()
 
+    def _read(self, folder: CheckpointFolder, part: str) -> Any:
+        return _read(folder, part, self._identity)
+
     def _is_time(self, batches: int) -> bool:
         if self._every is not None:
             return batches % self._every == 0
@@ -157,15 +188,19 @@ class Checkpoint:
 
     def _write(self, sums: Sequence[Stateful], fit: Stateful, loader: Iterable[Any]) -> None:
         started, one = time.monotonic(), self._passes[-1]
-        state = {
+        state: dict[str, Any] = {
             "passes": [vars(one) for one in self._passes],
             "start": self._start,
             "now": random_state(loader),
             "loader": None if one.done else loader_state(loader),
             "own": fit.state(),
+            "examples": 0 if self._digests is None else sum(map(len, self._digests)),
+            "skip": takeover.elements(self._skip),
         }
         try:
-            parts = {_name(len(self._passes) - 1): [one.state() for one in sums], FIT: state}
+            parts: dict[str, Any] = {_name(len(self._passes) - 1): [one.state() for one in sums], FIT: state}
+            if len(self._passes) == 1:
+                parts[EXAMPLES] = None if self._digests is None else takeover.joined(self._digests)
             self._folder.write(self._identity, parts)
             self._proved = True
         except OSError as error:
@@ -178,6 +213,64 @@ class Checkpoint:
             )
         self._last = time.monotonic()
         self._took = self._last - started
+
+    def _noted(self, given: Any) -> Iterator[Any]:
+        """A batch, or what is left of it without examples that others had counted; its examples are written down."""
+        found = takeover.example_digests(given)
+        if found is None and self._skip.total():
+            raise self._not_told()
+        if found is None or self._digests is None:
+            self._digests = None
+            yield given
+            return
+        for part, digests in takeover.uncounted(given, found, self._skip):
+            self._digests.append(digests)
+            yield part
+
+    def _take_over(self, what: str, loader: Iterable[Any], sums: Sequence[Stateful], fit: Stateful) -> None:
+        """What other processes, of another number, had counted in the first pass; later passes begin again."""
+        if isinstance(loader, Iterator):
+            raise ValueError(
+                f"{self._folder.folder}: another number of processes goes over the data once more, to see which "
+                "examples are counted, expected a loader that can start again, got an iterator"
+            )
+        examples = [shard.read(EXAMPLES) for shard in self._shards if EXAMPLES in shard.parts]
+        if any(one is None for one in examples):
+            raise self._not_told()
+        own, mine, begun = self._shards[self._processes.rank :: self._processes.size], list[Tensor](), False
+        for shard in own:
+            if _name(0) in shard.parts:
+                for one, state in zip(sums, self._read(shard, _name(0)), strict=True):
+                    if not begun:
+                        one.restore(state)
+                    elif isinstance(one, Joining):
+                        one.join(state)
+                    else:
+                        raise ValueError(
+                            f"{type(one).__name__}: expected a method join, for the sums of several processes"
+                        )
+                mine.append(shard.read(EXAMPLES))
+                begun = True
+        counted = takeover.counter(takeover.joined(examples))
+        skip = takeover.own_part(counted, loader, self._processes)
+        if skip is None:
+            raise ValueError(
+                f"{self._folder.folder.parent.parent}: the checkpoint of {len(self._shards)} processes has counted "
+                "examples that no loader has now; pass the same data, or remove the folder to start the fit again"
+            )
+        self._digests, self._skip, self._start = mine, skip, random_state(loader)
+        self._passes = [_Pass(what)]
+        self._write(sums, fit, loader)
+        self._processes.values(None)  # everybody has written
+        for shard in own:
+            shard.clear()
+        self._saved, self._shards = _saved(self._folder, self._identity), ()
+
+    def _not_told(self) -> ValueError:
+        return ValueError(
+            f"{self._folder.folder.parent.parent}: the examples of some batches cannot be told apart, so that only as "
+            "many processes as before can go on"
+        )
 
     def _others(self, counted: int, found: str) -> ValueError:
         return ValueError(
@@ -196,7 +289,8 @@ def checkpoint_in(
 ) -> Iterator[Checkpoint | None]:
     """The checkpoint of a fit, in a folder that no other fit can write to meanwhile; None without a folder.
 
-    Each process of a group has a folder of its own in it, `rank-0` and so on.
+    Each process of a group has a folder of its own in it, `0/rank-0-of-2` and so on. Another number of processes begins
+    the next generation, `1/rank-0-of-3`, which counts once all of them have written.
 
     Raises:
         ValueError: for a checkpoint that is damaged, or of another fit.
@@ -205,8 +299,72 @@ def checkpoint_in(
     if folder is None:
         yield None
         return
-    with held(Path(folder) / f"rank-{processes.rank}") as own:
-        yield Checkpoint(own, every, {**identity(), "processes": processes.size})
+    base, rank, size = Path(folder), processes.rank, processes.size
+    with ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(locked(base))
+        generation, before = processes.values(_generation(base, size) if rank == 0 else None)[0]
+        own = stack.enter_context(held(_place(base, generation, rank, size)))
+        shards = []
+        for shard in range(before or 0):
+            path = _place(base, generation - 1, shard, before)
+            shards.append(stack.enter_context(held(path)) if shard % size == rank else CheckpointFolder(path))
+            if FIT not in shards[-1].parts:
+                raise ValueError(
+                    f"{path}: expected the checkpoint of one of {before} processes, got none; is it shared?"
+                )
+        if shards:
+            own.clear()  # of an earlier attempt
+        yield Checkpoint(own, every, identity(), processes, shards)
+    for path in base.glob("[0-9]*"):
+        with suppress(OSError):  # something is in it
+            path.rmdir()
+
+
+def _place(base: Path, generation: int, rank: int, size: int) -> Path:
+    return base / str(generation) / f"rank-{rank}-of-{size}"
+
+
+def _generation(base: Path, size: int) -> tuple[int, int | None]:
+    """Which generation a fit of so many processes is, and how many the one before had, if it has to take that over."""
+    places: dict[tuple[int, int], list[Path]] = {}
+    for path in base.glob("*/rank-*-of-*"):
+        if match := re.fullmatch(r"(\d+)/rank-\d+-of-(\d+)", path.relative_to(base).as_posix()):
+            places.setdefault((int(match[1]), int(match[2])), []).append(path)
+    whole = [key for key, paths in places.items() if sum((path / JSON_NAME).exists() for path in paths) == key[1]]
+    if not whole:  # nothing, or folders on disks that others do not see
+        return max((key[0] for key in places if key[1] == size), default=0), None
+    generation, before = max(whole)
+    for path in (path for key in places if key != (generation, before) for path in places[key]):
+        shutil.rmtree(path, ignore_errors=True)  # of a fit that was killed as it took over
+    return (generation, None) if before == size else (generation + 1, before)
+
+
+def _saved(folder: CheckpointFolder, identity: Any) -> Any:
+    """What a folder says of a fit; None if nothing is counted: then nothing is lost.
+
+    Raises:
+        ValueError: if it is another fit.
+    """
+    if FIT not in folder.parts:
+        return None
+    saved = _read(folder, FIT, identity)
+    saved["passes"] = [_Pass(**one) for one in saved["passes"]]
+    if not saved["examples"] and not len(saved["skip"]) and not any(one.batches for one in saved["passes"]):
+        return None
+    _check_identity(folder.folder, _of_any_device(folder.identity), _of_any_device(identity))
+    return saved
+
+
+def _read(folder: CheckpointFolder, part: str, identity: Any) -> Any:
+    """What a folder holds of a part, on the devices that the layers have now."""
+    now = dict(zip(folder.identity["devices"], identity["devices"], strict=False))
+    return folder.read(part, lambda name: torch.device(now.get(name, name)))
+
+
+def _of_any_device(identity: Any) -> Any:
+    """Whichever of its kind it is: another process has another one."""
+    return {**identity, "devices": [name.partition(":")[0] for name in identity["devices"]]}
 
 
 def _name(number: int) -> str:

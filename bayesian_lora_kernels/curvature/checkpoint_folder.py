@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -63,11 +64,16 @@ class CheckpointFolder:
         """See the class."""
         return self._content["identity"]
 
-    def read(self, part: str) -> Any:
-        """The state of a part, its tensors where they were; of rows, an iterable of blocks `{name: [m, d]}`."""
+    def read(self, part: str, device: Callable[[str], torch.device] = torch.device) -> Any:
+        """The state of a part; of rows, an iterable of blocks `{name: [m, d]}`.
+
+        Args:
+            part: its name.
+            device: that takes the place of one with this name; as it is: tensors are where they were.
+        """
         packed = self._content["parts"][part]
         with safe_open(self.folder / packed["file"], framework="pt") as file:
-            return unpack(packed["state"], file.get_tensor, lambda name: self._blocks(packed["rows"][name]))
+            return unpack(packed["state"], file.get_tensor, lambda name: self._blocks(packed["rows"][name]), device)
 
     def write(self, identity: Any, parts: Mapping[str, Any]) -> None:
         """Replace some parts, and keep the others.
@@ -187,15 +193,24 @@ def held(folder: Path) -> Iterator[CheckpointFolder]:
         OSError: if another fit holds it, or it cannot be made or written to.
         ValueError: as `CheckpointFolder`.
     """
+    with locked(folder):
+        yield CheckpointFolder(folder)
+    with suppress(OSError):  # something is in it
+        folder.rmdir()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A folder, made if it is not there, in which no other process is inside such a block.
+
+    Raises:
+        OSError: if one is, or the folder cannot be made or written to.
+    """
     descriptor = _locked(folder)
     try:
-        found = CheckpointFolder(folder)
-        yield found
-        if not found.parts:
-            (folder / LOCK_NAME).unlink(missing_ok=True)
-            with suppress(OSError):  # something else is in it
-                folder.rmdir()
+        yield
     finally:
+        (folder / LOCK_NAME).unlink(missing_ok=True)
         _release(descriptor)
 
 

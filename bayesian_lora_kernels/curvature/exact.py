@@ -7,7 +7,8 @@ decomposed. Evidence for every prior precision then costs nothing more than its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,12 +24,13 @@ from bayesian_lora_kernels.posterior.curvature import Curvature, register
 from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.posterior.stored import Stored
 from bayesian_lora_kernels.posterior.tensor_file import Columns
+from bayesian_lora_kernels.processes import OtherProcessError
 
 # Rows that are widened to float64 at a time: on a GPU few launches count, on a CPU what its caches hold.
 SLICE_BYTES = 128 * 2**20
 CPU_SLICE_BYTES = 4 * 2**20
 GRAM = "gram"
-ROUNDING = 1e-3  # of the rows' square lengths in a file
+ROUNDING = 1e-6  # of the inner products of rows in a file
 
 Columnwise = Callable[[slice], Tensor]
 
@@ -61,6 +63,8 @@ class FunctionSpaceCurvature(Curvature):
     """
 
     independent_layers: ClassVar[bool] = False
+    of_all_processes: ClassVar[bool] = True
+    _in_step = False
 
     def __init__(
         self,
@@ -72,11 +76,12 @@ class FunctionSpaceCurvature(Curvature):
         self.store = store
         self.device = device
         self._shapes = dict(shapes)
+        self.processes = store.processes
         self.gram = self._gram() if gram is None else gram.to(device)
         if not torch.isfinite(self.gram).all():
             raise ValueError("the Gram matrix of the Gauss-Newton rows is not finite; keep the rows in a wider dtype")
-        self.eigenvalues, self.eigenvectors = torch.linalg.eigh(self.gram)
-        self.eigenvalues = self.eigenvalues.clamp_min(0)
+        values, vectors = torch.linalg.eigh(self.gram)
+        self.gram, self.eigenvalues, self.eigenvectors = self.processes.agree([self.gram, values.clamp_min(0), vectors])
 
     @classmethod
     def measure(cls, data: Passes) -> FunctionSpaceCurvature:
@@ -86,7 +91,7 @@ class FunctionSpaceCurvature(Curvature):
         store = RowStore(widths, data.memory_budget, data.config.row_dtype)
         for gradients in data.weight_gradients("rows", [store]):
             store.append({name: gradients[name].flatten(start_dim=1) for name in widths})
-        return cls(store, shapes, data.device)
+        return cls(store.spread(data.processes, data.device), shapes, data.device)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
@@ -125,7 +130,8 @@ class FunctionSpaceCurvature(Curvature):
             else:
                 by_layer = rows.unflatten(1, (len(outs), -1)).transpose(0, 1)
                 outs.baddbmm_(by_layer, by_layer.mT)
-        return grams
+        self.processes.add(grams.unbind())
+        return self.processes.agree([grams])[0]
 
     def covariance(self, jacobians: Jacobians, prior: Prior, prepared: Prepared) -> Tensor:
         """See `Curvature`: float64.
@@ -134,17 +140,36 @@ class FunctionSpaceCurvature(Curvature):
         """
         n, c = jacobians.shape
         own = torch.zeros(n, c, c, dtype=torch.float64, device=self.device)
-        cross = torch.zeros(n * c, self.store.n_rows, dtype=torch.float64, device=self.device)
         layers = [jacobians.matrix(name).flatten(start_dim=2).to(self.device) for name in self.store.names]
         variances = self._by_column(prepared.variances)
-        for columns in self.store.slices(self._step(n * c)):
+
+        def scaled(columns: slice) -> Tensor:  # every column comes by once
             j = self.store.cut(layers, columns).to(torch.float64)
-            scaled = j * variances(columns)
-            own.baddbmm_(scaled, j.mT)
-            cross.addmm_(scaled.flatten(end_dim=1), self._rows(columns).mT)
+            j_d = j * variances(columns)
+            own.baddbmm_(j_d, j.mT)
+            return j_d.flatten(end_dim=1)
+
+        cross = self._products(n * c, scaled)
+        assert cross is not None
         projected = (cross @ prepared.vectors).reshape(n, c, -1)
         own -= (projected / (1 + prepared.values)) @ projected.mT
         return (own + own.mT) / 2
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """See `Curvature`: a process that leaves goes on multiplying its columns for the others until all are there."""
+        if self.processes.size == 1 or self._in_step:
+            yield
+            return
+        self._in_step = True
+        try:
+            with self.processes.together():
+                yield
+                nothing = torch.empty(0, dtype=torch.float64, device=self.device)
+                while self._products(None, lambda columns: nothing) is not None:
+                    pass
+        finally:
+            self._in_step = False
 
     def sample(self, n: int, prior: Prior, prepared: Prepared, generator: torch.Generator | None) -> dict[str, Tensor]:
         """See `Curvature`: float64.
@@ -152,23 +177,23 @@ class FunctionSpaceCurvature(Curvature):
         With `Z` white and D the inverse prior precisions, `D^1/2 (I - M^T g(M M^T) M) Z`, M = R D^1/2, has covariance
         Sigma for `g(e) = (1 - (1 + e)^-1/2) / e`.
         """
-        noise = {
-            name: torch.randn(n, p, generator=generator, dtype=torch.float64, device=self.device)
-            for name, p in self.n_parameters.items()
-        }
-        sample = torch.cat([noise.pop(name) for name in self.store.names], dim=1)
+        sample, first = self._noise(n, generator), self.store.held.start
         scales = self._by_column(prepared.variances.sqrt())
         inner = torch.zeros(self.store.n_rows, n, dtype=torch.float64, device=self.device)
         for columns in self.store.slices(self._step(n)):
-            inner.addmm_(self._rows(columns), (sample[:, columns] * scales(columns)).mT)
+            here = slice(columns.start - first, columns.stop - first)
+            inner.addmm_(self._rows(columns), (sample[:, here] * scales(columns)).mT)
+        self.processes.add([inner])
         # (1 - (1 + e)^-1/2) / e without cancellation at e = 0
         root = (1 + prepared.values).sqrt()
         gain = 1 / (root * (1 + root))
         correction = prepared.vectors @ (gain[:, None] * (prepared.vectors.mT @ inner))
         for columns in self.store.slices(self._step(n)):
-            scale = scales(columns)
-            sample[:, columns] -= correction.mT @ self._rows(columns) * scale
-            sample[:, columns] *= scale
+            here, scale = slice(columns.start - first, columns.stop - first), scales(columns)
+            sample[:, here] -= correction.mT @ self._rows(columns) * scale
+            sample[:, here] *= scale
+        if self.processes.size > 1:
+            sample = torch.cat(self.processes.gather(sample.mT)).mT.contiguous()
         return {name: sample[:, self.store.columns[name]].reshape(n, *shape) for name, shape in self._shapes.items()}
 
     def prepare(self, prior: Prior) -> Prepared:
@@ -200,16 +225,18 @@ class FunctionSpaceCurvature(Curvature):
         device = next(iter(stored.devices.values()))
         gram = stored.tensor(GRAM, (n, n), device)
         store = RowStore({name: math.prod(shape) for name, shape in shapes.items()}, default_budget(device))
-        squares = torch.zeros(n, dtype=torch.float64, device=device)
+        probe = torch.randn(n, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
+        sums: dict[str, Tensor] = {}  # of the rows, each times its number of the probe
         step = max(SLICE_BYTES // (8 * store.n_columns), 1)
         for start in range(0, n, step):
             block, rows = {}, slice(start, min(start + step, n))
             for layer, name in stored.names.items():
                 shape = n, math.prod(shapes[name])
                 found = block[name] = stored.tensor(f"{layer}.rows", shape, stored.device(layer), rows=rows)
-                squares[rows] += torch.linalg.vector_norm(found, dim=1, dtype=torch.float64).square().to(device)
+                sums[name] = sums.get(name, 0) + probe[rows].to(found.device) @ found.double()
             store.append(block)
-        if not torch.allclose(squares, gram.diagonal(), rtol=ROUNDING, atol=0):
+        square, probe = sum(float(one.square().sum()) for one in sums.values()), probe.to(device)
+        if not (math.isfinite(square) and math.isclose(square, float(probe @ gram @ probe), rel_tol=ROUNDING)):
             raise ValueError(f"{GRAM}: expected the inner products of the rows")
         return cls(store, shapes, device, gram)
 
@@ -219,7 +246,64 @@ class FunctionSpaceCurvature(Curvature):
         for columns in self.store.slices(self._step()):
             rows = self._rows(columns)
             ops.outer_product((rows if scales is None else rows * scales(columns)).mT, out=gram)
+        self.processes.add(gram.split(1024))
         return gram
+
+    def _products(self, count: int | None, of: Columnwise) -> Tensor | None:
+        """`M R^T [count, n]`, of a matrix M of as many rows; each process may have another.
+
+        Args:
+            count: None: this process has none any more, and multiplies for others.
+            of: a slice of columns to those of M, float64.
+
+        Returns:
+            None, once no process has any.
+        """
+        counts = self._meet("covariance", count)
+        if all(one is None for one in counts):
+            return None
+        counts = [one or 0 for one in counts]
+        total, n = sum(counts), self.store.n_rows
+        cross = torch.zeros(total, n, dtype=torch.float64, device=self.device)
+        for slices in self.store.rounds(self._step(total)):
+            mine = slices[self.processes.rank]
+            width = mine.stop - mine.start
+            came = self.processes.exchange([of(x).reshape(-1) for x in slices], [one * width for one in counts])
+            cross.addmm_(torch.cat(came).reshape(total, width), self._rows(mine).mT)
+        parts = [part.reshape(-1) for part in cross.split(counts)]
+        own = counts[self.processes.rank]
+        came = self.processes.exchange(parts, [own * n] * self.processes.size)
+        return torch.stack(came).sum(dim=0).reshape(own, n)
+
+    def _noise(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """White, `[n, columns]`, for the columns that this process holds."""
+        if self.processes.size == 1:
+            noise = {
+                name: torch.randn(n, p, generator=generator, dtype=torch.float64, device=self.device)
+                for name, p in self.n_parameters.items()
+            }
+            return torch.cat([noise.pop(name) for name in self.store.names], dim=1)
+        seed = torch.randint(2**62, (), generator=generator, device=self.device)
+        (number, first), *others = self._meet("sample", [n, int(seed)])
+        if any(other != number for other, _ in others):
+            raise ValueError(f"sample: expected as many samples on all processes, got {number} and {others}")
+        own = torch.Generator(self.device).manual_seed(self.processes.seed(first))
+        held = self.store.held.stop - self.store.held.start
+        return torch.randn(n, held, generator=own, dtype=torch.float64, device=self.device)
+
+    def _meet(self, what: str, own: Any) -> list[Any]:
+        """What every process brings along to something that takes all of them.
+
+        Raises:
+            OtherProcessError: if they are not at the same, on all of them.
+        """
+        said = self.processes.values([what, own])
+        if any(other != what for other, _ in said):
+            raise OtherProcessError(
+                f"{what}: the rows of the exact curvature are spread over {self.processes.size} processes, all of "
+                f"which must ask for it at once; they ask for {' and '.join(sorted({other for other, _ in said}))}"
+            )
+        return [value for _, value in said]
 
     def _precisions(self, prior: Prior) -> Tensor:
         """Of each layer, in the order of the rows' columns; 0-d if they are all the same."""

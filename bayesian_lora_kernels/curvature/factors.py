@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.factor_sums import FactorSum, FactorSums, not_finite, stream_columns
-from bayesian_lora_kernels.curvature.reduction import SumOfAll, reduce
+from bayesian_lora_kernels.curvature.reduction import SumOfAll, merged, reduce
 from bayesian_lora_kernels.model.capture import LayerInput
 from bayesian_lora_kernels.model.deferred import AT_ONCE, AtOnce
 from bayesian_lora_kernels.model.layers import LinearLayer
@@ -145,6 +145,24 @@ class KroneckerSums:
         self._group = dict(state["groups"])
         self._counts = {group: [count] for group, count in state["counts"].items()}
         self._sums.restore(state["sums"])
+
+    def join(self, state: Mapping[str, Any]) -> None:
+        """See `Stateful`."""
+        other, before = KroneckerSums(self.config), self._sums.sums
+        other.restore(state)
+        self._sums.flush()
+        other._sums.flush()
+        rows, more = self.input_rows, other.input_rows
+        pairs = {name: (self._group.get(name), other._group.get(name)) for name in {**self._group, **other._group}}
+        groups = {pair: group for group, pair in enumerate(dict.fromkeys(pairs.values()))}
+        self._counts = {groups[pair]: [rows.get(name, 0) + more.get(name, 0)] for name, pair in pairs.items()}
+        self._sums.sums = {}
+        for name, pair in pairs.items():
+            self._group[name] = groups[pair]
+            for key, own, theirs in (("a", groups[pair]), ("a", pair[0]), ("a", pair[1])), (("s", name),) * 3:
+                if key not in self._sums.sums:
+                    parts = [one for one in (before.get(own), other._sums.sums.get(theirs)) if one is not None]
+                    self._sums.sums[key] = merged(parts)
 
     def _regroup(self, inputs: Mapping[str, LayerInput]) -> None:
         """Groups as fine as this batch demands: equal group before, equal tensor now."""

@@ -19,7 +19,7 @@ from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.checkpoint import Checkpoint
 from bayesian_lora_kernels.curvature.factor_sums import Rows, checked_square_sums, not_finite
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
-from bayesian_lora_kernels.curvature.repeats import sketch, warn_of_repeats
+from bayesian_lora_kernels.curvature.repeats import joined, sketch, warn_of_repeats
 from bayesian_lora_kernels.curvature.state import Stateful
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
@@ -69,6 +69,16 @@ class _Totals:
     def restore(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
 
+    def join(self, state: Mapping[str, Any]) -> None:
+        other = _Totals()
+        other.restore(state)
+        self.n_examples += other.n_examples
+        self.positions = self.positions + other.positions
+        self.labelled &= other.labelled
+        known = [one for one in (self.log_likelihood, other.log_likelihood) if one is not None]
+        self.log_likelihood = sum(known[1:], known[0]) if known else None
+        self.sketch = joined(self.sketch, other.sketch)
+
 
 class _Names(set[str]):
     def state(self) -> list[str]:
@@ -76,6 +86,8 @@ class _Names(set[str]):
 
     def restore(self, state: Iterable[str]) -> None:
         self.update(state)
+
+    join = restore
 
 
 class Passes:
@@ -131,7 +143,7 @@ class Passes:
         self.checks.end()
         return {
             "totals": None if self._totals is None else self._totals.state(),
-            "generators": {str(device): one.get_state() for device, one in self._generators.items()},
+            "generators": {device: one.get_state() for device, one in self._generators.items()},
             "examples": self._limit.examples,
             "findings": self.forward.findings.state(),
             "checks": (self.forward.checks.unchecked, self.forward.checks.steady),
@@ -141,7 +153,7 @@ class Passes:
         """See `Stateful`."""
         self._totals = None if state["totals"] is None else _Totals(**state["totals"])
         for device, own in state["generators"].items():
-            self._generator(torch.device(device)).set_state(own)
+            self._generator(device).set_state(own)
         self._limit.examples = state["examples"]
         self.forward.findings.restore(state["findings"])
         self.forward.checks.unchecked, self.forward.checks.steady = state["checks"]

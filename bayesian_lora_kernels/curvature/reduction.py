@@ -89,6 +89,22 @@ def _merge(processes: Processes, streams: Sequence[SumOfAll]) -> None:
                 one.own.matrix = matrix.to(one.device)
 
 
+def merged(parts: Sequence[FactorSum]) -> FactorSum:
+    """The sum of one or two, which have no rows that wait, on this process."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        assert total.matrix is not None
+        assert part.matrix is not None
+        assert total.trace is not None
+        assert part.trace is not None
+        total.trace = total.trace + part.trace
+        if total.columns is None:
+            total.matrix = total.matrix + part.matrix
+        else:
+            total.matrix = leading([total.matrix, part.matrix], total.columns)
+    return total
+
+
 def leading(estimates: Sequence[Tensor], columns: int) -> Tensor:
     """`B [d, columns]` with `B B^T` the best of its rank for the sum of all `B_i B_i^T`, where these are up to 16.
 

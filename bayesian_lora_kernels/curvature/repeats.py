@@ -38,7 +38,12 @@ def sketch(known: Sequence[int], batch: Batch) -> list[int]:
     masks = [on_host(mask).cpu() for mask in batch.masks if mask.shape == rows.shape]
     contents = [row if not masks else row[masks[0][i]] for i, row in enumerate(rows)]
     digests = [hashlib.blake2b(repr(one.tolist()).encode(), digest_size=8).digest() for one in contents]
-    return sorted({*known, *(int.from_bytes(digest, "big") for digest in digests)})[:KEPT]
+    return joined(known, [int.from_bytes(digest, "big") for digest in digests])
+
+
+def joined(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    """The sketch of the examples of two."""
+    return sorted({*one, *other})[:KEPT]
 
 
 def warn_of_repeats(sketches: Sequence[Sequence[int]]) -> None:

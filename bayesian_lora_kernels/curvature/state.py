@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from bayesian_lora_kernels.model.containers import is_record, items_of
 
+UNKNOWN = b"?"  # what digests begin with of objects whose values nobody knows
+
 
 class Stateful(Protocol):
     """What a checkpoint keeps of some sums.
 
-    State is made of dicts, lists, tuples, numbers, strings, None, tensors, and `GrowingRows`.
+    State is made of dicts, lists, tuples, numbers, strings, None, tensors, devices, and `GrowingRows`.
     """
 
     def state(self) -> Any:
@@ -26,6 +28,14 @@ class Stateful(Protocol):
 
     def restore(self, state: Any) -> None:
         """Takes the place of everything that has been added: tensors on the devices where they were; not shared."""
+
+
+@runtime_checkable
+class Joining(Stateful, Protocol):
+    """Sums that another number of processes can take over."""
+
+    def join(self, state: Any) -> None:
+        """The state of another process' sums is added to these."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,9 @@ class Packer:
         if isinstance(state, Tensor):
             name = self._names.setdefault(id(state), f"{self.prefix}{len(self.tensors)}")
             self.tensors[name] = state
-            return {"tensor": name, "device": str(state.device), "strides": list(state.stride())}
+            return {"tensor": name, "on": str(state.device), "strides": list(state.stride())}
+        if isinstance(state, torch.device):
+            return {"device": str(state)}
         if isinstance(state, GrowingRows):
             name = f"{self.prefix}{len(self.rows)}"
             self.rows[name] = state
@@ -82,13 +94,19 @@ class Packer:
         raise TypeError(f"expected numbers, strings, tensors, and lists or dicts of them, got {type(state).__name__}")
 
 
-def unpack(packed: Any, tensor: Callable[[str], Tensor], rows: Callable[[str], Iterable[Mapping[str, Tensor]]]) -> Any:
+def unpack(
+    packed: Any,
+    tensor: Callable[[str], Tensor],
+    rows: Callable[[str], Iterable[Mapping[str, Tensor]]],
+    device: Callable[[str], torch.device] = torch.device,
+) -> Any:
     """What `Packer.pack` took apart; of rows, an iterable of the blocks they were written in.
 
     Args:
         packed: JSON.
         tensor: of a name, on the CPU.
         rows: likewise.
+        device: that takes the place of one with this name.
     """
     known: dict[str, Tensor] = {}
 
@@ -103,9 +121,11 @@ def unpack(packed: Any, tensor: Callable[[str], Tensor], rows: Callable[[str], I
             return {build(key): build(value) for key, value in part["dict"]}
         if "rows" in part:
             return rows(part["rows"])
+        if "device" in part:
+            return device(part["device"])
         name = part["tensor"]
         if name not in known:
-            known[name] = _placed(tensor(name), part["strides"], torch.device(part["device"]))
+            known[name] = _placed(tensor(name), part["strides"], device(part["on"]))
         return known[name]
 
     return build(packed)
@@ -163,12 +183,13 @@ def loader_state(loader: Any) -> Any:
 def batch_digest(before: str, batch: Any) -> str:
     """Of all batches up to this one, from the digest of those before it: keys, shapes, dtypes and values."""
     digest = hashlib.blake2b(before.encode(), digest_size=16)
-    for part in _parts(batch):
+    for part in parts_of(batch):
         digest.update(part)
     return digest.hexdigest()
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def parts_of(value: Any) -> Iterator[bytes]:
+    """What a digest of a batch, or of a part of one, is of."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         yield f"array {value.dtype} {value.shape}\n".encode()
         yield np.ascontiguousarray(value).tobytes()
@@ -180,8 +201,8 @@ def _parts(value: Any) -> Iterator[Any]:
         yield f"{len(items)} items\n".encode()
         for key, part in items.items():
             yield f"{key!r}: ".encode()
-            yield from _parts(part)
+            yield from parts_of(part)
     elif value is None or isinstance(value, (str, bytes, bool, int, float)):
         yield f"{value!r}\n".encode()
-    else:  # nobody knows its values
-        yield f"{type(value).__name__}\n".encode()
+    else:
+        yield UNKNOWN + f"{type(value).__name__}\n".encode()

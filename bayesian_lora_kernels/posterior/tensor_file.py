@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,14 +72,14 @@ class TensorFile:
         path: of the file.
 
     Raises:
-        FileNotFoundError: if it is not there.
+        OSError: if it cannot be opened.
         ValueError: if its header is damaged, or says of sizes what the file does not hold.
     """
 
     def __init__(self, path: Path):
         self.path = path
         with _errors_name(self.path):
-            self._file = safe_open(path, framework="pt")
+            self._file = _opened(path)
             self._slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
 
     def __contains__(self, name: str) -> bool:
@@ -96,6 +98,16 @@ class TensorFile:
         with _errors_name(self.path):
             found = self._file.get_tensor(name) if rows is None else self._slices[name][rows]
             return found.to(device, copy=True)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except RuntimeError as error:  # PyTorch opens and maps it once more, and says what happened by a number
+        code = re.search(r"\((\d+)\)$", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 @contextmanager

@@ -83,7 +83,7 @@ class LogitPredictor:
             raise ValueError(f"outputs: expected one row for each of {size} examples, got {list(outputs.shape)}")
         step = self.examples_at_once(batch, outputs)
         parts, checks = [], Deferred()
-        with measuring(self.model):
+        with posteriors[0].in_step(), measuring(self.model):
             for rows, recorded in captures(self.layers, self.forward, batch, step):
                 chosen = outputs[rows] if isinstance(outputs, Tensor) and outputs.ndim == 2 else outputs
                 parts.append(self._piece(recorded, chosen, posteriors, differences, checks))

@@ -76,14 +76,15 @@ def labelled_predictions(
     check_loader(loader, "val_loader")
     seen, hidden = False, not progress or processes.rank > 0
     batches = tqdm(loader, desc="held-out data", unit="batch", disable=hidden)
-    for index, given in enumerate(in_step(predictor.model, batches)):
-        batch = Batch.of(given, model_device(predictor.model))
-        labels = batch.labels
-        if labels is None:
-            raise ValueError(f"val_loader: expected labels, batch {index} has none")
-        mean, covariances, _ = predictor.predict(batch, None, posteriors, isinstance(likelihood, Classification))
-        yield mean, covariances, likelihood.check_labels(mean, labels.to(mean.device))
-        seen = True
+    with posteriors[0].in_step():
+        for index, given in enumerate(in_step(predictor.model, batches)):
+            batch = Batch.of(given, model_device(predictor.model))
+            labels = batch.labels
+            if labels is None:
+                raise ValueError(f"val_loader: expected labels, batch {index} has none")
+            mean, covariances, _ = predictor.predict(batch, None, posteriors, isinstance(likelihood, Classification))
+            yield mean, covariances, likelihood.check_labels(mean, labels.to(mean.device))
+            seen = True
     if not any(processes.values(seen)):
         raise ValueError("val_loader: expected at least one batch, got none")
 

@@ -117,7 +117,7 @@ def tensors_of(data: bytes, random: Random) -> bytes:
 
 def file_of(path: Path, random: Random) -> None:
     """Another kind of file in its place: none, an empty one, a folder, a pipe, a link."""
-    others = [other for other in path.parent.iterdir() if other != path and other.is_file()]
+    others = [other for other in path.parent.iterdir() if other != path and not other.is_symlink() and other.is_file()]
     kind = random.randrange(7)
     path.unlink()
     if kind == 0:
@@ -149,10 +149,12 @@ def mutate(path: Path, random: Random) -> None:
         path.write_bytes(change(data, random))
     except (
         ValueError,
-        RecursionError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
         AttributeError,
-        IndexError,
-    ):  # it was damaged already, and is no longer of a kind
+        RecursionError,
+    ):  # it was damaged before
         path.write_bytes(bytes_of(data, random))
 
 

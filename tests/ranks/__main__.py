@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import checks
+from . import checks, exact
 
 RANDOM = 15
 BY_SHARES = (
@@ -43,6 +43,10 @@ def everything() -> Iterator[tuple[str, Callable[[Any], None]]]:
         for settings in ({"curvature": "ekfac"}, {"tokens": "reduce"}, {"tokens": "last"}):
             what = ", ".join(f"{key}={value}" for key, value in settings.items())
             yield f"{what}, {kind}", functools.partial(checks.check_mlp, kind=kind, **settings)
+        for model in ("mlp", "llama"):
+            yield f"exact, {model}, {kind}", functools.partial(exact.check_gram, kind=kind, model=model)
+            yield f"exact posterior, {model}, {kind}", functools.partial(exact.check_posteriors, kind=kind, model=model)
+        yield f"exact samples, {kind}", functools.partial(exact.check_samples, kind=kind)
     for seed in range(RANDOM):
         yield f"random settings {seed}", functools.partial(checks.check_random, seed=seed)
     for check in (

@@ -70,14 +70,16 @@ def check_same_bits(laplace: blk.LaplaceLoRA, group: Any) -> None:
     assert len(set(everyone(digest.hexdigest(), group))) == 1
 
 
-def check_equal(single: blk.LaplaceLoRA, shared: blk.LaplaceLoRA, case: Case, group: Any) -> None:
+def check_equal(
+    single: blk.LaplaceLoRA, shared: blk.LaplaceLoRA, case: Case, group: Any, tolerance: float = EXACTLY
+) -> None:
     """All that a fit is asked for is the same."""
     assert shared.n_examples == single.n_examples == len(case.examples)
     assert shared.log_likelihood == pytest.approx(single.log_likelihood, rel=EXACTLY)
     evidence = float(single.log_marginal_likelihood())
-    assert float(shared.log_marginal_likelihood()) == pytest.approx(evidence, rel=EXACTLY)
+    assert float(shared.log_marginal_likelihood()) == pytest.approx(evidence, rel=tolerance)
     covariances = [laplace.predict(case.batch()).covariance for laplace in (shared, single)]
-    assert relative(*covariances) < EXACTLY
+    assert relative(*covariances) < tolerance
     check_same_bits(shared, group)
 
 
@@ -211,7 +213,11 @@ def check_repeats(group: Any) -> None:
 
 
 def check_random(group: Any, seed: int) -> None:
-    """Any settings, models and shares, in batches of any size."""
+    """Any settings, models and shares, in batches of any size.
+
+    Eigenvectors of eigenvalues that are close move by more than rounding, and EKFAC's posterior with them: one process
+    that takes the same batches in another order differs by up to 4e-10, too.
+    """
     draw = random.Random(seed)
     case = draw.choice([mlp, llama, bert])()
     rank, size, n = dist.get_rank(group), dist.get_world_size(group), len(case.examples)
@@ -228,7 +234,7 @@ def check_random(group: Any, seed: int) -> None:
     }
     single, shared = both(case, loader, group, **settings)
     check_factors(single, shared)
-    check_equal(single, shared, case, group)
+    check_equal(single, shared, case, group, tolerance=1e-8)
 
 
 def check_sampler(group: Any) -> None:

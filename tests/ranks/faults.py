@@ -58,38 +58,14 @@ def bad_label(group: Any) -> list[str]:
     return [fitted(group, case, loader), fitted(group, case, checks.own_loader(case, group, "turns"))]
 
 
-def killed(group: Any, which: int, checkpoint: str | None = None) -> str:
-    """The process `which` is killed before the last batch of its second pass."""
-    case, passes = mlp(n=18), []
+def killed(group: Any, which: int) -> str:
+    case = mlp(n=18)
 
     def die() -> None:
-        passes.append(1)
-        if dist.get_rank(group) == which and len(passes) == 2:
+        if dist.get_rank(group) == which:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    laplace = blk.LaplaceLoRA(case.model, fisher="exact", rank=None, curvature="ekfac", check="off")
-    loader = Loader(checks.own_loader(case, group, "turns"), die)
-    every = None if checkpoint is None else 1
-    with pytest.raises(RuntimeError) as caught:
-        laplace.fit(loader, progress=False, group=group, checkpoint=checkpoint, every=every)
-    return str(caught.value)
-
-
-def resumed(group: Any, checkpoint: str) -> str:
-    """A fit that goes on where others were killed; batches that are counted already are not run again."""
-    case, ran = mlp(n=18), []
-    loader = checks.own_loader(case, group, "turns")
-    settings = {"fisher": "exact", "rank": None, "curvature": "ekfac", "check": "off"}
-    whole = blk.LaplaceLoRA(case.model, **settings).fit(loader, progress=False, group=group)
-    handle = case.model.register_forward_hook(lambda *_: ran.append(1))
-    laplace = blk.LaplaceLoRA(case.model, **settings)
-    laplace.fit(loader, progress=False, group=group, checkpoint=checkpoint)
-    handle.remove()
-    assert len(ran) == (dist.get_rank(group) == BAD)  # the last batch of the second pass
-    tensors, expected = (one.posterior.curvature.pack()[0] for one in (laplace, whole))
-    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
-    checks.check_same_bits(laplace, group)
-    return "the same"
+    return fitted(group, case, Loader(checks.own_loader(case, group, "turns"), die))
 
 
 def interrupted(group: Any) -> str:

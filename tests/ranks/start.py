@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -23,12 +23,10 @@ def run(work: Callable[..., Any], size: int, folder: Path, *arguments: Any, time
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    for name in ("port", *map(str, range(size))):
+        (folder / name).unlink(missing_ok=True)
     processes = [
-        context.Process(target=_work, args=(work, rank, size, port, str(folder), timeout, arguments))
-        for rank in range(size)
+        context.Process(target=_work, args=(work, rank, size, folder, timeout, arguments)) for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -41,13 +39,27 @@ def run(work: Callable[..., Any], size: int, folder: Path, *arguments: Any, time
     return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
 
 
-def _work(work: Any, rank: int, size: int, port: int, folder: str, timeout: float, arguments: Any) -> None:
+def _work(work: Any, rank: int, size: int, folder: Path, timeout: float, arguments: Any) -> None:
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    wait = timedelta(seconds=timeout)
+    store = _store(rank, folder, wait)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
     try:
         result = work(dist.group.WORLD, *arguments)
     except Exception as error:
         result = error
-    torch.save(result, Path(folder) / str(rank))
+    torch.save(result, folder / str(rank))
     dist.destroy_process_group()
+
+
+def _store(rank: int, folder: Path, timeout: timedelta) -> dist.TCPStore:
+    """That of the first process, at a port that the system chose."""
+    file = folder / "port"
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timeout)
+        (folder / "new").write_text(str(store.port))
+        (folder / "new").rename(file)
+        return store
+    while not file.exists():
+        time.sleep(0.01)
+    return dist.TCPStore("127.0.0.1", int(file.read_text()), timeout=timeout)

@@ -101,6 +101,6 @@ def eigenbasis_rows(group: Group, table: Tensor, examples: int, padded: int, pla
         # The interpreter cannot multiply bfloat16; float32 holds the same numbers.
         DTYPE=TYPES[narrow.dtype], AS=TYPES[torch.float32 if shape.interpreted else torch.bfloat16],
         MASKED=shape.masked, PLANES=planes is not None, C_=c_, O_=o_, T_=t_,
-        num_warps=4, num_stages=1, enable_fp_fusion=True,
+        num_warps=4, num_stages=1, maxnreg=255, enable_fp_fusion=True,
     )  # fmt: skip
     return out

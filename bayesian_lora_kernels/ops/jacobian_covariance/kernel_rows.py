@@ -99,8 +99,8 @@ def narrow_rows_kernel(
             store_planes(y, p_out, plane, m_out)
         else:
             tl.store(p_out, y, mask=m_out)
-        p_x += C_ * stride_c
-        p_out += C_ * rows * padded
+        p_x += tl.cast(stride_c, tl.int64) * C_
+        p_out += tl.cast(padded, tl.int64) * (C_ * rows)
 
 
 @triton.jit

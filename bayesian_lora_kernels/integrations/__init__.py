@@ -1,0 +1,1 @@
+"""The posterior as part of other packages' training loops."""
