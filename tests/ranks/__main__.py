@@ -49,13 +49,7 @@ def everything() -> Iterator[tuple[str, Callable[[Any], None]]]:
         yield f"exact samples, {kind}", functools.partial(exact.check_samples, kind=kind)
     for seed in range(RANDOM):
         yield f"random settings {seed}", functools.partial(checks.check_random, seed=seed)
-    for check in (
-        checks.check_repeats,
-        checks.check_merge,
-        checks.check_moods,
-        checks.check_samples,
-        checks.check_scores,
-    ):
+    for check in OTHERS:
         yield check.__name__, check
 
 
