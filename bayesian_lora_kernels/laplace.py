@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import os
-import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -22,19 +19,16 @@ from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.curvature.passes import Fit, Passes, fit_curvature
 from bayesian_lora_kernels.curvature.shares import own_share
 from bayesian_lora_kernels.memory_estimate import MemoryEstimate, estimate_memory
-from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
 from bayesian_lora_kernels.model.sharding import in_step, not_sharded, together
-from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
 from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.posterior.prior import Prior, as_precision
-from bayesian_lora_kernels.posterior.stored import Stored
-from bayesian_lora_kernels.posterior.weights import MeasuredWeights, adapter_digest, covered_by, find_adapter
+from bayesian_lora_kernels.posterior.weights import MeasuredWeights
 from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelLikelihood, Notice
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.gathering import gather_logits, gather_scores
@@ -45,6 +39,7 @@ from bayesian_lora_kernels.predictive.scoring import TokenScores, score_tokens
 from bayesian_lora_kernels.predictive.tuning import labelled_predictions, minimise_nll
 from bayesian_lora_kernels.predictive.vocabulary import SAMPLES, VocabularyPosterior, vocabulary_posterior
 from bayesian_lora_kernels.processes import Processes
+from bayesian_lora_kernels.saving import identity, load, save
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 from bayesian_lora_kernels.verification import Verification, verify
 
@@ -52,7 +47,6 @@ UNCALIBRATED = (
     "probs: the prior precision is the evidence's, which says nothing of the level of these probabilities; "
     "calibrate(held-out labelled batches), or crossfit without any, sets it"
 )
-BASE = "base_model"  # the tensor that holds the fingerprint of the base model
 
 
 class LaplaceLoRA:
@@ -162,7 +156,10 @@ class LaplaceLoRA:
         if checkpoint is not None:
             not_sharded(self.model, "checkpoint", "its processes would resume at different batches")
         processes = Processes(group)
-        with together(self.model, processes), checkpoint_in(checkpoint, every, self._identity, processes) as kept:
+        with (
+            together(self.model, processes),
+            checkpoint_in(checkpoint, every, partial(identity, self), processes) as kept,
+        ):
             loader = own_share(loader, processes, "fit")
             passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress, processes, kept)
             found = fit_curvature(passes)
@@ -172,34 +169,6 @@ class LaplaceLoRA:
                 kept.remove()
         self._fit, self._weights = found, weights
         return self
-
-    def _identity(self) -> dict[str, Any]:
-        """What two fits have in common if one can go on where the other was."""
-        weights = MeasuredWeights.of(self.model, self._parameters())
-        if weights.digest is None or weights.base is None:
-            raise ValueError(
-                "checkpoint: the weights are not at hand (sharded, on the meta device, or with an adapter merged into "
-                "them), so that nothing would tell whether a checkpoint is of the same; fit without checkpoint"
-            )
-        (values, described), ids = weights.base, self._forward.class_token_ids
-        base = hashlib.sha256(values.cpu().numpy().tobytes() + json.dumps(described, sort_keys=True).encode())
-        devices = list(dict.fromkeys(str(layer.device) for layer in self.layers))
-        return {
-            "settings": self.config.as_json(),
-            "class_token_ids": None if ids is None else ids.tolist(),
-            "custom_forward": self._forward.function is not None,
-            "layers": {
-                layer.name: {
-                    "shape": list(layer.shape),
-                    "covers": [leaf for leaf in ("weight", "bias") if getattr(layer, leaf)],
-                    "device": devices.index(str(layer.device)),
-                }
-                for layer in self.layers
-            },
-            "devices": devices,
-            "adapter": weights.digest,
-            "base_model": base.hexdigest(),
-        }
 
     @in_own_surroundings
     def memory_estimate(
@@ -559,43 +528,7 @@ class LaplaceLoRA:
             RuntimeError: before `fit`; if another process failed.
             ValueError: if an adapter is merged into the base model.
         """
-        fit, weights = self._fitted("save_pretrained"), self._weights
-        assert weights is not None
-        calibration = self.calibration
-        if calibration is not None and calibration.outdated is not None:
-            warnings.warn(f"{folder}: saved without its calibration: {calibration.outdated} since", stacklevel=3)
-            calibration = None
-        tensors, described = fit.curvature.pack()
-        norms = self._square_norms()
-        layers = {
-            layer.name: {
-                "shape": list(layer.shape),
-                "square_norm": float(norms[layer.name]),
-                "covers": [leaf for leaf in ("weight", "bias") if getattr(layer, leaf)],
-                **described.get(layer.name, {}),
-            }
-            for layer in self.layers
-        }
-        values, base = weights.base or fingerprint.take(self.model, self._parameters().values())
-        ids = self._forward.class_token_ids
-        description = {
-            "settings": self.config.as_json(),
-            "class_token_ids": None if ids is None else ids.tolist(),
-            "custom_forward": self._forward.function is not None,
-            "prior_precision": {name: float(self.prior[name]) for name in layers},
-            "n_examples": fit.n_examples,
-            "log_likelihood": fit.log_likelihood,
-            "adapter_sha256": weights.digest or adapter_digest(self._parameters()),
-            "layers": layers,
-            "base_model": base,
-            "calibration": None if calibration is None else calibration.as_json(),
-        }
-        processes = fit.curvature.processes
-        with processes.together():
-            if processes.rank == 0:
-                storage.save(folder, {**tensors, BASE: values}, description)
-            else:
-                storage.hand_over({**tensors, BASE: values})
+        save(self, folder)
 
     @classmethod
     @in_own_surroundings
@@ -613,47 +546,7 @@ class LaplaceLoRA:
             ValueError: if a file is damaged or newer than this package, if the model's layers, adapter or base model
                 are not those of the fit, or if the fit had its own `forward` and none is given.
         """
-        tensors, content = storage.load(folder)
-        if content["custom_forward"] and forward is None:
-            raise ValueError(f"{folder}: this posterior was fitted with its own forward; pass the same forward=...")
-        config = LaplaceConfig.from_json(content["settings"])
-        with _errors_name(folder):
-            saved = content.get("calibration")
-            calibration = None if saved is None else Calibration.from_json(saved)
-            place, same_weights = find_adapter(model, content)
-            config = replace(config, modules=covered_by(model, content["layers"], place))
-            laplace = cls(model, forward, content["class_token_ids"], config=config)
-        stored = Stored(tensors, content["layers"], place.layers, {x.name: x.device for x in laplace.layers})
-        with _errors_name(folder):
-            shapes = {layer.name: layer.shape for layer in laplace.layers}
-            for name, found in place.layers.items():
-                if stored.shape(name) != shapes[found]:
-                    raise ValueError(
-                        f"expected {found} of shape {list(stored.shape(name))}, this model's has {list(shapes[found])}"
-                    )
-            if not same_weights:
-                raise ValueError(
-                    "the adapter's weights are not those the posterior was fitted to (another adapter, further "
-                    "training, or a dtype that does not hold them)"
-                )
-            curvature = CURVATURES[config.curvature].unpack(stored)
-            if content["version"] > 1:
-                base = content["base_model"]
-                count = sum(tensor["values"] for tensor in base["tensors"].values())
-                values = stored.tensor(BASE, (count,), finite=False)
-                fingerprint.check(model, laplace._parameters().values(), place.adapters, values, base)
-            else:
-                warnings.warn(
-                    f"{folder}: its posterior is of format version 1, which says nothing of the base model; make sure "
-                    "that it is the right one, and save_pretrained again",
-                    stacklevel=2,
-                )
-        laplace._fit = Fit(curvature, content["n_examples"], content["log_likelihood"])
-        laplace._weights = MeasuredWeights.of(laplace.model, laplace._parameters())
-        laplace.prior_precision = {place.layers[name]: value for name, value in content["prior_precision"].items()}
-        if calibration is not None:
-            laplace._calibration = calibration, *laplace._belongs()
-        return laplace
+        return load(cls, model, folder, forward)
 
     @property
     def likelihood(self) -> str:
@@ -774,15 +667,6 @@ def _signature() -> inspect.Signature:
 
 
 LaplaceLoRA.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _errors_name(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors begin with the folder."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

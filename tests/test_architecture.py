@@ -19,7 +19,7 @@ FLOORS = [
     {"posterior"},
     {"curvature"},
     {"predictive"},
-    {"verification.py", "memory_estimate.py"},
+    {"verification.py", "memory_estimate.py", "saving.py"},
     {"laplace.py"},
     {"crossfitting"},
     {"__init__.py"},
