@@ -239,7 +239,7 @@ def test_masked_positions_do_not_count(fisher, way):
     else:
         truth = ggn(rows[mask], softmax_fisher(logits[mask]))
     store = laplace.posterior.curvature.store
-    r = torch.cat([store.rows(name) for name in store.names], dim=1)
+    r = torch.cat([store.rows(layer.name) for layer in laplace.layers], dim=1)
     if fisher == "mc":
         runs = (300**0.5 * r).unflatten(0, (300, 3))
         runs = runs.mT @ runs  # [300, P, P], each an estimate of its own
