@@ -42,7 +42,7 @@ def test_a_killed_process_and_the_same_group_again(setting, before, tmp_path):
     """One process is at another place than the other: also in another pass."""
     expected = fits(tmp_path, "whole", 2, setting, "turns", None, {})
     stops = {1: before}
-    killed = fits(tmp_path, "killed", 2, setting, "turns", tmp_path / "kept", stops, timeout=3)
+    killed = fits(tmp_path, "killed", 2, setting, "turns", tmp_path / "kept", stops, timeout=6)
     assert killed[1] is None
     assert "rank 1 of the group did not come" in killed[0]
     assert {path.name for path in (tmp_path / "kept" / "0").iterdir()} == {"rank-0-of-2", "rank-1-of-2"}
@@ -64,7 +64,7 @@ def test_a_killed_process_and_the_same_group_again(setting, before, tmp_path):
 def test_another_number_of_processes(setting, sizes, stops, tmp_path):
     """Every example counts once, in whatever batch it comes."""
     (expected,) = fits(tmp_path, "whole", 1, setting, "turns", None, {})
-    fits(tmp_path, "killed", sizes[0], setting, "turns", tmp_path / "kept", stops, timeout=3)
+    fits(tmp_path, "killed", sizes[0], setting, "turns", tmp_path / "kept", stops, timeout=6)
     found = fits(tmp_path, "again", sizes[1], setting, "turns", tmp_path / "kept", {})
     for one in found:
         assert one["n_examples"] == expected["n_examples"] == 8
@@ -78,13 +78,13 @@ def test_killed_while_it_takes_over_and_afterwards(tmp_path):
     """Before anything of the new processes is written, and when they have gone on."""
     setting, kept = "ekfac, exact Fisher", tmp_path / "kept"
     (expected,) = fits(tmp_path, "whole", 1, setting, "turns", None, {})
-    fits(tmp_path, "two", 2, setting, "turns", kept, {0: 1}, timeout=3)
+    fits(tmp_path, "two", 2, setting, "turns", kept, {0: 1}, timeout=6)
     before = {path: path.read_bytes() for path in (kept / "0").rglob("*.safetensors")}
-    fits(tmp_path, "three", 3, setting, "turns", kept, {2: 0}, timeout=3)  # as it reads which examples it has
+    fits(tmp_path, "three", 3, setting, "turns", kept, {2: 0}, timeout=6)  # as it reads which examples it has
     assert {path: path.read_bytes() for path in (kept / "0").rglob("*.safetensors")} == before
-    fits(tmp_path, "three again", 3, setting, "turns", kept, {1: 2}, timeout=3)  # in the pass
+    fits(tmp_path, "three again", 3, setting, "turns", kept, {1: 2}, timeout=6)  # in the pass
     assert {path.parent.parent.name for path in kept.rglob("checkpoint.json")} == {"1"}
-    fits(tmp_path, "and again", 3, setting, "turns", kept, {0: 2}, timeout=3)
+    fits(tmp_path, "and again", 3, setting, "turns", kept, {0: 2}, timeout=6)
     found = fits(tmp_path, "two again", 2, setting, "turns", kept, {})
     for one in found:
         assert one["n_examples"] == 8
@@ -94,7 +94,7 @@ def test_killed_while_it_takes_over_and_afterwards(tmp_path):
 
 def test_other_data_than_what_was_counted(tmp_path):
     setting, kept = "kfac, exact Fisher", tmp_path / "kept"
-    fits(tmp_path, "two", 2, setting, "turns", kept, {0: 1}, timeout=3)
+    fits(tmp_path, "two", 2, setting, "turns", kept, {0: 1}, timeout=6)
     one = case()
     with pytest.raises(ValueError, match="checkpoint of 2 processes has counted examples that no loader has now"):
         laplace(one, setting).fit(one.loader(2)[2:], progress=False, checkpoint=kept)
