@@ -18,7 +18,7 @@ of g: the rest is good to 1e-6 `_CANCELS`. After step 5 J is that of the remaind
 error of 1e-6 of what cancels among tokens outside Q.
 
 Per module and example, with T tokens (padded to t), R rows of the narrow side, C outputs, M = C R, m = 64 rows per
-program (32 for mma.sync), b bytes per element, t = 128 or 64 tokens of a tile, N = 3 k columns (rounded up to 16, 32 or
+program (32 but on sm_90), b bytes per element, t = 128 or 64 tokens of a tile, N = 3 k columns (rounded up to 16, 32 or
 128) and K_ = k rounded up to a power of two; terms with a share are divided by how many modules share their input:
 
     device memory   width T b + 4 k width, a share (the floor); written and read again: 6 T^2 (K, a share) and 6 M T (g)

@@ -139,9 +139,9 @@ _MOST = 32
 _MOST_TOKENS = 1024  # the workspace grows with their square
 # Tokens that a program of `similarities_kernel` has room for beside 128 columns of a basis; beside 32, 128.
 _TOKENS = {"sm_80": 64, "sm_90": 128, "sm_100": 64}
-# Outputs times directions in a program of `token_gram_kernel`: 64 are what wgmma and tcgen05 multiply at once, mma.sync
-# would need more registers than there are.
-_ROWS_OF_TOKENS = {"sm_80": 32, "sm_90": 64, "sm_100": 64}
+# Outputs times directions in a program of `token_gram_kernel`: 64 are what wgmma multiplies at once. mma.sync would
+# need more registers than there are, and for tcgen05 Triton 3.6 does not compile it.
+_ROWS_OF_TOKENS = {"sm_80": 32, "sm_90": 64, "sm_100": 32}
 
 
 def by_jacobian(shape: Shape) -> Variant:
