@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.config import LaplaceConfig, PriorPrecision
-from bayesian_lora_kernels.curvature.checkpoint import checkpoint_in
+from bayesian_lora_kernels.curvature.generations import checkpoint_in
+from bayesian_lora_kernels.curvature.identity import identity
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.curvature.passes import Fit, Passes, fit_curvature
 from bayesian_lora_kernels.curvature.shares import own_share
@@ -39,7 +40,7 @@ from bayesian_lora_kernels.predictive.scoring import TokenScores, score_tokens
 from bayesian_lora_kernels.predictive.tuning import labelled_predictions, minimise_nll
 from bayesian_lora_kernels.predictive.vocabulary import SAMPLES, VocabularyPosterior, vocabulary_posterior
 from bayesian_lora_kernels.processes import Processes
-from bayesian_lora_kernels.saving import identity, load, save
+from bayesian_lora_kernels.saving import load, save
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 from bayesian_lora_kernels.verification import Verification, verify
 
@@ -156,10 +157,8 @@ class LaplaceLoRA:
         if checkpoint is not None:
             not_sharded(self.model, "checkpoint", "its processes would resume at different batches")
         processes = Processes(group)
-        with (
-            together(self.model, processes),
-            checkpoint_in(checkpoint, every, partial(identity, self), processes) as kept,
-        ):
+        own = partial(identity, self.model, self.layers, self._forward, self.config)
+        with together(self.model, processes), checkpoint_in(checkpoint, every, own, processes) as kept:
             loader = own_share(loader, processes, "fit")
             passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress, processes, kept)
             found = fit_curvature(passes)

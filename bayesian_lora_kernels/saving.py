@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -27,35 +25,6 @@ if TYPE_CHECKING:
     from bayesian_lora_kernels.laplace import LaplaceLoRA
 
 BASE = "base_model"  # the tensor that holds the fingerprint of the base model
-
-
-def identity(laplace: LaplaceLoRA) -> dict[str, Any]:
-    """What two fits have in common if one can go on where the other was."""
-    weights = MeasuredWeights.of(laplace.model, laplace._parameters())
-    if weights.digest is None or weights.base is None:
-        raise ValueError(
-            "checkpoint: the weights are not at hand (sharded, on the meta device, or with an adapter merged into "
-            "them), so that nothing would tell whether a checkpoint is of the same; fit without checkpoint"
-        )
-    (values, described), ids = weights.base, laplace._forward.class_token_ids
-    base = hashlib.sha256(values.cpu().numpy().tobytes() + json.dumps(described, sort_keys=True).encode())
-    devices = list(dict.fromkeys(str(layer.device) for layer in laplace.layers))
-    return {
-        "settings": laplace.config.as_json(),
-        "class_token_ids": None if ids is None else ids.tolist(),
-        "custom_forward": laplace._forward.function is not None,
-        "layers": {
-            layer.name: {
-                "shape": list(layer.shape),
-                "covers": [leaf for leaf in ("weight", "bias") if getattr(layer, leaf)],
-                "device": devices.index(str(layer.device)),
-            }
-            for layer in laplace.layers
-        },
-        "devices": devices,
-        "adapter": weights.digest,
-        "base_model": base.hexdigest(),
-    }
 
 
 def save(laplace: LaplaceLoRA, folder: str | os.PathLike[str]) -> None:

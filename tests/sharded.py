@@ -15,24 +15,13 @@ import torch
 import torch.distributed as dist
 import transformers
 from models import in_float64
-from situations import adapted, labelled, padded
+from situations import IDS, LLAMA, adapted, labelled, padded
 from torch import Tensor, nn
 
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.model.sharding import together
 from bayesian_lora_kernels.processes import ALONE
 
-IDS = [11, 12, 13]
-LLAMA = dict(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    initializer_range=0.3,
-    pad_token_id=0,
-)
 BATCHES = [labelled(padded([6, 4, 5, 6], 40)), labelled(padded([3, 5], 40, seed=4))]
 Ready = Callable[[nn.Module], nn.Module]
 Scene = Callable[[Ready, Path], dict[str, Tensor]]

@@ -20,6 +20,18 @@ from torch import Tensor, nn
 
 import bayesian_lora_kernels as blk
 
+# A tiny Llama, and three of its tokens.
+IDS = [11, 12, 13]
+LLAMA = dict(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    initializer_range=0.3,
+    pad_token_id=0,
+)
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 TOLERANCE = 1e-6
 CURVATURES = ("kfac", "ekfac", "exact")

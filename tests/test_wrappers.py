@@ -16,24 +16,13 @@ import torch.distributed as dist
 import transformers
 from dense import relative
 from models import in_float64
-from situations import CURVATURES, Scene, adapted, judge, judge_scene, labelled, padded, run_last, run_plain
+from situations import CURVATURES, IDS, LLAMA, Scene, adapted, judge, judge_scene, labelled, padded, run_last, run_plain
 from torch import Tensor, nn
 
 import bayesian_lora_kernels as blk
 
-IDS = [11, 12, 13]
 WORDS = ("module", "DataParallel", "unwrap")
 OFFLOAD = ("offload", "meta", "accelerate")
-LLAMA = dict(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    initializer_range=0.3,
-    pad_token_id=0,
-)
 
 
 def llama(causal: bool = True) -> Any:

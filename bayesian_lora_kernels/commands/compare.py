@@ -17,7 +17,8 @@ from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.dataset import Example, read_examples
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
 from bayesian_lora_kernels.commands.evaluate import metrics_of, print_diagrams, save_diagrams
-from bayesian_lora_kernels.commands.job import FEW_LABELS, Job, check_classes, load_inputs, open_task
+from bayesian_lora_kernels.commands.inputs import load_inputs
+from bayesian_lora_kernels.commands.job import FEW_LABELS, Job, check_classes, open_task
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.predictive.calibrate import LabelLikelihood
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.commands.errors import InputError
+from bayesian_lora_kernels.commands.errors import InputError, reading
 
 SIDES = ("chosen", "rejected")  # of a pair
 _KEYS = {
@@ -71,34 +71,23 @@ def stream_examples(
     Raises:
         InputError: if the file cannot be read; if a line is not such an object. It names the line.
     """
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}: "
-        content = _object(line, where, "text" if texts else "pair" if pairs else "prompt")
-        if pairs:
-            yield Example(number, _pair(content, where), 0)
-        elif texts:
-            if "prompt" in content or "label" in content:
-                raise InputError(f'{where}expected "text" or "messages" alone, as prompts and labels need --choices')
-            yield Example(number, (_text(content, where, "text"),), None)
-        else:
-            label = _label(content, where, choices, labelled)
-            yield Example(number, (_text(content, where, "prompt"),), label)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    if path.is_dir():
-        raise InputError(f"{path}: expected a file of JSON lines, got a folder")
-    try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            yield from file
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    with reading(path, "a file of JSON lines"), open(path, encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}: "
+            content = _object(line, where, "text" if texts else "pair" if pairs else "prompt")
+            if pairs:
+                yield Example(number, _pair(content, where), 0)
+            elif texts:
+                if "prompt" in content or "label" in content:
+                    raise InputError(
+                        f'{where}expected "text" or "messages" alone, as prompts and labels need --choices'
+                    )
+                yield Example(number, (_text(content, where, "text"),), None)
+            else:
+                label = _label(content, where, choices, labelled)
+                yield Example(number, (_text(content, where, "prompt"),), label)
 
 
 def _object(line: str, where: str, kind: str) -> dict[str, Any]:

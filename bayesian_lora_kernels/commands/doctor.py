@@ -15,7 +15,7 @@ from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.adapter import TASKS, open_adapter
 from bayesian_lora_kernels.commands.dataset import batches, read_examples
 from bayesian_lora_kernels.commands.errors import FAILED, InputError, as_input_errors
-from bayesian_lora_kernels.commands.job import load_inputs
+from bayesian_lora_kernels.commands.inputs import load_inputs
 from bayesian_lora_kernels.commands.kernels import format_kernels, verify_kernels
 from bayesian_lora_kernels.commands.memory import estimate
 from bayesian_lora_kernels.commands.task import task_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 FAILED, BAD_USE = 1, 2
 
@@ -43,6 +44,21 @@ def as_input_errors(what: str = "") -> Iterator[None]:
         if not _out_of_memory(error):
             raise
         raise InputError(f"{what}the device is out of memory; try a smaller --batch-size or --max-length") from error
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Errors over a file of UTF-8 text, as an `InputError`; `what` it should be, such as `a text file`."""
+    if path.is_dir():
+        raise InputError(f"{path}: expected {what}, got a folder")
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.dataset import SIDES, Example, stream_examples
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
-from bayesian_lora_kernels.commands.job import Job, load_model, load_posterior, open_task
+from bayesian_lora_kernels.commands.inputs import load_model
+from bayesian_lora_kernels.commands.job import Job, load_posterior, open_task
 from bayesian_lora_kernels.commands.partial import PartialLines
 from bayesian_lora_kernels.commands.probabilities import hint_at_calibration, in_lines, laplace_probs
 from bayesian_lora_kernels.commands.task import Task

@@ -17,7 +17,7 @@ from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.adapter import choose_device, context_length, loading_bar, pad_token
 from bayesian_lora_kernels.commands.dataset import Content, Example, read_examples
 from bayesian_lora_kernels.commands.errors import InputError, loading
-from bayesian_lora_kernels.commands.job import check_vocabulary
+from bayesian_lora_kernels.commands.inputs import check_vocabulary
 from bayesian_lora_kernels.commands.tokens import choice_tokens, tokenise_prompts
 from bayesian_lora_kernels.demo import problem, sentiment
 from bayesian_lora_kernels.demo.language import TUNING, LanguageProblem, Question

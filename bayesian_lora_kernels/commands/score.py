@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.adapter import choose_device, context_length, open_adapter
-from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
+from bayesian_lora_kernels.commands.errors import InputError, as_input_errors, reading
 from bayesian_lora_kernels.commands.highlight import ScoredToken, draw, html
-from bayesian_lora_kernels.commands.job import check_vocabulary
+from bayesian_lora_kernels.commands.inputs import check_vocabulary
 from bayesian_lora_kernels.commands.tokens import Text, tokenise_text
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.posterior.storage import JSON_NAME, write_text
@@ -30,7 +30,8 @@ def run(args: Namespace) -> int:
     posterior = args.posterior or args.adapter
     if not (posterior / JSON_NAME).is_file():
         raise InputError(f"{posterior}: no posterior ({JSON_NAME}) in it; run blk fit first")
-    content = _read(args.text)
+    with reading(args.text, "a text file"):
+        content = args.text.read_text(encoding="utf-8-sig")
     device = choose_device(args.device)
     tokenizer = folder.tokenizer()
     text = tokenise_text(tokenizer, content)
@@ -111,16 +112,3 @@ def _report(path: Path, tokens: list[ScoredToken], means: dict[str, float], coun
         rows.append([repr(token.text), *("-" if x is None else f"{x:.3f}" for x in numbers)])
     rows.append(["mean", *(f"{means[name]:.3f}" for name in _MEASURES)])
     return f"{len(tokens)} tokens of {path}, {count} of them scored; in nats\n\n{output.table(rows)}"
-
-
-def _read(path: Path) -> str:
-    if path.is_dir():
-        raise InputError(f"{path}: expected a text file, got a folder")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
-import hashlib
 import itertools
-import json
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +16,11 @@ from tqdm.auto import tqdm
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.checkpoint import Checkpoint
 from bayesian_lora_kernels.curvature.factor_sums import Rows, checked_square_sums, not_finite
+from bayesian_lora_kernels.curvature.identity import check_alike, identity
 from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
-from bayesian_lora_kernels.curvature.repeats import joined, sketch, warn_of_repeats
+from bayesian_lora_kernels.curvature.repeats import sketch
 from bayesian_lora_kernels.curvature.state import Stateful
+from bayesian_lora_kernels.curvature.totals import Names, Totals
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.deferred import Deferred
@@ -33,7 +33,6 @@ from bayesian_lora_kernels.model.pieces import captures
 from bayesian_lora_kernels.model.reading import check_loader
 from bayesian_lora_kernels.model.sharding import in_step, sharing
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
-from bayesian_lora_kernels.posterior.weights import MeasuredWeights
 from bayesian_lora_kernels.processes import ALONE, Processes
 
 
@@ -44,50 +43,6 @@ class Fit:
     curvature: Curvature
     n_examples: int
     log_likelihood: float | None
-
-
-@dataclass
-class _Totals:
-    n_examples: int = 0
-    positions: Tensor | int = 0  # that carry a loss
-    log_likelihood: Tensor | float | None = None
-    labelled: bool = True
-    sketch: list[int] = field(default_factory=list)  # of the examples
-
-    def of_all(self, processes: Processes) -> _Totals:
-        """Those of all processes together."""
-        known = None if self.log_likelihood is None else float(self.log_likelihood)
-        parts = processes.values([self.n_examples, int(self.positions), known, self.labelled, self.sketch])
-        examples, positions, likelihoods, labelled, sketches = zip(*parts, strict=True)
-        warn_of_repeats(sketches)
-        seen = [one for one in likelihoods if one is not None]
-        return _Totals(sum(examples), sum(positions), sum(seen) if seen else None, all(labelled))
-
-    def state(self) -> dict[str, Any]:
-        return vars(self)
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-
-    def join(self, state: Mapping[str, Any]) -> None:
-        other = _Totals()
-        other.restore(state)
-        self.n_examples += other.n_examples
-        self.positions = self.positions + other.positions
-        self.labelled &= other.labelled
-        known = [one for one in (self.log_likelihood, other.log_likelihood) if one is not None]
-        self.log_likelihood = sum(known[1:], known[0]) if known else None
-        self.sketch = joined(self.sketch, other.sketch)
-
-
-class _Names(set[str]):
-    def state(self) -> list[str]:
-        return sorted(self)
-
-    def restore(self, state: Iterable[str]) -> None:
-        self.update(state)
-
-    join = restore
 
 
 class Passes:
@@ -127,7 +82,7 @@ class Passes:
         self.model, self.layers, self.forward = model, layers, forward
         self.loader, self.config, self.progress = loader, config, progress and processes.rank == 0
         self.likelihood = LIKELIHOODS[config.likelihood]()
-        self._totals: _Totals | None = None
+        self._totals: Totals | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
         self._limit = Limit(may_change=sharing(model) is ALONE)
         self.checks = Deferred()
@@ -151,7 +106,7 @@ class Passes:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `Stateful`."""
-        self._totals = None if state["totals"] is None else _Totals(**state["totals"])
+        self._totals = None if state["totals"] is None else Totals(**state["totals"])
         for device, own in state["generators"].items():
             self._generator(device).set_state(own)
         self._limit.examples = state["examples"]
@@ -198,7 +153,7 @@ class Passes:
             ValueError: for an empty loader, bad labels, logits that are not finite; the batch is named.
             torch.OutOfMemoryError: if one example alone does not fit; where several do not, they run in smaller pieces.
         """
-        totals, self.checks = _Totals(), Deferred()
+        totals, self.checks = Totals(), Deferred()
         for index, given in in_step(self.model, self._batches(what, sums, totals)):
             self._limit.where = f"batch {index}: "
             try:
@@ -227,7 +182,7 @@ class Passes:
             )
         self._totals = self._totals or totals
 
-    def _batches(self, what: str, sums: Sequence[Stateful] | None, totals: _Totals) -> Iterable[tuple[int, Any]]:
+    def _batches(self, what: str, sums: Sequence[Stateful] | None, totals: Totals) -> Iterable[tuple[int, Any]]:
         """Those that are not counted yet, and their numbers."""
         if self.checkpoint is None:
             return enumerate(tqdm(self.loader, desc=what, unit="batch", disable=not self.progress))
@@ -262,7 +217,7 @@ class Passes:
             ValueError: as `captures`; for a gradient that is not finite, and for a layer that was never called.
         """
         names = [layer.name for layer in self.layers]
-        called = _Names()
+        called = Names()
         for index, recorded in self.captures(what, None if sums is None else [called, *sums], weight_gradients=True):
             called |= recorded.inputs.keys()
             for part, gradients in self.backward(recorded, weight_gradients=names):
@@ -361,7 +316,7 @@ class Passes:
                 "or not active?); leave it out with modules=..."
             )
 
-    def _count(self, index: int, totals: _Totals, recorded: Capture) -> None:
+    def _count(self, index: int, totals: Totals, recorded: Capture) -> None:
         self.checks.prefix = f"batch {index}: "
         added = self._check(recorded)
         self.checks.prefix = ""
@@ -410,28 +365,8 @@ def fit_curvature(passes: Passes) -> Fit:
             "again (a DataLoader or a list), got an iterator"
         )
     if passes.processes.size > 1:
-        _check_alike(passes)
+        own = identity(passes.model, passes.layers, passes.forward, passes.config)
+        check_alike(passes.processes, own)
     with measuring(passes.model):
         curvature = kind.measure(passes)
     return Fit(curvature, passes.n_examples, passes.log_likelihood)
-
-
-def _check_alike(passes: Passes) -> None:
-    """Whether all processes measure the same model in the same way."""
-    parameters = {name: value for layer in passes.layers for name, value in layer.parameters().items()}
-    weights = MeasuredWeights.of(passes.model, parameters)
-    ids = passes.forward.class_token_ids
-    base = hashlib.sha256()
-    if weights.base is not None:
-        base.update(json.dumps(weights.base[1]).encode() + weights.base[0].cpu().numpy().tobytes())
-    passes.processes.check_alike(
-        {
-            **passes.config.as_json(),
-            "class_token_ids": None if ids is None else ids.tolist(),
-            "forward": passes.forward.function is not None,
-            "layers": [layer.name for layer in passes.layers],
-            **{layer.name: [*layer.shape, layer.device.type] for layer in passes.layers},
-            "SHA-256 of the posterior's weights": weights.digest,
-            "SHA-256 of the base model's": base.hexdigest(),
-        }
-    )

@@ -7,19 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bayesian_lora_kernels.commands.compare import COLUMNS as TITLES
+
 from ..scores import HIGHER_IS_BETTER
 from ..tables import Difference, or_none, paired, table
 from .registry import METHODS, REFERENCE
 from .runs import MEASURED, Run
 
-TITLES = {
-    "accuracy": "ACC",
-    "nll": "NLL",
-    "ece": "ECE",
-    "brier": "Brier",
-    "error_auroc": "AUROC of errors",
-    "aurc": "AURC",
-}
 FOREIGN = {"entropy": "foreign: AUROC by entropy", "mutual information": "by mutual information"}
 SECONDS = ("fine-tuning", "fit", "labels", "predict")
 HIGHER = HIGHER_IS_BETTER | {"brier": False, "aurc": False}
