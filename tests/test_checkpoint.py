@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.curvature import checkpoint, checkpoint_folder
+from bayesian_lora_kernels.curvature.identity import identity
 from bayesian_lora_kernels.model import deferred
 from bayesian_lora_kernels.model.deferred import Deferred
 
@@ -318,6 +319,15 @@ def test_bad_intervals(every, tmp_path):
         blk.LaplaceLoRA(mlp().model).fit([], progress=False, checkpoint=tmp_path, every=every)
     with pytest.raises(ValueError, match="every: expected checkpoint=folder"):
         blk.LaplaceLoRA(mlp().model).fit([], progress=False, every=2)
+
+
+def test_a_weight_is_no_bias():
+    """Of one input and one output, weight and bias are alike but for what they are."""
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 2))
+    made = [blk.LaplaceLoRA(model, modules={"0": (leaf,)}) for leaf in ("weight", "bias")]
+    weight, bias = (identity(one.model, one.layers, one._forward, one.config)["layers"]["0"] for one in made)
+    assert weight["shape"] == bias["shape"] == [1, 1]
+    assert weight != bias
 
 
 # ---- it is another fit's ---------------------------------------------------------------------------------------------

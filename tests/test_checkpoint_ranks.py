@@ -37,6 +37,17 @@ def dense(tensors: dict[str, Tensor], layer: str) -> Tensor:
     return basis @ (values.reshape(-1, 1) * basis.mT)
 
 
+def test_a_checkpoint_stands_until_all_processes_have_their_result(tmp_path):
+    expected = fits(tmp_path, "whole", 2, "kfac, low-rank", "turns", None, {})
+    (tmp_path / "failed").mkdir()
+    found = run(resumed.fails_at_the_end, 2, tmp_path / "failed", tmp_path / "kept")
+    assert found == ["rank 1 of the group failed: RuntimeError: planted", "planted"]
+    assert len([*(tmp_path / "kept").glob("0/rank-*-of-2/*.json")]) == 2
+    found = fits(tmp_path, "again", 2, "kfac, low-rank", "turns", tmp_path / "kept", {})
+    for own, other in zip(found, expected, strict=True):
+        assert differences(own, other) == []
+
+
 @pytest.mark.parametrize(("setting", "before"), [("kfac, low-rank", 1), ("ekfac", 3)])
 def test_a_killed_process_and_the_same_group_again(setting, before, tmp_path):
     """One process is at another place than the other: also in another pass."""

@@ -12,6 +12,7 @@ from models import llama, mlp
 from snapshot import untouched
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.curvature import passes
 from bayesian_lora_kernels.model.capture import Capture
 
 SETTINGS = {
@@ -44,6 +45,17 @@ def short(monkeypatch: pytest.MonkeyPatch, method: str, at: int, error: Exceptio
     with monkeypatch.context() as patch:
         patch.setattr(Capture, method, planted)
         yield failed
+
+
+def test_a_model_that_processes_share_is_not_run_in_smaller_pieces(monkeypatch):
+    """The others would not know: what one of them cannot hold ends the fit."""
+    one = mlp(n=8)
+    monkeypatch.setattr(passes, "sharing", lambda model: "some processes")
+    with (
+        short(monkeypatch, "run", 0, MESSAGES["gpu"], most=2),
+        pytest.raises(torch.OutOfMemoryError, match="other processes that FSDP shards the model over cannot know"),
+    ):
+        blk.LaplaceLoRA(one.model).fit(one.loader(4), progress=False)
 
 
 def measured(laplace: blk.LaplaceLoRA) -> dict[str, torch.Tensor]:

@@ -39,6 +39,8 @@ def some_checks(group):
     checks.check_low_rank(group, "empty")
     checks.check_moods(group)
     checks.check_sampler(group)
+    checks.check_labels(group)
+    checks.check_samples(group)
     checks.check_gathered(group, "empty")
     checks.check_calibration(group, "uneven")
     return "equal"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bayesian_lora_kernels.curvature.factors import KroneckerSums
 from bayesian_lora_kernels.curvature.takeover import counter, elements, example_digests, own_part, uncounted
+from bayesian_lora_kernels.curvature.totals import Totals
 from bayesian_lora_kernels.model.batches import Batch
 
 
@@ -104,6 +105,18 @@ def test_what_is_left_of_a_batch():
     assert list(uncounted(batch, found, counter(found))) == []
     ((whole, _),) = uncounted(batch, found, Counter())
     assert whole is batch
+
+
+def test_totals_of_two_processes_are_those_of_one():
+    shares = [
+        Totals(3, 5, torch.tensor(-2.0), True, [1, 4]),
+        Totals(2, 2, torch.tensor(-0.5), False, [2]),
+        Totals(1, 1, None, True, []),
+    ]
+    found = Totals()
+    for share in shares:
+        found.join(share.state())
+    assert found == Totals(6, 8, torch.tensor(-2.5), False, [1, 2, 4])
 
 
 @pytest.mark.parametrize("rank", [None, 1])

@@ -29,6 +29,7 @@ OTHERS = (
     checks.check_repeats,
     checks.check_merge,
     checks.check_moods,
+    checks.check_labels,
     checks.check_samples,
     checks.check_scores,
     checks.check_progress,

@@ -247,6 +247,16 @@ def check_sampler(group: Any) -> None:
     check_equal(single, shared, case, group)
 
 
+def check_labels(group: Any) -> None:
+    """A likelihood of all labels is known where all processes have them, whatever the others know."""
+    case = mlp(n=6)
+    inputs, labels = case.batch()
+    loader = [inputs if dist.get_rank(group) == 0 else (inputs, labels)]
+    laplace = blk.LaplaceLoRA(case.model, fisher="exact", rank=None).fit(loader, progress=False, group=group)
+    assert laplace.n_examples == 6 * dist.get_world_size(group)
+    assert laplace.log_likelihood is None
+
+
 def check_samples(group: Any) -> None:
     """Targets are drawn anew on every process: equal data do not give it the same gradients twice."""
     case, size = mlp(n=6), dist.get_world_size(group)
