@@ -13,7 +13,7 @@ from torch import nn
 
 from bayesian_lora_kernels import LaplaceLoRA, Posterior, Prior
 from bayesian_lora_kernels.cli import main
-from bayesian_lora_kernels.commands.portrait import kinds
+from bayesian_lora_kernels.commands.portrait import kinds, spectrum_line
 from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.evidence import effective_parameters
 
@@ -113,6 +113,12 @@ def test_what_is_no_posterior(tmp_path: Path, capsys: Any) -> None:
     lines = capsys.readouterr().err.splitlines()
     assert "run blk fit first" in lines[0]
     assert "checksum" in lines[1]
+
+
+def test_a_spectrum_as_a_line() -> None:
+    """Each eigenvalue from its first place to its last, the largest first; what rounding leaves of zero is not drawn."""
+    values, counts = torch.tensor([0.5, 3.0, 1e-13, 0.0], dtype=torch.float64), torch.tensor([4, 1, 7, 9])
+    assert spectrum_line(values, counts) == ([1, 1, 2, 5], [3.0, 3.0, 0.5, 0.5])
 
 
 def test_kinds_of_modules() -> None:

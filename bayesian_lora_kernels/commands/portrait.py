@@ -69,7 +69,7 @@ def kinds(names: Sequence[str]) -> dict[str, list[str]]:
 def _spectra(axes: Any, curvature: Curvature, groups: Mapping[str, Sequence[str]], precisions: Sequence[float]) -> None:
     for i, (kind, names) in enumerate(groups.items()):
         values, counts = (x.cpu() for x in curvature.spectrum(names if curvature.independent_layers else None))
-        rank, value = _steps(values, counts)
+        rank, value = spectrum_line(values, counts)
         axes.plot(rank, value, color=LINES[i], linestyle=DASHES[i % len(DASHES)], linewidth=1.6, label=kind)
     axes.axhspan(min(precisions), max(precisions), color=MUTED, alpha=0.3, linewidth=0)
     axes.axhline(max(precisions), color=MUTED, linewidth=1, label="prior precision")
@@ -80,7 +80,7 @@ def _spectra(axes: Any, curvature: Curvature, groups: Mapping[str, Sequence[str]
     tidy(axes)
 
 
-def _steps(values: Tensor, counts: Tensor) -> tuple[list[float], list[float]]:
+def spectrum_line(values: Tensor, counts: Tensor) -> tuple[list[float], list[float]]:
     """A spectrum with multiplicities as a line: from the first place of each to its last, without what is zero."""
     order = values.argsort(descending=True)
     values, counts = values[order], counts[order]
