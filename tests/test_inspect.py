@@ -116,7 +116,7 @@ def test_what_is_no_posterior(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_spectrum_as_a_line() -> None:
-    """Each eigenvalue from its first place to its last, the largest first; what rounding leaves of zero is not drawn."""
+    """Each eigenvalue from its first place to its last, the largest first; what rounding leaves of zero is left out."""
     values, counts = torch.tensor([0.5, 3.0, 1e-13, 0.0], dtype=torch.float64), torch.tensor([4, 1, 7, 9])
     assert spectrum_line(values, counts) == ([1, 1, 2, 5], [3.0, 3.0, 0.5, 0.5])
 
