@@ -50,7 +50,7 @@ class LaplaceConfig:
         default=None,
         metadata=_about(
             "bytes that captured tensors, and `exact`'s rows, may take; None: half of what is free. Batches run in "
-            "pieces, and rows move to the host or to disk, to stay within it",
+            "pieces, and rows move to disk, to stay within it",
             saved=False,
         ),
     )

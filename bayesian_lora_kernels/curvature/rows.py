@@ -1,4 +1,4 @@
-"""Storage for the rows of the exact Gauss-Newton matrix: on the device, on the host, or in a memory-mapped file.
+"""Storage for the rows of the exact Gauss-Newton matrix: where they come from, or in a memory-mapped file.
 
 Of several processes each measures the rows of its own examples; at the end of the fit they change hands once, and from
 then on each holds an equal share of the columns of all rows. What is summed over columns, as every product with the
@@ -28,20 +28,20 @@ EXCHANGED_BYTES = 64 * 2**20  # of rows that change hands at a time
 class RowStore:
     """The rows of all layers side by side: a matrix `[n, P]` that grows by rows and is read by slices of columns.
 
-    Layers of one width lie next to each other. Rows stay where they come from while they fit `budget` bytes there; a
-    GPU's then move to the host, and the host's into a file in a temporary folder, which disappears with the store.
+    Layers of one width lie next to each other. Rows stay where they come from while they fit `budget` bytes; beyond
+    that all are in a file in a temporary folder, which disappears with the store.
 
     Attributes:
         names: the layers, in the order of their columns.
         columns: `{layer: its columns}`.
         n_rows: n.
-        place: `device`, `host` or `file`.
+        place: `device`, that of the rows, or `file`.
         processes: that hold columns of it.
         held: the columns that this one holds; all of them, unless the rows were spread.
 
     Args:
         widths: `{layer: how many columns it has}`.
-        budget: bytes per place (device, host).
+        budget: bytes outside a file.
         dtype: of the stored rows; None keeps what comes.
     """
 
@@ -207,10 +207,7 @@ class RowStore:
     def _add(self, block: Tensor) -> None:
         self.n_rows += len(block)
         n_bytes = self.n_rows * block.shape[1] * block.element_size()
-        if self.place == "device" and (block.device.type == "cpu" or n_bytes > self.budget):
-            self.place = "host"
-            self._blocks = [known.cpu() for known in self._blocks]
-        if self.place == "host" and n_bytes > self.budget:
+        if self.place == "device" and n_bytes > self.budget:
             self.place = "file"
             self._folder = tempfile.TemporaryDirectory(prefix="blk-rows-")
             self._write(self._blocks)
@@ -218,7 +215,7 @@ class RowStore:
             self._write([block])
             self._blocks = []  # they are in the file; a mapping is of the shorter file
         else:
-            self._blocks.append(block if self.place == "device" else block.cpu())
+            self._blocks.append(block)
 
     def _path(self) -> Path:
         assert self._folder is not None
