@@ -1,4 +1,4 @@
-"""The examples run as they stand, and the README shows them as they are."""
+"""The examples run as they stand."""
 
 from __future__ import annotations
 
@@ -47,8 +47,3 @@ def test_accelerate_on_two_processes(tmp_path: Path) -> None:
     printed = run([*torchrun, str(EXAMPLES / "accelerate_fit.py"), "folder"], tmp_path)
     assert re.fullmatch(r"320 examples, log evidence -\d+\.\d+\n", printed)
     assert len(list((tmp_path / "folder").iterdir())) == 2
-
-
-def test_the_readme_shows_the_quickstart() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks == [(EXAMPLES / "quickstart.py").read_text()]
