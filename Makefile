@@ -18,8 +18,9 @@
 # make fuzz: 100,000 damaged posteriors and adapter folders; COUNT=1000 for fewer
 # make soak: 200 fits and 10,000 predictions in one process; memory must not grow; writes docs/soak.svg
 # make test-saves: two processes save into one folder at once, 1,000 times, while a third reads
-# make docs: these pages as a site in docs/_build; a warning is an error. make pages: runs the pages' code and writes what it
-#   prints into them; PAGES="docs/tutorials/classification.md" for some
+# make docs: these pages as a site in docs/_build; a warning is an error. make links: those to other sites, over the
+#   network; names broken ones. make pages: runs the pages' code and writes what it prints into them;
+#   PAGES="docs/tutorials/classification.md" for some
 # make wheels: sdist, pure wheel and manylinux wheel, into dist; make release-check: the same aside, installed and tried
 #
 # Every target sets up .venv by itself. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to every pip install.
@@ -45,7 +46,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: demo demo-llm test test-all test-interpret test-floors test-saves models models-check wheels release-check lint \
-  format bench study aot aot-check roofline clean docs pages fuzz test-distributed test-faults help
+  format bench study aot aot-check roofline clean docs links pages fuzz test-distributed test-faults help
 .DEFAULT_GOAL := help
 
 help:
@@ -148,6 +149,9 @@ DOCS := $(VENV)-docs
 docs: $(DOCS)/.ready
 	@$(DOCS)/bin/python -m sphinx -E -q -W --keep-going -b html docs docs/_build
 	@echo "docs/_build/index.html"
+
+links: $(DOCS)/.ready
+	@$(DOCS)/bin/python -m sphinx -q -b linkcheck docs docs/_build/links
 
 PAGES ?= $(shell grep -rl --include=*.md '^```text' docs/tutorials docs/howto)
 pages: $(READY)

@@ -71,6 +71,19 @@ def test_links_lead_somewhere() -> None:
     assert seen > 100
 
 
+def test_equations_have_a_number_and_a_function() -> None:
+    """The function's name follows, before the next equation; that it exists is nitpicky Sphinx's affair."""
+    numbers = []
+    for page in PAGES:
+        _, *displayed = re.split(r"^ *\$\$\n", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for text in displayed:
+            equation, end, after = text.partition("$$ (eq:")
+            numbers.append(after.partition(")")[0])
+            assert end, f"{_name(page)}: no number\n{equation}"
+            assert "{py:" in after, f"{_name(page)}: no function\n{equation}"
+    assert len(numbers) == len(set(numbers)) > 20
+
+
 @pytest.mark.parametrize(
     ("shown", "printed", "equal"),
     [
