@@ -3,7 +3,7 @@
 All come from the files that git knows, the wheels by way of the sdist. The pure wheel is for every platform. The other
 is for one version of Python and one build of PyTorch, those of this environment: PyTorch promises no binary interface,
 and under another one the package says so and goes on without the extension (`ops/native.py`). PyTorch's own libraries
-stay outside. The tag names the glibc that the compiled code needs; in pypa's manylinux_2_28 image that is PyTorch's.
+stay outside. The tag names the glibc that the compiled code needs: older where it is built with an older one.
 """
 
 from __future__ import annotations
