@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.commands import output
-from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
+from bayesian_lora_kernels.commands.errors import as_input_errors, writing
+from bayesian_lora_kernels.commands.job import check_fitted
+from bayesian_lora_kernels.commands.parts import Facts, Part, Table
 from bayesian_lora_kernels.commands.portrait import draw, kinds
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature import CURVATURES
@@ -79,11 +81,10 @@ def run(args: Namespace) -> int:
     }
     output.write_json(args.json, result)
     if args.plot is not None:
-        with as_input_errors("--plot: "):
+        with writing(args.plot, "--plot"):
             draw(opened.curvature, result, args.plot)
-    print(_report(result))
-    if args.plot is not None:
-        print(f"\nspectra, layers and evidence drawn in {args.plot}")
+    drawn = [] if args.plot is None else ["", f"spectra, layers and evidence drawn in {args.plot}"]
+    output.show(args, *_report(result), *drawn)
     return 0
 
 
@@ -93,8 +94,7 @@ def open_posterior(folder: Path) -> Opened:
     Raises:
         InputError: for a folder without a posterior, or a damaged one.
     """
-    if not (folder / storage.JSON_NAME).is_file():
-        raise InputError(f"{folder}: no posterior ({storage.JSON_NAME}) in it; run blk fit first")
+    check_fitted(folder)
     with as_input_errors():
         tensors, content = storage.load(folder)
         layers = content["layers"]
@@ -144,7 +144,7 @@ def _evidence(opened: Opened) -> dict[str, Any] | None:
     }
 
 
-def _report(result: Mapping[str, Any]) -> str:
+def _report(result: Mapping[str, Any]) -> list[Part]:
     evidence, n = result["evidence"], result["n_parameters"]
     lines = [
         ("posterior", f"{result['posterior']} (format version {result['format_version']})"),
@@ -166,7 +166,7 @@ def _report(result: Mapping[str, Any]) -> str:
         rows.append((kind["kind"], str(kind["n_modules"]), f"{kind['n_parameters']:,}", *map(_short, numbers)))
     if result["kinds"][0]["trace"] is None:  # its layers are not to be told apart
         rows = [row[:3] for row in rows]
-    return f"{output.pairs(lines)}\n\n{output.table(rows)}"
+    return [Facts(lines), "", Table(rows)]
 
 
 def _short(value: float | None) -> str:
