@@ -69,7 +69,7 @@ def posterior_diagram(
         _draw_evidence(axes["evidence"], *evidence, best, used[0] if used[0] == used[1] else None)
     if layers:
         _draw_layers(axes["layers"], effective_parameters(posterior), colors)
-    legend_below(figure, [axes[name] for name in ("layers", "a", "spectrum", "evidence") if name in axes], 5)
+    legend_below(figure, [axes[name] for name in ("layers", "a", "s", "spectrum", "evidence") if name in axes], 5)
     return figure
 
 
@@ -215,18 +215,23 @@ def _draw_factors(axes_a: Any, axes_s: Any, posterior: Posterior, colors: Mappin
     )
     for axes, side, title, unit in sides:
         shares = []
+        owners: dict[int, list[str]] = {}
         for name, pair in bases.items():
-            width = posterior.curvature.shapes[name][side]
+            owners.setdefault(id(pair[side]), []).append(name)
+        for name, *others in owners.values():
             kind = place(name)[1]
-            style = {"color": colors[_module(kind)], "alpha": 0.6, "linewidth": 1}
-            (rank, value), tail, share = _factor_line(pair[side], width)
+            style = {"color": INK if others else colors[_module(kind)], "alpha": 0.6, "linewidth": 1}
+            (rank, value), tail, share = _factor_line(bases[name][side], posterior.curvature.shapes[name][side])
             axes.plot(rank, value, linestyle=_dashes(kind), **style)
             if tail is not None:
                 axes.plot(*tail, linestyle=(0, (1, 1)), **style)
                 shares.append(share)
         axes.set(xscale="log", yscale="log", xlabel="direction, the largest first", ylabel=unit)
         axes.set_title(f"{title}{_tails(shares)}")
-    axes_a.plot([], [], color=MUTED, linestyle=(0, (1, 1)), label="tail: all directions not kept")
+        if shares:
+            axes.plot([], [], color=MUTED, linestyle=(0, (1, 1)), label="tail: all directions not kept")
+        if any(others for _, *others in owners.values()):
+            axes.plot([], [], color=INK, alpha=0.6, linewidth=1, label="shared by modules of one input")
     for module, color in colors.items():
         if color != MUTED:
             axes_a.plot([], [], color=color, linewidth=4, label=module)

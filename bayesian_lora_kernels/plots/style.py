@@ -52,6 +52,7 @@ STYLE: Final = {
     "axes.axisbelow": True,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
+    "axes.prop_cycle": f"cycler(color={list(COLORS)})",
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "mathtext.fontset": "dejavusans",
@@ -87,12 +88,19 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
 
 
 def legend_below(figure: Any, axes: Iterable[Any], columns: int = 4) -> None:
-    """One legend under all panels, where it hides nothing; what several of them name the same is there once."""
+    """One legend under all panels, where it hides nothing; what several of them name alike is there once.
+
+    Args:
+        figure: of matplotlib.
+        axes: whose labelled artists it names.
+        columns: at most.
+    """
     handles: dict[str, Any] = {}
     for one in axes:
         handles |= {label: handle for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
     if handles:
-        columns = min(columns, len(handles))
+        rows = -(-len(handles) // columns)
+        columns = -(-len(handles) // rows)
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
 
 
