@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.plots.style import BLUE, GREEN, INK, MUTED, PALE_BLUE, PALE_GREEN, WIDTH, new_figure, styled
+from bayesian_lora_kernels.plots.style import (
+    BLUE,
+    GREEN,
+    MUTED,
+    PALE_BLUE,
+    PALE_GREEN,
+    SMALL,
+    WIDTH,
+    new_figure,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,7 +26,7 @@ if TYPE_CHECKING:
 MOST_CHOICES = 8  # of a question; the least probable are left out
 MOST_QUESTIONS = 6
 REACH = 3.2  # standard deviations
-GREYS = (MUTED, BLUE)
+METHODS = (MUTED, BLUE)  # colours of their bars
 
 
 @styled()
@@ -85,7 +95,7 @@ def _check(
 ) -> None:
     if mean.ndim != 2 or not 1 <= len(mean) <= MOST_QUESTIONS:
         raise ValueError(f"mean: expected [N, C] of 1 to {MOST_QUESTIONS} questions, got {list(mean.shape)}")
-    if not 1 <= len(probs) <= len(GREYS):
+    if not 1 <= len(probs) <= len(METHODS):
         raise ValueError(f"probs: expected one or two methods, got {len(probs)}")
     for name, values in {"std": std, **probs}.items():
         if values.shape != mean.shape:
@@ -126,11 +136,11 @@ def _draw_gaussians(axes: Any, means: Sequence[float], stds: Sequence[float], ri
 
 def _draw_bars(axes: Any, probs: Mapping[str, Sequence[float]]) -> None:
     height = 0.7 / len(probs)
-    for method, (values, color) in enumerate(zip(probs.values(), GREYS[-len(probs) :], strict=True)):
+    for method, (values, color) in enumerate(zip(probs.values(), METHODS[-len(probs) :], strict=True)):
         places = [line - 0.42 + (method - (len(probs) - 1) / 2) * height for line in range(len(values))]
         axes.barh(places, values, 0.88 * height, color=color)
         for place, value in zip(places, values, strict=True):
-            axes.text(value + 0.015, place, f"{value:.2f}", va="center", fontsize=8, color=INK)
+            axes.text(value + 0.015, place, f"{value:.2f}", va="center", fontsize=SMALL)
     axes.set_xlim(0, 1.18)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
 
@@ -141,7 +151,7 @@ def _key(probs: Mapping[str, Tensor], answers: Sequence[int | None]) -> list[Any
     handles = [Patch(facecolor=PALE_BLUE, edgecolor=BLUE, label="logit of a choice")]
     if any(answer is not None for answer in answers):
         handles.append(Patch(facecolor=PALE_GREEN, edgecolor=GREEN, label="of the answer"))
-    return handles + [Patch(color=color, label=name) for name, color in zip(probs, GREYS[-len(probs) :], strict=True)]
+    return handles + [Patch(color=color, label=name) for name, color in zip(probs, METHODS[-len(probs) :], strict=True)]
 
 
 def _short(name: str) -> str:
