@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bayesian_lora_kernels import ops
+    from bayesian_lora_kernels import ops, plots
     from bayesian_lora_kernels.config import LaplaceConfig
     from bayesian_lora_kernels.crossfitting.crossfit import crossfit
     from bayesian_lora_kernels.laplace import LaplaceLoRA
@@ -34,6 +34,7 @@ __all__ = [
     "crossfit",
     "ops",
     "patch",
+    "plots",
     "set_default_impl",
     "unpatch",
 ]
@@ -57,8 +58,8 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return importlib.import_module(f"{__name__}.ops")
+    if name in ("ops", "plots"):
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

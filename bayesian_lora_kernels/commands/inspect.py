@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,15 +15,19 @@ from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.errors import as_input_errors, writing
 from bayesian_lora_kernels.commands.job import check_fitted
 from bayesian_lora_kernels.commands.parts import Facts, Part, Table
-from bayesian_lora_kernels.commands.portrait import draw, kinds
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature import CURVATURES
+from bayesian_lora_kernels.model.names import place
+from bayesian_lora_kernels.plots import posterior_diagram, save_figure
 from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.curvature import Curvature
 from bayesian_lora_kernels.posterior.evidence import effective_parameters, log_evidence, maximise_evidence
 from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.posterior.stored import Stored
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CURVE = (-3.0, 1.5, 46)  # powers of ten about the best precision, and how many points
 CPU = torch.device("cpu")
@@ -73,7 +77,7 @@ def run(args: Namespace) -> int:
         "prior_precision": content["prior_precision"],
         "calibrated": content.get("calibration") is not None,
         "evidence": _evidence(opened),
-        "kinds": [_kind(opened, kind, names, effective) for kind, names in kinds(list(counts)).items()],
+        "kinds": [_kind(opened, kind, names, effective) for kind, names in kinds(counts).items()],
         "layers": [
             {"name": name, "shape": list(shape), "effective_parameters": effective.get(name)}
             for name, shape in opened.curvature.shapes.items()
@@ -82,7 +86,7 @@ def run(args: Namespace) -> int:
     output.write_json(args.json, result)
     if args.plot is not None:
         with writing(args.plot, "--plot"):
-            draw(opened.curvature, result, args.plot)
+            save_figure(_picture(opened, result["evidence"]), args.plot)
     drawn = [] if args.plot is None else ["", f"spectra, layers and evidence drawn in {args.plot}"]
     output.show(args, *_report(result), *drawn)
     return 0
@@ -116,6 +120,21 @@ def _kind(opened: Opened, kind: str, names: Sequence[str], effective: Mapping[st
         "trace": _trace(opened.curvature, names) if independent else None,
         "effective_parameters": sum(effective[name] for name in names) if independent else None,
     }
+
+
+def kinds(names: Iterable[str]) -> dict[str, list[str]]:
+    """Layers that play the same part in different blocks: `{q_proj.lora_A: [...], ...}`."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(place(name)[1], []).append(name)
+    return found
+
+
+def _picture(opened: Opened, evidence: Mapping[str, Any] | None) -> Figure:
+    if evidence is None:
+        return posterior_diagram(opened.posterior)
+    curve = torch.tensor(evidence["prior_precision"]), torch.tensor(evidence["log_evidence"])
+    return posterior_diagram(opened.posterior, curve, best=(evidence["best_prior_precision"], evidence["best"]))
 
 
 def _trace(curvature: Curvature, names: Sequence[str]) -> float:
