@@ -8,6 +8,7 @@ that is not there is left out; laplace-lora is a checkout in the folder that `--
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -88,16 +89,15 @@ def loader(pads: int, size: int = EXAMPLES) -> torch.utils.data.DataLoader[dict[
     return torch.utils.data.DataLoader(Rows(batch(pads)), batch_size=size)
 
 
-def exact(model: nn.Module) -> float:
-    """Sum over examples of the squared norms of `J^T L`, with `L L^T = diag(p) - p p^T`."""
+def exact(model: nn.Module, whole: Mapping[str, Tensor] | None = None) -> float:
+    """Sum over examples of the squared norms of `J^T L`, with `L L^T = diag(p) - p p^T`; of `batch(0)`, or another."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    logits, total = model(batch(0)), 0.0
+    logits, total = model(**(batch(0) if whole is None else whole)), 0.0
     probs = logits.detach().softmax(dim=-1)
     columns = torch.diag_embed(probs.sqrt()) - probs[:, :, None] * probs.sqrt()[:, None, :]
-    for n in range(EXAMPLES):
-        for c in range(len(IDS)):
-            gradients = torch.autograd.grad(logits[n] @ columns[n, :, c], parameters, retain_graph=True)
-            total += sum(float(g.square().sum()) for g in gradients)
+    for n, c in itertools.product(range(len(logits)), range(logits.shape[1])):
+        gradients = torch.autograd.grad(logits[n] @ columns[n, :, c], parameters, retain_graph=True)
+        total += sum(float(g.square().sum()) for g in gradients)
     return total
 
 

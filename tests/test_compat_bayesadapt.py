@@ -133,6 +133,11 @@ def test_the_exact_structure_is_the_dense_posterior_whatever_the_padding_and_the
         assert relative(torch.cat(variances), expected) < 1e-5  # rotary angles are float32
         la.optimize_prior_precision(method="marglik")
         found[size, extra] = float(la.prior_precision)
+        la.calibrate(triples(one, size, extra))
+        reference = blk.LaplaceLoRA(one.model, curvature="exact", prior_precision=la.prior_precision)
+        reference.fit([one.batch()], progress=False).calibrate([one.batch()], progress=False)
+        calibrated = torch.cat([la.predict(batch).probs() for batch in triples(one, size, extra)])
+        assert torch.allclose(calibrated, reference.predict(one.batch()).probs(), atol=1e-4)
     assert found[2, 5] == pytest.approx(found[4, 0], rel=1e-4)
 
 

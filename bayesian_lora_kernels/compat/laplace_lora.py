@@ -209,6 +209,14 @@ class Laplace:
         self.prior_precision = values.to(before)
         return self.prior_precision
 
+    def calibrate(self, val_loader: Iterable[Any]) -> None:
+        """Set the level of `predict(batch).probs()` by labels, as `LaplaceLoRA.calibrate`, which laplace-lora lacks.
+
+        Args:
+            val_loader: batches as for `fit`, of examples that the model was not trained on.
+        """
+        self.engine.calibrate(_Prepared(val_loader, self.scale))
+
     def _glm_predictive_distribution(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Mean `[N, C]` and covariance `[N, C, C]` of the logits."""
         prediction = self.predict(batch)

@@ -1,12 +1,13 @@
 """Laplace as the Bayesian Adaptation Gym has it, through `compat.laplace_lora`, and with the scale corrected.
 
 K-FAC of LoRA's weights with full factors, one prior precision by the evidence, averages of the softmax over samples of
-the logits. The head runs at every position, as in the wrapper that its trainer makes. `published` divides A by examples
-in place of tokens, and lets padding into it (docs/bayes-adapt.md).
+the logits. The head has a row for each class and runs at every position, as its trainer has it. `published` divides A
+by examples in place of tokens, and lets padding into it (docs/bayes-adapt.md).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,17 +26,33 @@ SCALES = {"published": {"scale": "published"}, "correct": {"rank": None}}
 
 
 class Wrapped(nn.Module):
-    """The model of a task with keywords in and logits `[N, C]` of the classes out."""
+    """A copy of the model of a task, with keywords in and logits `[N, C]` of the classes out.
+
+    Of a causal LM's head it has the rows of the classes, and no others.
+    """
 
     def __init__(self, task: Task, model: nn.Module):
         super().__init__()
-        self.task, self.model = task, model
+        self.task, self.model = task, copy.deepcopy(model)
+        if isinstance(task, NextToken):
+            _keep_rows(self.model, list(task.class_token_ids or ()))
 
     def forward(self, **inputs: Any) -> Tensor:
         inputs.pop("labels", None)
         if not isinstance(self.task, NextToken):
             return self.task.logits(self.model, inputs)
-        return self.model(**inputs, use_cache=False).logits[:, -1, list(self.task.class_token_ids or ())]
+        return self.model(**inputs, use_cache=False).logits[:, -1]
+
+
+def _keep_rows(model: Any, rows: list[int]) -> None:
+    """Of the head's matrices onto the vocabulary: its own, and LoRA's B."""
+    head = model.get_base_model().get_output_embeddings()
+    vocabulary = head.weight.shape[0]
+    for module in head.modules():
+        if isinstance(module, nn.Linear) and module.weight.shape[0] == vocabulary:
+            kept = module.weight.detach()[rows].clone()
+            module.weight = nn.Parameter(kept, requires_grad=module.weight.requires_grad)
+            module.out_features = len(rows)
 
 
 def fitted(task: Task, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], **settings: Any) -> Laplace:
