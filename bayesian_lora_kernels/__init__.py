@@ -9,18 +9,23 @@ if TYPE_CHECKING:
     from bayesian_lora_kernels import ops
     from bayesian_lora_kernels.config import LaplaceConfig
     from bayesian_lora_kernels.crossfitting.crossfit import crossfit
+    from bayesian_lora_kernels.influence.index import InfluenceIndex
+    from bayesian_lora_kernels.influence.scores import influence
     from bayesian_lora_kernels.laplace import LaplaceLoRA
     from bayesian_lora_kernels.ops.dispatch import backends, set_default_impl
     from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior
     from bayesian_lora_kernels.posterior.posterior import Posterior
     from bayesian_lora_kernels.posterior.prior import Prior
     from bayesian_lora_kernels.predictive.distribution import LogitPosterior
+    from bayesian_lora_kernels.predictive.joint import joint_samples
     from bayesian_lora_kernels.predictive.scoring import TokenScores
+    from bayesian_lora_kernels.predictive.selection import Selection, select_batch
     from bayesian_lora_kernels.predictive.vocabulary import VocabularyPosterior
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "InfluenceIndex",
     "KroneckerFactors",
     "KroneckerPosterior",
     "LaplaceConfig",
@@ -28,12 +33,16 @@ __all__ = [
     "LogitPosterior",
     "Posterior",
     "Prior",
+    "Selection",
     "TokenScores",
     "VocabularyPosterior",
     "backends",
     "crossfit",
+    "influence",
+    "joint_samples",
     "ops",
     "patch",
+    "select_batch",
     "set_default_impl",
     "unpatch",
 ]
@@ -41,6 +50,7 @@ __all__ = [
 
 # Where each name is. It is imported when it is first asked for: `blk --help` need not wait for PyTorch.
 _PLACES = {
+    "InfluenceIndex": "influence.index",
     "KroneckerFactors": "posterior.kronecker",
     "KroneckerPosterior": "posterior.kronecker",
     "LaplaceConfig": "config",
@@ -48,10 +58,14 @@ _PLACES = {
     "LogitPosterior": "predictive.distribution",
     "Posterior": "posterior.posterior",
     "Prior": "posterior.prior",
+    "Selection": "predictive.selection",
     "TokenScores": "predictive.scoring",
     "VocabularyPosterior": "predictive.vocabulary",
     "backends": "ops.dispatch",
     "crossfit": "crossfitting.crossfit",
+    "influence": "influence.scores",
+    "joint_samples": "predictive.joint",
+    "select_batch": "predictive.selection",
     "set_default_impl": "ops.dispatch",
 }
 
