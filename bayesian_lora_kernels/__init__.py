@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bayesian_lora_kernels import ops
+    from bayesian_lora_kernels.attribution.index import InfluenceIndex
+    from bayesian_lora_kernels.attribution.scores import influence
     from bayesian_lora_kernels.config import LaplaceConfig
     from bayesian_lora_kernels.crossfitting.crossfit import crossfit
-    from bayesian_lora_kernels.influence.index import InfluenceIndex
-    from bayesian_lora_kernels.influence.scores import influence
     from bayesian_lora_kernels.laplace import LaplaceLoRA
     from bayesian_lora_kernels.ops.dispatch import backends, set_default_impl
     from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors, KroneckerPosterior
@@ -50,7 +50,7 @@ __all__ = [
 
 # Where each name is. It is imported when it is first asked for: `blk --help` need not wait for PyTorch.
 _PLACES = {
-    "InfluenceIndex": "influence.index",
+    "InfluenceIndex": "attribution.index",
     "KroneckerFactors": "posterior.kronecker",
     "KroneckerPosterior": "posterior.kronecker",
     "LaplaceConfig": "config",
@@ -63,7 +63,7 @@ _PLACES = {
     "VocabularyPosterior": "predictive.vocabulary",
     "backends": "ops.dispatch",
     "crossfit": "crossfitting.crossfit",
-    "influence": "influence.scores",
+    "influence": "attribution.scores",
     "joint_samples": "predictive.joint",
     "select_batch": "predictive.selection",
     "set_default_impl": "ops.dispatch",

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.attribution.scores import budget_of, damped, gradients, products
 from bayesian_lora_kernels.config import PriorPrecision
-from bayesian_lora_kernels.influence.scores import budget_of, damped, gradients, products
 from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.names import adapters_of
