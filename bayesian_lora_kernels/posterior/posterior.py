@@ -71,6 +71,15 @@ class Posterior(Mapping[str, KroneckerPosterior]):
         """Zero-mean samples of the weights' deviations from the MAP, `{module: [n, d_out, d_in]}`."""
         return self.curvature.sample(n, self.prior, self.prepared, generator)
 
+    @in_own_surroundings
+    def root(self, vectors: Mapping[str, Tensor], transpose: bool = False) -> dict[str, Tensor]:
+        """`B v`, or `B^T v`, for a square root B of Sigma, `B B^T = Sigma`; see `Curvature.root`."""
+        return self.curvature.root(vectors, self.prior, self.prepared, transpose)
+
+    def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`Sigma v`: the inverse of the precision, times vectors of weights `{module: [n, d_out, d_in]}`."""
+        return self.root(self.root(vectors, transpose=True))
+
     def __getitem__(self, module: str) -> KroneckerPosterior:
         return self._by_module()[module]
 
