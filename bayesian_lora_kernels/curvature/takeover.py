@@ -20,7 +20,7 @@ from bayesian_lora_kernels.processes import Processes
 WIDTH = 16  # bytes of a digest
 
 
-def example_digests(given: Any, read: Callable[[Any], Batch]) -> Tensor | None:
+def example_digests(given: Any, read: Callable[[Any], Batch] = Batch.of) -> Tensor | None:
     """Digests `[N, 16]` uint8 of the examples of a batch, the same in batches that pad them otherwise.
 
     None where nothing tells them apart: numbers of which it is not known whose they are, objects of unknown values.
@@ -55,7 +55,7 @@ def joined(digests: Iterable[Tensor]) -> Tensor:
 
 
 def own_part(
-    counted: Counter[bytes], loader: Iterable[Any], processes: Processes, read: Callable[[Any], Batch]
+    counted: Counter[bytes], loader: Iterable[Any], processes: Processes, read: Callable[[Any], Batch] = Batch.of
 ) -> Counter[bytes] | None:
     """Of the examples that are counted, those that are now in this process' share; goes over the loader once.
 
@@ -73,7 +73,7 @@ def own_part(
 
 
 def uncounted(
-    given: Any, digests: Tensor, skip: Counter[bytes], read: Callable[[Any], Batch]
+    given: Any, digests: Tensor, skip: Counter[bytes], read: Callable[[Any], Batch] = Batch.of
 ) -> Iterator[tuple[Any, Tensor]]:
     """What is left of a batch without the examples to skip, which are crossed off, and the digests of that."""
     new = []

@@ -19,18 +19,18 @@ class Totals:
     Attributes:
         n_examples: that were counted.
         positions: that carry a loss, each as often as the weight of its example says.
-        targets: outputs at these positions.
         log_likelihood: of the labels; None: there were none.
         labelled: whether all batches had labels.
         sketch: of the examples, for `warn_of_repeats`.
+        targets: outputs at these positions.
     """
 
     n_examples: int = 0
     positions: Tensor | float = 0
-    targets: Tensor | float = 0
     log_likelihood: Tensor | float | None = None
     labelled: bool = True
     sketch: list[int] = field(default_factory=list)
+    targets: Tensor | float = 0
 
     def of_all(self, processes: Processes) -> Totals:
         """Those of all processes together."""
@@ -40,7 +40,8 @@ class Totals:
         examples, positions, targets, likelihoods, labelled, sketches = zip(*parts, strict=True)
         warn_of_repeats(sketches)
         seen = [one for one in likelihoods if one is not None]
-        return Totals(sum(examples), sum(positions), sum(targets), sum(seen) if seen else None, all(labelled))
+        likelihood = sum(seen) if seen else None
+        return Totals(sum(examples), sum(positions), likelihood, all(labelled), targets=sum(targets))
 
     def state(self) -> dict[str, Any]:
         """See `Stateful`."""
