@@ -21,12 +21,14 @@ SIDES = ("chosen", "rejected")
 BESIDE = ("margin",)  # what belongs to a pair, and not to the model
 
 
-def grouped(batch: Any, *, stacked_pairs: bool, pad: int | None) -> Any:
+def grouped(batch: Any, *, pairs: bool, labelled: bool, pad: int | None) -> Any:
     """A batch with its answers as `[N, K, T]`; one of single answers `[N, T]` stays as it is.
 
     Args:
         batch: the user's.
-        stacked_pairs: whether columns `[2 N, T]` are pairs below each other, rather than single answers.
+        pairs: whether examples are pairs, rather than lists of any length.
+        labelled: whether it is one to learn from, where columns `[2 N, T]` are pairs below each other; else these are
+            single answers, and nobody asks for margins.
         pad: the id of padding tokens, with which the shorter side of a pair is filled up; None: there is none.
 
     Raises:
@@ -39,14 +41,14 @@ def grouped(batch: Any, *, stacked_pairs: bool, pad: int | None) -> Any:
             "batch: expected a mapping with input_ids_chosen and input_ids_rejected, or input_ids [N, K, T], got "
             f"{type(batch).__name__}; or pass forward=callable(model, batch) -> rewards [N, K]"
         )
-    items = items_of(batch)
+    items = {key: value for key, value in items_of(batch).items() if labelled or key not in BESIDE}
     sides = {key: names for key in ROW_KEYS if (names := _names(items, key)) is not None}
     if not sides:
         key = next((key for key in SHAPES if items.get(key) is not None), None)
         if key is None:
             raise ValueError(f"batch: expected input_ids_chosen and input_ids_rejected, or input_ids, got {[*items]}")
         shape = _tensor(key, items[key]).shape
-        if len(shape) == SHAPES[key].count(",") + 1 and stacked_pairs:
+        if len(shape) == SHAPES[key].count(",") + 1 and pairs and labelled:
             items |= _unstacked(items, key, shape[0])
     else:
         if both := sorted(sides.keys() & items.keys()):

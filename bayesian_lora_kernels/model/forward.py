@@ -138,8 +138,7 @@ class Forward:
             labels: see `Batch.of`; without, rows `[N, T]` are single answers.
         """
         if self.answers is not None and not isinstance(given, Batch):
-            stacked = labels and self.answers == "pairs"
-            given = grouped(given, stacked_pairs=stacked, pad=pad_of(self.base))
+            given = grouped(given, pairs=self.answers == "pairs", labelled=labels, pad=pad_of(self.base))
         batch = Batch.of(given, device, labels=labels)
         if WEIGHTS in self.accepted and batch.weights is not None:
             raise ValueError(

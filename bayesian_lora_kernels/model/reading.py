@@ -151,14 +151,14 @@ def _label_tensor(name: str, labels: Any) -> Tensor:
 
 
 def _without_labels(batch: Any) -> Any:
-    """The same kind of batch, without labels: no key in a mapping, None in a tuple or a field."""
+    """The same kind of batch, without labels and weights: no key in a mapping, None in a tuple or a field."""
     if isinstance(batch, (Tensor, np.ndarray)):
         return batch
     items = items_of(batch)
     if isinstance(batch, Mapping):
-        return rebuilt(batch, {key: value for key, value in items.items() if key not in LABEL_KEYS})
+        return rebuilt(batch, {key: value for key, value in items.items() if key not in (*LABEL_KEYS, WEIGHTS)})
     if has_names(batch):
-        items.update({key: None for key in LABEL_KEYS if key in items})
+        items.update({key: None for key in (*LABEL_KEYS, WEIGHTS) if key in items})
     else:
         inputs, *labels = items
         items.update(dict.fromkeys(labels))
