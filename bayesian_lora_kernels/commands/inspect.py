@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from bayesian_lora_kernels.plots import posterior_diagram, save_figure
 from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.curvature import Curvature
 from bayesian_lora_kernels.posterior.evidence import effective_parameters, log_evidence, maximise_evidence
+from bayesian_lora_kernels.posterior.noise import Residuals
 from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.posterior.stored import Stored
@@ -52,7 +53,21 @@ class Opened:
     @property
     def posterior(self) -> Posterior:
         """Of the weights."""
-        return Posterior(self.curvature, self.prior)
+        return Posterior(self.curvature, self.prior, self.noise_variance)
+
+    @property
+    def noise_variance(self) -> float:
+        """Of a regression; 1 for all else."""
+        return (self.content.get("noise") or {"variance": 1.0})["variance"]
+
+    @property
+    def log_likelihood(self) -> float | None:
+        """Of the labels; None without labels."""
+        at_unit_noise = self.content["log_likelihood"]
+        if at_unit_noise is None or self.noise_variance == 1:
+            return at_unit_noise
+        residuals = Residuals.of(at_unit_noise, self.content["noise"]["targets"])
+        return float(residuals.log_likelihood(torch.tensor(self.noise_variance, dtype=torch.float64)))
 
 
 def run(args: Namespace) -> int:
@@ -144,14 +159,14 @@ def _trace(curvature: Curvature, names: Sequence[str]) -> float:
 
 def _evidence(opened: Opened) -> dict[str, Any] | None:
     """The log evidence of one prior precision for all layers, about its maximum; None without labels or norms."""
-    log_likelihood, norms = opened.content["log_likelihood"], opened.square_norms
+    log_likelihood, norms = opened.log_likelihood, opened.square_norms
     if log_likelihood is None or norms is None:
         return None
 
     def of(prior: Prior) -> float:
-        return float(log_evidence(log_likelihood, Posterior(opened.curvature, prior), norms))
+        return float(log_evidence(log_likelihood, replace(opened.posterior, prior=prior), norms))
 
-    best = maximise_evidence(opened.curvature, norms, per_module=False).shared
+    best = maximise_evidence(opened.curvature, norms, False, opened.noise_variance).shared
     assert best is not None
     grid = (float(best) * torch.logspace(*CURVE, dtype=torch.float64)).tolist()
     return {

@@ -70,7 +70,7 @@ class KroneckerCurvature(Curvature):
         sums = KroneckerSums(data.config)
         for index, recorded in data.captures("curvature", [sums]):
             data.check_clear(index)
-            sums.add_inputs(recorded.inputs, data.checks, f" in batch {index}")
+            sums.add_inputs(recorded.inputs, data.checks, f" in batch {index}", recorded.batch.weights)
             for part, gradients in data.backward(recorded):
                 sums.add_gradients(gradients, part.inputs, data.checks, f" in batch {index}")
         sums.reduce(data.processes, data.layers)

@@ -34,7 +34,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = "bayesian_lora_kernels.laplace"
-VERSION = 3
+VERSION = 4
 JSON_NAME = "laplace.json"
 LOCK_NAME = ".laplace.lock"
 JSON_BYTES = 100 * 10**6  # as much as safetensors allows a header
