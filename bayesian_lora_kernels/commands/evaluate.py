@@ -10,18 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from bayesian_lora_kernels.calibration import (
-    calibration_error_interval,
-    reliability_diagram,
-    risk_coverage_diagram,
-    save_figure,
-    summary,
-)
+from bayesian_lora_kernels.calibration import calibration_error_interval, summary
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.errors import as_input_errors, writing
 from bayesian_lora_kernels.commands.job import load_job, load_posterior
 from bayesian_lora_kernels.commands.parts import Table
 from bayesian_lora_kernels.commands.probabilities import hint_at_calibration, in_lines, laplace_probs
+from bayesian_lora_kernels.plots import reliability_diagram, risk_coverage_diagram, save_figure
 
 METRICS = {
     "accuracy": "ACC",

@@ -24,7 +24,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 VOCABULARY: Final = "vocabulary"
 # Those that --choices and the evidence do not say already.
-SETTINGS = {one.name for one in fields(LaplaceConfig)} - {"class_token_ids", "likelihood", "prior_precision"}
+SAID = {"class_token_ids", "likelihood", "noise_variance", "prior_precision"}
+SETTINGS = {one.name for one in fields(LaplaceConfig)} - SAID
 
 
 def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA, texts: bool = False) -> None:

@@ -231,6 +231,12 @@ def _predict(subparsers: Subparsers) -> None:
     )
     add_job_options(parser, labelled=False)
     add_probabilities(parser)
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="also draw the Gaussians of the logits of the first lines, six at most, answers marked, PNG, PDF or SVG",
+    )
     add_json(parser, "also write the results to this file, as JSON lines: one object for each example")
 
 

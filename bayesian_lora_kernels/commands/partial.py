@@ -42,6 +42,17 @@ class PartialLines:
                 self._go_on()
         return self
 
+    def first(self, count: int) -> list[Any]:
+        """Of the rows that are there already, at most that many."""
+        if self._file is None or not self.done:
+            return []
+        end = self._file.tell()
+        self._file.seek(0)
+        self._file.readline()
+        found = [json.loads(self._file.readline()) for _ in range(min(count, self.done))]
+        self._file.seek(end)
+        return found
+
     def write(self, rows: Sequence[Any]) -> None:
         """Add rows; they are in the file when this returns."""
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import hashlib
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.dataset import SIDES, Example, stream_examples
-from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
+from bayesian_lora_kernels.commands.errors import InputError, as_input_errors, writing
 from bayesian_lora_kernels.commands.inputs import load_model
 from bayesian_lora_kernels.commands.job import Job, load_posterior, open_task
 from bayesian_lora_kernels.commands.partial import PartialLines
 from bayesian_lora_kernels.commands.parts import Groups
-from bayesian_lora_kernels.commands.probabilities import hint_at_calibration, in_lines, laplace_probs
+from bayesian_lora_kernels.commands.probabilities import (
+    calibration_used,
+    hint_at_calibration,
+    in_lines,
+    laplace_probs,
+    name_of,
+)
 from bayesian_lora_kernels.commands.task import Task
 from bayesian_lora_kernels.laplace import LaplaceLoRA
+from bayesian_lora_kernels.plots import logit_diagram, save_figure
+from bayesian_lora_kernels.plots.logits import MOST_QUESTIONS
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WIDEST = 12
 TOGETHER = 1024  # examples that are sorted by length, predicted and written together
@@ -49,16 +60,22 @@ def run(args: Namespace) -> int:
         loaded = load_model(adapter, task, args.device, args.dtype, args.max_length, folder)
         posterior = load_posterior(loaded.model, task, folder)
         truncated, examples = 0, islice(read(), results.done, None)
-        table = _Table(task, last)
+        table, first = _Table(task, last), results.first(MOST_QUESTIONS)
+        name = name_of(args.method, calibration_used(posterior.calibration, args))
         with output.bar(total=total, initial=results.done, desc="predict", unit="example") as bar:
             while some := list(islice(examples, TOGETHER)):
                 job = Job(adapter.base, task, some, loaded.inputs(some), args.batch_size)
-                rows, name = _rows(job, posterior, args)
+                rows = _rows(job, posterior, args)
                 truncated += job.inputs.truncated
                 results.write(rows)
+                first += rows[: MOST_QUESTIONS - len(first)]
                 with bar.external_write_mode():
                     output.show(args, table.part(rows, name))
                 bar.update(len(some))
+    if args.plot is not None:
+        with writing(args.plot, "--plot"):
+            save_figure(picture(first, task.names, in_lines(name)), args.plot)
+        output.show(args, f"\nlogits of the first {len(first)} of {total} lines drawn in {args.plot}")
     loaded.warn_of_truncation(truncated, total - results.done)
     hint_at_calibration(posterior.calibration, args, folder)
     return 0
@@ -84,14 +101,14 @@ def _digest(path: Path) -> str:
 
 def _options(args: Namespace) -> dict[str, str]:
     """What of the options changes the numbers, or their names."""
-    left_out = ("run", "json", "data", "posterior", "device", "batch_size", "command")
+    left_out = ("run", "json", "plot", "data", "posterior", "device", "batch_size", "command")
     return {name: str(value) for name, value in vars(args).items() if name not in left_out}
 
 
-def _rows(job: Job, posterior: LaplaceLoRA, args: Namespace) -> tuple[list[dict[str, Any]], str]:
-    """One for each example, and what the probabilities are called."""
+def _rows(job: Job, posterior: LaplaceLoRA, args: Namespace) -> list[dict[str, Any]]:
+    """One for each example."""
     logits = job.predict(posterior, progress=False)
-    name, probs, _ = laplace_probs(logits, args)
+    _, probs, _ = laplace_probs(logits, args)
     names = job.task.names
     labels = [None if example.label is None else names[example.label] for example in job.examples]
     values = {"map": _by_name(names, logits.probs("map")), "laplace": _by_name(names, probs)}
@@ -106,7 +123,7 @@ def _rows(job: Job, posterior: LaplaceLoRA, args: Namespace) -> tuple[list[dict[
         sure = values["laplace"][i]
         row = {"line": example.line, "label": label, "prediction": max(names, key=sure.__getitem__)}
         rows.append(row | {key: found[i] for key, found in values.items()})
-    return rows, name
+    return rows
 
 
 class _Table:
@@ -124,6 +141,29 @@ class _Table:
         groups = _pairs(rows, laplace) if self.task.pairs else _choices(rows, self.task.names, laplace)
         header, self.begun = not self.begun, True
         return Groups(first, [(title, names, _formatted(values)) for title, names, values in groups], header)
+
+
+def picture(rows: Sequence[Mapping[str, Any]], names: Sequence[str], laplace: str) -> Figure:
+    """Of some rows the Gaussians of the logits less their mean, and the probabilities.
+
+    Args:
+        rows: at most `MOST_QUESTIONS` of those that are written.
+        names: of the choices.
+        laplace: what the probabilities are called.
+    """
+    probs = {title: _tensor(rows, key, names) for title, key in (("MAP", "map"), (laplace, "laplace"))}
+    logits = probs["MAP"].log().clamp_min(-745)  # the least that float64 has
+    mean = logits - logits.mean(dim=1, keepdim=True)
+    if "difference" in rows[0]:  # of pairs: each side lies half of it away from their mean
+        std = torch.tensor([[row["difference"]["std"] / 2] * 2 for row in rows], dtype=torch.float64)
+    else:
+        std = _tensor(rows, "logit_std", names)
+    answers = [None if row["label"] is None else names.index(row["label"]) for row in rows]
+    return logit_diagram(mean, std, probs, names, answers=answers, titles=[f"line {row['line']}" for row in rows])
+
+
+def _tensor(rows: Sequence[Mapping[str, Any]], key: str, names: Sequence[str]) -> Tensor:
+    return torch.tensor([[row[key][name] for name in names] for row in rows], dtype=torch.float64)
 
 
 def _by_name(names: Sequence[str], values: Tensor) -> list[dict[str, float]]:

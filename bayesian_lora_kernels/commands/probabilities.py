@@ -29,11 +29,16 @@ def laplace_probs(logits: LogitPosterior, args: Namespace) -> tuple[str, Tensor,
     Raises:
         InputError: if the method cannot make them.
     """
-    calibration = None if args.uncalibrated or args.method not in CALIBRATED else logits.calibration
+    calibration = calibration_used(logits.calibration, args)
     with as_input_errors():
         generator = torch.Generator().manual_seed(args.seed)
         probs = logits.probs(args.method, args.samples, generator, calibrated=calibration is not None)
     return name_of(args.method, calibration), probs, calibration
+
+
+def calibration_used(calibration: Calibration | None, args: Namespace) -> Calibration | None:
+    """That of the posterior, if the options leave it in."""
+    return None if args.uncalibrated or args.method not in CALIBRATED else calibration
 
 
 def hint_at_calibration(calibration: Calibration | None, args: Namespace, folder: Path) -> None:

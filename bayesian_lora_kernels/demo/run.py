@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from bayesian_lora_kernels.calibration.plots import reliability_diagrams, risk_coverage_diagram, save_figure
 from bayesian_lora_kernels.demo.methods import NAMES, compare_methods
 from bayesian_lora_kernels.demo.problem import Problem
 from bayesian_lora_kernels.demo.report import as_json, conclusions, format_differences, format_table
 from bayesian_lora_kernels.demo.results import Run, make_run, measure
+from bayesian_lora_kernels.plots import reliability_diagrams, risk_coverage_diagram, save_figure
 from bayesian_lora_kernels.posterior.storage import write_text
 
-DRAWN = ("map", "temperature", "labels", "folds", "evidence")
+DRAWN = ("map", "temperature", "labels", "folds")
 JSON_NAME, PLOT_NAME, RISK_NAME = "results.json", "reliability.png", "risk-coverage.png"
 
 
