@@ -233,7 +233,7 @@ def _predict(subparsers: Subparsers) -> None:
     add_probabilities(parser)
     parser.add_argument(
         "--plot",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="also draw the Gaussians of the logits of the first lines, six at most, answers marked, PNG, PDF or SVG",
     )
