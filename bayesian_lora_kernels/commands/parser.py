@@ -29,6 +29,7 @@ from bayesian_lora_kernels.commands.options import (
 
 TINY = "tiny"
 SHELLS = ("bash", "zsh", "tcsh")
+FOLDERS = ("ADAPTER", "FOLDER", "DIR")  # of the metavars
 
 
 class Parser(ArgumentParser):
@@ -64,7 +65,7 @@ class _PrintCompletion(Action):
         for command in dict(commands.choices or {}).values():
             for action in command._actions:
                 if action.type is path:
-                    action.complete = shtab.FILE
+                    action.complete = shtab.DIRECTORY if action.metavar in FOLDERS else shtab.FILE
         print(shtab.complete(parser, shell=values))
         parser.exit()
 
