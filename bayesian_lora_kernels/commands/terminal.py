@@ -20,7 +20,7 @@ STATES = {"agrees": GOOD, "passed": GOOD, "DIFFERS": BAD, "failed": BAD}
 
 
 def text_of(part: parts.Part, stream: TextIO) -> str | None:
-    """A part as the terminal shows it; None where there is none, and for what is plain there, too."""
+    """A part as the terminal shows it; None where there is none."""
     console = _console(stream)
     if console is None:
         return None
