@@ -35,6 +35,7 @@ from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelLikelih
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.gathering import gather_logits, gather_scores
 from bayesian_lora_kernels.predictive.hidden_samples import HiddenSampler
+from bayesian_lora_kernels.predictive.joint import JointPredictor
 from bayesian_lora_kernels.predictive.jvp import JacobianVectorProduct
 from bayesian_lora_kernels.predictive.logits import LogitPredictor, Outputs
 from bayesian_lora_kernels.predictive.scoring import TokenScores, score_tokens
@@ -458,6 +459,40 @@ class LaplaceLoRA:
         )
 
     @in_own_surroundings
+    def joint(
+        self,
+        batch_a: Any,
+        batch_b: Any = None,
+        outputs: Sequence[int] | Tensor | None = None,
+        differences: bool = False,
+    ) -> Tensor:
+        """The posterior covariance of the logits of some inputs with those of others, `J_a Sigma J_b^T`.
+
+        What inputs share, which `predict` does not say: `blk.joint_samples` and `blk.select_batch` are made of it. It
+        is the posterior's own: calibration sets the level of probabilities, and changes no covariance.
+
+        Args:
+            batch_a: as for `predict`, of N_a examples.
+            batch_b: of N_b examples; None: the same as `batch_a`, and the result is symmetric.
+            outputs: None, all C logits that forward returns, or indices `[C]`.
+            differences: as for `predict`: of the logits less their mean, from C - 1 backward passes.
+
+        Returns:
+            `[N_a C, N_b C]` float64, the logits of an example next to each other. Beside it and the graph of the model,
+            Jacobians and rows within `memory_budget`; where those of `batch_b` do not fit at once, the model runs over
+            `batch_a` several times (docs/influence.md).
+
+        Raises:
+            RuntimeError: before `fit`.
+            ValueError, TypeError: as `predict`; for a model that is sharded, and a curvature whose rows are spread over
+                processes.
+        """
+        predictor, a = self._joint_predictor(), self._inputs(batch_a)
+        if batch_b is None:
+            return predictor.gaussian(a, outputs, differences)[1]
+        return predictor.covariance(a, self._inputs(batch_b), outputs, differences)
+
+    @in_own_surroundings
     def predict_vocabulary(self, batch: Any) -> VocabularyPosterior:
         """The Gaussian posterior over all logits of a causal LM's next token, with or without `class_token_ids`.
 
@@ -701,6 +736,14 @@ class LaplaceLoRA:
     def _predictor(self, fit: Fit) -> LogitPredictor:
         whole = fit.curvature.whole_jacobians
         return LogitPredictor(self.model, self.layers, self._forward, whole, self.config.memory_budget)
+
+    def _joint_predictor(self) -> JointPredictor:
+        self._fitted("joint")
+        not_sharded(self.model, "joint")
+        return JointPredictor(self.model, self.layers, self._forward, self._gaussian(), self.config.memory_budget)
+
+    def _inputs(self, batch: Any) -> Batch:
+        return Batch.of(batch, model_device(self.model), labels=False)
 
     def _sampler(self, what: str) -> HiddenSampler:
         self._fitted(what)

@@ -124,6 +124,16 @@ class KroneckerCurvature(Curvature):
         """See `Curvature`."""
         return {name: layer.sample(n, generator) for name, layer in prepared.items()}
 
+    def root(
+        self,
+        vectors: Mapping[str, Tensor],
+        prior: Prior,
+        prepared: Mapping[str, KroneckerPosterior],
+        transpose: bool = False,
+    ) -> dict[str, Tensor]:
+        """See `Curvature`: symmetric, in the dtype of the vectors."""
+        return {name: prepared[name].apply(torch.rsqrt, v) for name, v in vectors.items()}
+
     def pack(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
         """A factor that several layers share is there once, under the name of the first of them, its `input_factor`."""
         tensors: dict[str, Tensor] = {}

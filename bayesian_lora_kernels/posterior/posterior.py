@@ -92,6 +92,15 @@ class Posterior(Mapping[str, KroneckerPosterior]):
         noise = self._noise
         return samples if noise is None else {name: x * noise.sqrt().to(x) for name, x in samples.items()}
 
+    @in_own_surroundings
+    def root(self, vectors: Mapping[str, Tensor], transpose: bool = False) -> dict[str, Tensor]:
+        """`B v`, or `B^T v`, for a square root B of Sigma, `B B^T = Sigma`; see `Curvature.root`."""
+        return self.curvature.root(vectors, self.prior, self.prepared, transpose)
+
+    def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`Sigma v`: the inverse of the precision, times vectors of weights `{module: [n, d_out, d_in]}`."""
+        return self.root(self.root(vectors, transpose=True))
+
     def __getitem__(self, module: str) -> KroneckerPosterior:
         found, noise = self._by_module()[module], self._noise
         if noise is None:
