@@ -4,13 +4,23 @@ The gold reward is known here: the value of each word, less one for each word be
 of two answers is better, of pairs of at most eight words; of the answers to choose from one in ten is longer. The more
 there are, the likelier is one that the model overrates. A lower confidence bound, mean less k standard deviations, is
 wary of those: the deviation grows with the distance from what was compared.
+
+    python examples/best_of_n.py --longer 0    # all answers like those of the pairs: nothing to be wary of
 """
+
+import argparse
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import bayesian_lora_kernels as blk
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument(
+    "--longer", type=float, default=0.1, help="share of the answers that are longer than those compared"
+)
+LONGER = parser.parse_args().longer
 
 WORDS, LONGEST, USUAL = 20, 24, 8
 PAIRS, QUESTIONS, SEEDS, DECAY = 128, 100, 20, 1.0
@@ -70,7 +80,7 @@ def chosen(seed: int) -> torch.Tensor:
 
     laplace = blk.LaplaceLoRA(trained(pairs), likelihood="bradley-terry", curvature="exact")
     laplace.fit([pairs], progress=False).optimize_prior_precision()
-    texts = answers(QUESTIONS, max(CHOICES), longer=0.1)
+    texts = answers(QUESTIONS, max(CHOICES), longer=LONGER)
     reward = laplace.predict(batch(texts.flatten(0, 1)))
     mean, std = (x.view(QUESTIONS, -1) for x in (reward.mean, reward.variance.sqrt()))
     best = torch.stack([torch.stack([(mean - k * std)[:, :n].argmax(1) for n in CHOICES]) for k in BOUNDS])
