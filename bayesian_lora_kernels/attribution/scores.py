@@ -97,7 +97,8 @@ def damped(laplace: LaplaceLoRA, damping: PriorPrecision | None) -> Posterior:
     not_sharded(laplace.model, "influence")
     if damping is None:
         return laplace._gaussian()
-    return Posterior(curvature, Prior(damping).over([layer.name for layer in laplace.layers]).detached())
+    prior = Prior(damping).over([layer.name for layer in laplace.layers]).detached()
+    return Posterior(curvature, prior, laplace.noise_variance.detach())
 
 
 def budget_of(laplace: LaplaceLoRA) -> int:
@@ -124,16 +125,20 @@ def gradients(
     """
     config = replace(laplace.config, fisher="empirical", memory_budget=max(1, budget_of(laplace) // share))
     passes = Passes(laplace.model, laplace.layers, laplace._forward, loader, config, progress)
-    names = [layer.name for layer in laplace.layers]
+    names, noise = [layer.name for layer in laplace.layers], float(laplace.noise_variance)
     for index, recorded in passes.captures(name, weight_gradients=True):
         if recorded.result.labels is None:
             raise ValueError(f"{name}: batch {index} has no labels, and influence is of their losses")
+        if recorded.batch.weights is not None:
+            raise ValueError(
+                f"{name}: batch {index} has weights, and influence is of one unit of weight; leave them out"
+            )
         for part, found in passes.backward(recorded, weight_gradients=names):
             found |= part.without_gradient()
             rows: dict[Hashable, Rows] = {layer: (found[layer].flatten(start_dim=1), None) for layer in names}
             error = functools.partial(not_finite, what="gradient", where=f" in batch {index} of {name}")
             checked_square_sums(rows, passes.checks, error)
-            yield {layer: found[layer] for layer in names}
+            yield {layer: found[layer] / noise if noise != 1 else found[layer] for layer in names}
 
 
 def products(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:

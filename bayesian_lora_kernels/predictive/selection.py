@@ -54,7 +54,13 @@ def select_batch(laplace: LaplaceLoRA, pool: Any, count: int) -> Selection:
         raise ValueError(f"count: expected 1 to {inputs.size}, the examples of the pool, got {count}")
     mean, covariance = laplace._joint_predictor().gaussian(inputs)
     n, c = mean.shape
-    columns = LIKELIHOODS[laplace.likelihood]().exact_columns(mean.double())  # [N, C, m]
+    likelihood = LIKELIHOODS[laplace.likelihood]()
+    if likelihood.answers == "lists":
+        raise ValueError("pool: expected classes, numbers or pairs; the Fisher of a ranked list depends on the ranking")
+    likelihood.check_logits(mean)
+    columns = likelihood.exact_columns(mean.double()) / laplace.noise_variance.detach().sqrt().to(
+        mean.device
+    )  # [N, C, m]
     m = columns.shape[2]
     kernel = torch.einsum("acm,acx->amx", columns, covariance.reshape(n, c, n * c)).reshape(n, m, n, c)
     kernel = torch.einsum("ambc,bck->ambk", kernel, columns)
