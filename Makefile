@@ -16,6 +16,7 @@
 #   them: 3 GB to download and 5 GB of disk, since they bring NVIDIA's packages; less where PIP_FLAGS names an index of CPU
 #   builds
 # make fuzz: 100,000 damaged posteriors and adapter folders; COUNT=1000 for fewer
+# make pictures: the docs' pictures of committed results and of the kernels, drawn anew
 # make soak: 200 fits and 10,000 predictions in one process; memory must not grow; writes docs/soak.svg
 # make test-saves: two processes save into one folder at once, 1,000 times, while a third reads
 # make docs: these pages as a site in docs/_build; a warning is an error. make links: those to other sites, over the
@@ -46,7 +47,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: demo demo-llm test test-all test-interpret test-floors test-saves models models-check wheels release-check lint \
-  format bench study aot aot-check roofline clean docs links pages fuzz test-distributed test-faults help
+  format bench study aot aot-check roofline pictures clean docs links pages fuzz test-distributed test-faults help
 .DEFAULT_GOAL := help
 
 help:
@@ -106,6 +107,10 @@ aot: $(lastword $(TRITONS))
 
 roofline: $(lastword $(TRITONS))
 	@$(<D)/bin/python -m benchmarks.roofline --write
+
+pictures: $(READY)
+	@$(BIN)/python -m benchmarks.pictures
+	@$(BIN)/python docs/figures/kernels.py
 
 # The lowest Python that pyproject.toml allows: by its name, or where pyenv keeps it.
 FLOOR_PYTHON ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null) \
@@ -221,7 +226,7 @@ bench: $(READY)
 	@$(PYTEST) -q benchmarks --benchmark-only
 
 soak: $(READY)
-	@$(BIN)/python -m benchmarks.soak --json benchmarks/results/cpu-2026-11/soak.json --plot docs/soak
+	@$(BIN)/python -m benchmarks.soak --json benchmarks/results/cpu-2026-11/soak.json --plot docs/soak.svg
 
 study: $(STUDIED)
 	@$(BIN)/python -m benchmarks.calibration.methods --ratings $(RATINGS) --out blk-study $(STUDY)
