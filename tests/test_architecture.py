@@ -21,7 +21,7 @@ FLOORS = [
     {"predictive"},
     {"verification.py", "memory_estimate.py", "saving.py"},
     {"laplace.py"},
-    {"crossfitting"},
+    {"attribution", "crossfitting"},
     {"__init__.py"},
     {"demo", "compat", "integrations"},
     {"commands"},

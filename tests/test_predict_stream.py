@@ -130,7 +130,7 @@ def test_a_broken_line_is_found_before_anything_is_written(many: Path, capsys: A
     with open("many.jsonl", "a") as file:
         file.write("not JSON\n")
     message = error_of(capsys, "predict", "--json", "p.jsonl", data="many.jsonl")
-    assert f"many.jsonl, line {len(MANY) + 1}: not JSON" in message
+    assert f"many.jsonl:{len(MANY) + 1}: not JSON" in message
     assert not list(many.glob("p.jsonl*"))
 
 

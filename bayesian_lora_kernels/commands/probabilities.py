@@ -44,10 +44,8 @@ def calibration_used(calibration: Calibration | None, args: Namespace) -> Calibr
 def hint_at_calibration(calibration: Calibration | None, args: Namespace, folder: Path) -> None:
     """On stderr, where labels could set the level of the probabilities of this posterior and did not."""
     if args.method in CALIBRATED and calibration is None and not args.uncalibrated:
-        output.hint(
-            f"these probabilities are not calibrated; held-out labels (from {FEW_LABELS} on) do that: "
-            f"{how_to_calibrate(args, folder)}"
-        )
+        text = f"these probabilities are not calibrated; held-out labels (from {FEW_LABELS} on) do that"
+        output.hint(f"{text}: {how_to_calibrate(args, folder)}")
 
 
 def name_of(method: str, calibration: Calibration | None) -> str:
