@@ -129,6 +129,6 @@ for name, informed, style in (("random choice", False, "o--"), ("mutual informat
     print(f"{name:20}" + "".join(f"{f'{m:.3f} ± {e:.3f}':>16}" for m, e in zip(mean, error, strict=True)))
     axes.errorbar(COUNTS, mean, error, fmt=style, capsize=3, label=name)
 axes.set(xlabel="labels", ylabel="accuracy on the test set", xticks=COUNTS)
-axes.legend(frameon=False, loc="lower right")
+figure.legend(loc="outside upper center", ncols=2, frameon=False)
 figure.savefig("active-learning.png", dpi=100)
 print(f"mean and standard error of {arguments.seeds} runs; the curve is in active-learning.png")

@@ -1,6 +1,6 @@
 """Fine-tunes a small language model with LoRA and asks how sure it is. Runs as it stands, and downloads nothing.
 
-With a model of your own, change `base` and `batches`, as examples/sentiment.py does.
+With your own, change `base` and `batches`, as examples/sentiment.py does.
 """
 
 import tempfile

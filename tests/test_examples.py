@@ -144,7 +144,7 @@ def test_sentiment_with_smollm2(tmp_path: Path) -> None:
 def test_the_table_names_every_example() -> None:
     table = (EXAMPLES / "README.md").read_text()
     for path in EXAMPLES.glob("*.py"):
-        assert f"[{path.name}]({path.name})" in table
+        assert f"| `{path.name}` |" in table
 
 
 def test_the_readme_shows_the_quickstart() -> None:
