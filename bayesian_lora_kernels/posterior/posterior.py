@@ -95,7 +95,8 @@ class Posterior(Mapping[str, KroneckerPosterior]):
     @in_own_surroundings
     def root(self, vectors: Mapping[str, Tensor], transpose: bool = False) -> dict[str, Tensor]:
         """`B v`, or `B^T v`, for a square root B of Sigma, `B B^T = Sigma`; see `Curvature.root`."""
-        return self.curvature.root(vectors, self.prior, self.prepared, transpose)
+        found, noise = self.curvature.root(vectors, self._scaled, self.prepared, transpose), self._noise
+        return found if noise is None else {name: x * noise.sqrt().to(x) for name, x in found.items()}
 
     def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`Sigma v`: the inverse of the precision, times vectors of weights `{module: [n, d_out, d_in]}`."""
