@@ -154,6 +154,24 @@ def load_job(
     return Job(folder.base, task, examples, inputs, args.batch_size)
 
 
+def load_parts(
+    args: Namespace,
+    folder: AdapterFolder,
+    task: Task,
+    parts: Sequence[Sequence[Example]],
+    posterior: Path | None = None,
+) -> list[Job]:
+    """Load the model once for several files of examples."""
+    every = [one for part in parts for one in part]
+    inputs = load_inputs(folder, task, every, args.device, args.dtype, args.max_length, posterior)
+    jobs, start = [], 0
+    for part in parts:
+        ids = inputs.ids[start : start + len(part)]
+        jobs.append(Job(folder.base, task, list(part), replace(inputs, ids=ids), args.batch_size))
+        start += len(part)
+    return jobs
+
+
 def load_posterior(model: Any, folder: Path) -> LaplaceLoRA:
     """The posterior that `blk fit` wrote for this adapter.
 
