@@ -61,7 +61,7 @@ def as_markdown(points: Sequence[Found]) -> str:
         "# Length of the prompt, padding, and the scale of the curvature",
         "",
         f"Written by `python -m benchmarks.bayes_adapt --out FOLDER`; means of "
-        f"{len({one['seed'] for one in points})} models ± standard error. What it is, docs/bayes-adapt.md says.",
+        f"{len({one['seed'] for one in points})} models ± standard error. What was done is in docs/bayes-adapt.md.",
     ]
     for tokens, columns in places(points):
         title = f"{tokens} tokens" + (f", padded to {columns} columns" if columns > tokens else "")
@@ -76,6 +76,7 @@ def as_markdown(points: Sequence[Found]) -> str:
 def draw(points: Sequence[Found], path: Path) -> None:
     """Scale, prior and NLL against the length of the prompt (above) and against padding (below)."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     from bayesian_lora_kernels.calibration import save_figure
 
@@ -97,15 +98,18 @@ def draw(points: Sequence[Found], path: Path) -> None:
                         color=color,
                         marker=marker,
                         linestyle=line,
-                        markersize=5,
+                        markersize=9 if method == OWN else 5,
+                        fillstyle="none" if method == OWN else "full",
                         capsize=2,
                         label=method,
                     )
             panel.set_xscale("log", base=2)
             panel.set_xticks([columns for _, columns in where], [str(columns) for _, columns in where])
-            panel.minorticks_off()
             if name != "nll":
                 panel.set_yscale("log")
+                panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.yaxis.set_major_formatter("{x:g}")
+            panel.minorticks_off()
             panel.set_title(title, fontsize=11)
             panel.set_xlabel(label, fontsize=10)
             panel.grid(color="#dddddd", linewidth=0.6)
