@@ -1,4 +1,7 @@
-"""Fine-tunes a small language model with LoRA and asks how sure it is. Runs as it stands, and downloads nothing."""
+"""Fine-tunes a small language model with LoRA and asks how sure it is. Runs as it stands, and downloads nothing.
+
+With a model of your own, change `base` and `batches`, as examples/sentiment.py does.
+"""
 
 import tempfile
 

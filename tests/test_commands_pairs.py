@@ -225,8 +225,8 @@ def test_chats_are_what_the_template_says(place: Path) -> None:
 def test_bad_data(place: Path, capsys: Any) -> None:
     turn = [{"role": "user", "content": "red"}]
     for line, message in (
-        ('{"prompt": "red", "label": 1}', 'line 1: no "chosen"; this model gives a text one score'),
-        ('{"chosen": "red"}', 'line 1: no "rejected"'),
+        ('{"prompt": "red", "label": 1}', ':1: no "chosen"; this model gives a text one score'),
+        ('{"chosen": "red"}', ':1: no "rejected"'),
         ('["red", "blue"]', 'expected an object {"chosen": ..., "rejected": ...}'),
         ('{"chosen": "red", "rejected": 3}', '"rejected": expected text, or a list of messages, got 3'),
         ('{"chosen": "red", "rejected": null}', '"rejected": expected text, or a list of messages, got null'),
@@ -237,13 +237,13 @@ def test_bad_data(place: Path, capsys: Any) -> None:
             json.dumps({"prompt": "red", "chosen": turn, "rejected": turn}),
             'expected texts only, or lists of messages only; "prompt" is text and "chosen" is a list and',
         ),
-        ('{"chosen": "red", "rejected": "red "}', "line 1: chosen and rejected are the same, expected two answers"),
-        (json.dumps({"chosen": turn, "rejected": turn}), "line 1: these are messages, and the tokenizer has no chat"),
+        ('{"chosen": "red", "rejected": "red "}', ":1: chosen and rejected are the same, expected two answers"),
+        (json.dumps({"chosen": turn, "rejected": turn}), ":1: these are messages, and the tokenizer has no chat"),
     ):
         assert message in error_of(capsys, "fit", data=bad(line)), line
     write(Path("long.jsonl"), [("red red red", " bird", " fish")])
     message = error_of(capsys, "fit", "--max-length", "4", data="long.jsonl")
-    assert "line 1: chosen and rejected are the same within 4 tokens (--max-length)" in message
+    assert ":1: chosen and rejected are the same within 4 tokens (--max-length)" in message
 
 
 def test_bad_use(made: Path, place: Path, capsys: Any) -> None:

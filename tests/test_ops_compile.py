@@ -29,6 +29,7 @@ def arguments():
     posterior = (torch.randn(4, 2), torch.randn(7, 3), *weights)
     head, hidden, bias = torch.randn(11, 7), torch.randn(2, 5, 7), torch.randn(11)
     targets, lse = torch.tensor([3, 10]), torch.full((2, 5), 9.0, dtype=torch.float64)
+    heads, tangents = (g, g[:, :1], g[:, :1]), torch.randn(2, *g.shape)
     return {
         "mirror_lower": (torch.randn(12, 12), "auto"),
         "grouped_outer_product": ([x, few], [mask, None], [1.0, 2.0], "auto"),
@@ -55,6 +56,7 @@ def arguments():
             "auto",
         ),
         "vocabulary_variance": (head, hidden.mT, "auto"),
+        "attention_jvp": (*heads, tangents, None, tangents[:, :, :1], mask_nt[:, None, None], False, 0.5, "auto"),
     }
 
 
@@ -80,7 +82,8 @@ def test_compiles_without_a_graph_break(backend):
         probs = ops.vocabulary_probs(a[0], a, logsumexp=lse, softcap=9.0) + ops.vocabulary_variance(a[0], a.mT)
         statistics = ops.vocabulary_statistics(a[0], a, targets=mask[:2].long())
         eigen = ops.small_eigh(out[None])
-        return first, second, *grouped, squares, *gradients, basis, *bases, gram, *eigen, probs, *statistics
+        attended = ops.attention_jvp(g, g, g, g[None], causal=True)
+        return first, second, *grouped, squares, *gradients, basis, *bases, gram, *eigen, probs, *statistics, *attended
 
     def inputs():
         torch.manual_seed(1)

@@ -73,7 +73,7 @@ def test_every_public_name_is_there():
     for name in blk.__all__:
         assert getattr(blk, name) is not None
         assert name in dir(blk)
-    assert {*blk._PLACES, "ops", "patch", "unpatch"} == {*blk.__all__}
+    assert {*blk._PLACES, "ops", "patch", "plots", "unpatch"} == {*blk.__all__}
     with pytest.raises(AttributeError, match="no attribute 'fits'"):
         blk.fits  # noqa: B018
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.adapter import (
     TASKS,
     AdapterFolder,
     open_adapter,
 )
 from bayesian_lora_kernels.commands.dataset import Example, batches, read_examples
-from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
+from bayesian_lora_kernels.commands.errors import InputError, absence, as_input_errors
 from bayesian_lora_kernels.commands.inputs import Inputs, load_inputs
 from bayesian_lora_kernels.commands.options import HELD_OUT
 from bayesian_lora_kernels.commands.task import Task, task_of
@@ -82,8 +81,7 @@ class Job:
         ids = self.inputs.ids
         order = sorted(range(len(ids)), key=lambda i: -sum(map(len, ids[i])))
         means, covariances = [], []
-        shown = progress and sys.stderr.isatty()
-        with tqdm(total=len(order), desc="predict", unit="example", disable=not shown) as bar:
+        with output.bar(total=len(order), desc="predict", unit="example", shown=progress) as bar:
             for batch in batches([ids[i] for i in order], self.batch_size, self.inputs.pad_id):
                 with as_input_errors():
                     part = laplace.predict(batch, differences=differences)
@@ -114,9 +112,21 @@ def open_task(args: Namespace, posterior: Path | None, texts: bool = False) -> t
     """The adapter and what it decides; see `load_job`."""
     folder = open_adapter(args.adapter, args.base, tuple(TASKS))
     task = task_of(folder, args.choices, without="texts" if texts else None)
-    if posterior is not None and not (posterior / JSON_NAME).is_file():
-        raise InputError(f"{posterior}: no posterior ({JSON_NAME}) in it; run blk fit first")
+    if posterior is not None:
+        check_fitted(posterior)
     return folder, task
+
+
+def check_fitted(folder: Path) -> None:
+    """Before long work: is there a posterior in this folder?
+
+    Raises:
+        InputError: if not.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {absence(folder)}; expected a folder that blk fit wrote into")
+    if not (folder / JSON_NAME).is_file():
+        raise InputError(f"{folder}: no posterior ({JSON_NAME}) in it; run blk fit first")
 
 
 def load_job(

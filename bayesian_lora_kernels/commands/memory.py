@@ -26,8 +26,6 @@ def estimate(args: Namespace) -> tuple[str, dict[str, Any]]:
     """
     if args.batch_size is None or args.length is None:
         raise InputError("--batch-size, --length: expected both, or neither")
-    if args.adapter is None:
-        raise InputError("--adapter: expected a folder with an adapter_config.json, to know what is fitted")
     folder = open_adapter(args.adapter, args.model, tuple(TASKS), weights=False)
     device = choose_device(args.device)
     free = free_bytes(device)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.forward import Forward, head_mask
@@ -93,10 +92,9 @@ def _own_parameters(model: nn.Module, names: Iterable[str]) -> Callable[[], None
 
 @contextmanager
 def differentiable_attention(model: nn.Module) -> Iterator[None]:
-    """Attention as plain operations, which have derivatives of every kind; afterwards everything is as it was.
+    """A transformers model with attention of another make (flash, flex, its own) runs with PyTorch's inside.
 
-    Inside, PyTorch's fused attention runs as its math kernel. A transformers model with attention of another make
-    (flash, flex, its own) runs with PyTorch's instead.
+    Afterwards everything is as it was.
     """
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     for config in list(configs.values()):
@@ -113,5 +111,4 @@ def differentiable_attention(model: nn.Module) -> Iterator[None]:
     with undone(restore):
         for key in changed:
             configs[key]._attn_implementation = "sdpa"
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield

@@ -2,6 +2,7 @@
 implementations.
 """
 
+from .attention import attention_jvp
 from .dispatch import backends, set_default_impl
 from .incremental_svd import grouped_incremental_svd, incremental_svd
 from .jacobian_covariance import grouped_jacobian_covariance, jacobian_covariance, jacobian_gram
@@ -20,6 +21,7 @@ from .weight_gradient import grouped_weight_gradient
 
 __all__ = [
     "VocabularyStatistics",
+    "attention_jvp",
     "backends",
     "grouped_incremental_svd",
     "grouped_jacobian_covariance",

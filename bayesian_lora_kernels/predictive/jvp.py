@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from bayesian_lora_kernels.predictive.attention import attention_with_tangents, plain_attention
+
 Parameters = Mapping[str, Tensor]
 Function = Callable[[Parameters], Tensor]
 
@@ -141,13 +143,14 @@ def _forward(function: Function, parameters: Parameters, deviations: Parameters)
     def jvp(v: dict[str, Tensor]) -> Tensor:
         return torch.func.jvp(function, (dict(parameters),), (v,))[1]
 
-    return torch.func.vmap(jvp)(dict(deviations))
+    with attention_with_tangents():
+        return torch.func.vmap(jvp)(dict(deviations))
 
 
 def _forward_single(function: Function, parameters: Parameters, deviations: Parameters) -> Tensor:
     results = []
     for v in _unstacked(deviations):
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), attention_with_tangents():
             value = function({name: forward_ad.make_dual(p, v[name].contiguous()) for name, p in parameters.items()})
             tangent = forward_ad.unpack_dual(value).tangent
             results.append(torch.zeros_like(value) if tangent is None else tangent.clone())
@@ -156,7 +159,7 @@ def _forward_single(function: Function, parameters: Parameters, deviations: Para
 
 def _double_backward(function: Function, parameters: Parameters, deviations: Parameters) -> Tensor:
     """With `g(u) = J^T u`, linear in u, `J v` is the gradient of `<g(u), v>` with respect to u."""
-    with torch.enable_grad():
+    with torch.enable_grad(), plain_attention():
         leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
         value = function(leaves)
         samples = len(next(iter(deviations.values())))
