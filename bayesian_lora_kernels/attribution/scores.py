@@ -143,10 +143,6 @@ def gradients(
     for index, recorded in passes.captures(name, weight_gradients=True):
         if recorded.result.labels is None:
             raise ValueError(f"{name}: batch {index} has no labels, and influence is of their losses")
-        if recorded.batch.weights is not None:
-            raise ValueError(
-                f"{name}: batch {index} has weights, and influence is of one unit of weight; leave them out"
-            )
         for part, found in passes.backward(recorded, weight_gradients=names):
             found |= part.without_gradient()
             rows: dict[Hashable, Rows] = {layer: (found[layer].flatten(start_dim=1), None) for layer in names}
