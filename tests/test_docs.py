@@ -38,7 +38,7 @@ def test_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     finally:
         torch.set_num_threads(threads)
     for picture in pictures(page):
-        if page.parent.name == "tutorials":
+        if page.parent.name in ("tutorials", "howto"):
             assert (tmp_path / picture).stat().st_size > 1000, picture
 
 
@@ -56,7 +56,7 @@ def test_links_lead_somewhere() -> None:
     """Files, folders and headings, as GitHub finds them; external ones by their form."""
     pages = [
         *PAGES,
-        *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
+        *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "examples/README.md")),
     ]
     seen = 0
     for page in pages:
