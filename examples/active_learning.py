@@ -23,7 +23,6 @@ from transformers import (
 )
 
 import bayesian_lora_kernels as blk
-from bayesian_lora_kernels.plots.style import legend_below, new_figure, save_figure, styled
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="name or folder of a pretrained encoder; without it, a small one made here")
@@ -128,11 +127,11 @@ for name, informed in (("random choice", False), ("mutual information", True)):
     print(f"{name:20}" + "".join(f"{f'{m:.3f} ± {e:.3f}':>16}" for m, e in zip(mean, error, strict=True)))
 print(f"mean and standard error of {arguments.seeds} runs; the curve is in active-learning.png")
 
-with styled():
-    figure = new_figure(5, 3)
-    axes = figure.subplots()
-    for (name, (mean, error)), style in zip(curves.items(), ("o--", "s-"), strict=True):
-        axes.errorbar(COUNTS, mean, error, fmt=style, capsize=3, label=name)
-    axes.set(xlabel="labels", ylabel="accuracy on the test set", xticks=COUNTS)
-    legend_below(figure, [axes])
-save_figure(figure, "active-learning.png")
+figure = blk.plots.curve_diagram(
+    COUNTS,
+    {name: mean for name, (mean, _) in curves.items()},
+    errors={name: error for name, (_, error) in curves.items()},
+    x_label="labels",
+    y_label="accuracy on the test set",
+)
+blk.plots.save_figure(figure, "active-learning.png")
