@@ -743,7 +743,7 @@ class LaplaceLoRA:
         return JointPredictor(self.model, self.layers, self._forward, self._gaussian(), self.config.memory_budget)
 
     def _inputs(self, batch: Any) -> Batch:
-        return Batch.of(batch, model_device(self.model), labels=False)
+        return self._forward.read(batch, model_device(self.model), labels=False)
 
     def _sampler(self, what: str) -> HiddenSampler:
         self._fitted(what)

@@ -140,9 +140,9 @@ def main() -> None:
     save_figure(speed_and_memory(read("smollm2.json")), docs / "speed-and-memory.svg")
     estimated = json.loads((RESULTS / "roofline.json").read_text(encoding="utf-8"))["cases"]
     save_figure(kernel_times(estimated, measured_times("H100"), "H100"), docs / "kernel-times.svg")
-    soak.plot(read("soak.json")["readings"], docs / "soak.svg")
-    labels.draw(read("calibration-study-exact.json"), docs / "calibration-study.svg")
-    methods.draw(Runs(CPU / "calibration-methods.jsonl").all, docs / "calibration-methods.svg")
+    save_figure(soak.draw(read("soak.json")["readings"]), docs / "soak.svg")
+    save_figure(labels.draw(read("calibration-study-exact.json")), docs / "calibration-study.svg")
+    save_figure(methods.draw(Runs(CPU / "calibration-methods.jsonl").all), docs / "calibration-methods.svg")
 
 
 if __name__ == "__main__":

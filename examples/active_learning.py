@@ -12,7 +12,6 @@ import json
 import random
 
 import torch
-from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.plots.style import legend_below, new_figure, save_figure, styled
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="name or folder of a pretrained encoder; without it, a small one made here")
@@ -120,15 +120,19 @@ def learn(informed: bool, seed: int) -> list[float]:
     return curve
 
 
-figure = Figure(figsize=(5, 3.2), layout="constrained")
-axes = figure.subplots()
+curves = {}
 print(f"{'accuracy with':20}" + "".join(f"{f'{count} labels':>16}" for count in COUNTS))
-for name, informed, style in (("random choice", False, "o--"), ("mutual information", True, "s-")):
-    curves = torch.tensor([learn(informed, seed) for seed in range(arguments.seeds)])
-    mean, error = curves.mean(dim=0), curves.std(dim=0) / arguments.seeds**0.5
+for name, informed in (("random choice", False), ("mutual information", True)):
+    curve = torch.tensor([learn(informed, seed) for seed in range(arguments.seeds)])
+    curves[name] = mean, error = curve.mean(dim=0), curve.std(dim=0) / arguments.seeds**0.5
     print(f"{name:20}" + "".join(f"{f'{m:.3f} ± {e:.3f}':>16}" for m, e in zip(mean, error, strict=True)))
-    axes.errorbar(COUNTS, mean, error, fmt=style, capsize=3, label=name)
-axes.set(xlabel="labels", ylabel="accuracy on the test set", xticks=COUNTS)
-axes.legend(frameon=False, loc="lower right")
-figure.savefig("active-learning.png", dpi=100)
 print(f"mean and standard error of {arguments.seeds} runs; the curve is in active-learning.png")
+
+with styled():
+    figure = new_figure(5, 3)
+    axes = figure.subplots()
+    for (name, (mean, error)), style in zip(curves.items(), ("o--", "s-"), strict=True):
+        axes.errorbar(COUNTS, mean, error, fmt=style, capsize=3, label=name)
+    axes.set(xlabel="labels", ylabel="accuracy on the test set", xticks=COUNTS)
+    legend_below(figure, [axes])
+save_figure(figure, "active-learning.png")

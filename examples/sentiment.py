@@ -38,7 +38,7 @@ else:
     sentences = read_ratings(Path(sys.prefix) / "data" / FILE)["movies"]
     rows = [{"prompt": sentence, "label": labels[label]} for sentence, label in sentences]
 rows = random.sample(rows, min(180, len(rows)))
-train, held_out, test = rows[:80], rows[80:120], rows[120:]
+train, held_out, test = rows[:64], rows[64:104], rows[104:180]
 
 if arguments.model:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)

@@ -385,5 +385,20 @@ def test_report(tmp_path):
     assert own["seconds"]["fit"]["mean"] == 2.5
     assert numbers["tasks"]["a"]["MAP"]["test"]["nll"]["standard_error"] is None
     assert list(numbers["all"]) == ["MAP", REFERENCE, "exact, labels"]
-    report.draw(LINES, tmp_path / "report.png")
-    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_picture():
+    pytest.importorskip("matplotlib")
+    first, second = report.draw(LINES).axes
+    assert (first.get_title(), second.get_title()) == ("a (2 models)", "b (2 models)")
+    handles, names = first.get_legend_handles_labels()
+    assert names == ["test", "shift"]
+    for (line, _, bars), split in zip(handles, names, strict=True):
+        drawn = dict(zip([text.get_text() for text in first.get_yticklabels()][::-1], line.get_xdata(), strict=True))
+        own = [one for one in LINES if one["task"] == "a"]
+        wanted = {name: report.against_reference(own, name, split, "nll").mean for name in ("MAP", "exact, labels")}
+        assert drawn == pytest.approx(wanted)
+        error = report.against_reference(own, "exact, labels", split, "nll").error
+        (segments,) = (one.get_segments() for one in bars)
+        assert segments[1][1, 0] - segments[1][0, 0] == pytest.approx(2 * error)
+    assert drawn["exact, labels"] == pytest.approx(-0.15)

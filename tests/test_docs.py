@@ -16,6 +16,7 @@ NOT_RUN = {
     "docs/index.md": 1,  # stands for a user's own adapter and files
     "docs/migrating.md": 1,  # laplace-torch
     "docs/spread-models.md": 1,  # a sharded model
+    "docs/tutorials/reward-model.md": 1,  # examples/best_of_n.py, which tests/test_examples.py runs
 }
 RUNNABLE = [page for page in PAGES if any(block.runs for block in blocks(page.read_text(encoding="utf-8")))]
 

@@ -120,6 +120,37 @@ def test_the_sign_and_scale_are_those_of_more_weight():
     assert dense.relative(found, torch.stack(expected, dim=1)) < 1e-6
 
 
+def test_weights_and_noise_are_those_of_the_data():
+    """A linear regression: the derivative of what is found in closed form, with respect to the weights."""
+    generator = torch.Generator().manual_seed(0)
+    n, d, c, prior, noise = 9, 4, 2, 0.6, 0.3
+    x, y = (torch.randn(n, k, dtype=torch.float64, generator=generator) for k in (d, c))
+    weights = torch.rand(n, dtype=torch.float64, generator=generator) + 0.5
+
+    def minimum(weights: Tensor) -> Tensor:
+        gram = (x * weights[:, None]).mT @ x / noise + prior * torch.eye(d, dtype=torch.float64)
+        return torch.linalg.solve(gram, (x * weights[:, None]).mT @ y / noise)
+
+    def losses(weights: Tensor) -> Tensor:
+        return 0.5 * (y - x @ minimum(weights)).square().sum(dim=1) / noise
+
+    model = torch.nn.Linear(d, c, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(minimum(weights).mT)
+    data = [{"x": x[rows], "labels": y[rows], "weights": weights[rows]} for rows in (slice(0, 5), slice(5, None))]
+    for curvature in ("exact", "kfac"):
+        laplace = blk.LaplaceLoRA(
+            model,
+            lambda model, batch: model(batch["x"]),
+            likelihood="regression",
+            curvature=curvature,
+            prior_precision=prior,
+            noise_variance=noise,
+        ).fit(data, progress=False)
+        found = blk.influence(laplace, data, data, progress=False)
+        assert dense.relative(found, torch.autograd.functional.jacobian(losses, weights)) < 1e-10
+
+
 @pytest.mark.parametrize("curvature", KINDS)
 def test_an_index_answers_within_its_bound(curvature, tmp_path):
     case = models.llama(lengths=(5, 3, 6, 4, 4, 2, 3))

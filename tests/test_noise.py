@@ -100,6 +100,24 @@ def test_samples_at_a_noise(curvature: str):
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
+def test_what_is_made_of_a_root_sees_the_noise(curvature: str):
+    """Joint covariances, influence and the choice of a batch."""
+    case = regression(n=5)
+    laplace = fitted(case, curvature=curvature, noise_variance=0.2, prior_precision=0.7)
+    joint = laplace.joint(case.batch()).unflatten(0, (5, 2)).unflatten(2, (5, 2))
+    own = torch.stack([joint[i, :, i] for i in range(5)])
+    assert relative(own, laplace.predict(case.batch()).covariance) < 1e-8
+    means, _ = jacobians(case)
+    slope = (means - case.labels) / 0.2  # of the losses in the outputs
+    expected = -torch.einsum("nc,ncmd,md->nm", slope, joint, slope)
+    found = blk.influence(laplace, case.loader(2), [case.batch()], progress=False)
+    assert relative(found, expected) < 1e-8
+    gain = blk.select_batch(laplace, case.batch(), 1)[1]
+    each = 0.5 * torch.linalg.slogdet(torch.eye(2, dtype=torch.float64) + own / 0.2)[1]
+    assert float(gain[0]) == pytest.approx(float(each.max()), rel=1e-8)
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
 def test_the_evidence_has_derivatives_in_both(curvature: str):
     laplace = fitted(regression(n=6), curvature=curvature)
     numbers = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.5, 0.2)]

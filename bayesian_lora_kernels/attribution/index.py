@@ -206,7 +206,7 @@ def _rooted(
     laplace: LaplaceLoRA, loader: Iterable[Any], name: str, posterior: Posterior, progress: bool
 ) -> Iterator[Tensor]:
     """`B^T grad l [n, P]` of some examples at a time, in the dtype of their gradients."""
-    for piece in gradients(laplace, loader, name, progress, share=16):
+    for piece in gradients(laplace, posterior, loader, name, progress, share=16):
         dtype = piece[laplace.layers[0].name].dtype
         found = posterior.root(piece, transpose=True)
         flat = [found[layer.name].flatten(1) for layer in laplace.layers]

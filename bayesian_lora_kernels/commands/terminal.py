@@ -98,7 +98,7 @@ def _table(part: parts.Table, width: int) -> Any:
 
 
 def _screens(part: parts.Groups, width: int, height: int) -> Iterator[parts.Groups]:
-    """As it is where it fits; else groups below each other, of so few rows that each stays together on the parts."""
+    """As it is where it fits; else groups below each other, of so few rows that each stays together on the screen."""
     bands = list(_bands(part, width))
     if len(bands) == 1:
         yield part
