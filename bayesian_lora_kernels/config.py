@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the command line reads the settings, and must answer before
 
 Modules: TypeAlias = str | Sequence[str] | Mapping[str, Sequence[str]]
 PriorPrecision: TypeAlias = "float | Tensor | Mapping[str, float | Tensor]"
-LikelihoodName = Literal["classification", "regression"]
+LikelihoodName = Literal["classification", "regression", "bradley-terry", "plackett-luce"]
 Fisher = Literal["auto", "mc", "exact", "empirical"]
 Tokens = Literal["expand", "reduce", "last"]
 Check = Literal["first", "always", "off"]
@@ -37,7 +37,16 @@ class LaplaceConfig:
     )
     likelihood: LikelihoodName = field(
         default="classification",
-        metadata=_about("`classification`, or `regression` with unit noise", kind=LikelihoodName),
+        metadata=_about(
+            "`classification`; `regression`; for a reward model, which gives a text one score, `bradley-terry` (pairs "
+            "of answers) or `plackett-luce` (ranked lists), see docs/method.md",
+            kind=LikelihoodName,
+        ),
+    )
+    noise_variance: float | Tensor = field(
+        default=1.0,
+        compare=False,
+        metadata=_about("of a `regression`, one positive number that all outputs share", saved=False),
     )
     curvature: str = field(
         default="kfac",

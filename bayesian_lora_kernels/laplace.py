@@ -25,8 +25,9 @@ from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
 from bayesian_lora_kernels.model.sharding import in_step, not_sharded, together
 from bayesian_lora_kernels.posterior.curvature import CURVATURES, Curvature
-from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence
+from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evidence, maximise_with_noise
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
+from bayesian_lora_kernels.posterior.noise import Residuals
 from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.posterior.prior import Prior, as_precision
 from bayesian_lora_kernels.posterior.weights import MeasuredWeights
@@ -34,6 +35,7 @@ from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelLikelih
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
 from bayesian_lora_kernels.predictive.gathering import gather_logits, gather_scores
 from bayesian_lora_kernels.predictive.hidden_samples import HiddenSampler
+from bayesian_lora_kernels.predictive.joint import JointPredictor
 from bayesian_lora_kernels.predictive.jvp import JacobianVectorProduct
 from bayesian_lora_kernels.predictive.logits import LogitPredictor, Outputs
 from bayesian_lora_kernels.predictive.scoring import TokenScores, score_tokens
@@ -93,11 +95,18 @@ class LaplaceLoRA:
         if class_token_ids is not None:
             settings["class_token_ids"] = class_token_ids
         given = LaplaceConfig.of(config, settings)
-        self.config = replace(given, prior_precision=LaplaceConfig.prior_precision)  # `prior` is what it is now
+        # What can be changed after the fit is no setting of it.
+        defaults = {name: getattr(LaplaceConfig, name) for name in ("prior_precision", "noise_variance")}
+        self.config = replace(given, **defaults)
         if self.config.curvature not in CURVATURES:
             raise ValueError(f"curvature: expected one of {', '.join(CURVATURES)}, got {self.config.curvature!r}")
         masked = CURVATURES[self.config.curvature].masked
-        self._forward = Forward(model, forward, self.config.class_token_ids, masked, self.config.check)
+        answers = LIKELIHOODS[self.config.likelihood].answers
+        if answers is not None and self.config.class_token_ids is not None:
+            raise ValueError(
+                f"class_token_ids: expected none with likelihood={self.config.likelihood!r}, a reward model"
+            )
+        self._forward = Forward(model, forward, self.config.class_token_ids, masked, self.config.check, answers)
         self.model = model
         self.layers: Sequence[LinearLayer] = find_layers(model, self.config.modules, self._forward.head_rows)
         self._fit: Fit | None = None
@@ -108,6 +117,7 @@ class LaplaceLoRA:
         self._weights: MeasuredWeights | None = None
         self._jvp = JacobianVectorProduct()
         self.prior_precision = given.prior_precision
+        self.noise_variance = given.noise_variance
 
     @in_own_surroundings
     def fit(
@@ -158,8 +168,11 @@ class LaplaceLoRA:
             not_sharded(self.model, "checkpoint", "its processes would resume at different batches")
         processes = Processes(group)
         own = partial(identity, self.model, self.layers, self._forward, self.config)
-        with together(self.model, processes), checkpoint_in(checkpoint, every, own, processes) as kept:
-            loader = own_share(loader, processes, "fit")
+        with (
+            together(self.model, processes),
+            checkpoint_in(checkpoint, every, own, processes, self._forward.read) as kept,
+        ):
+            loader = own_share(loader, processes, "fit", self._forward.read)
             passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress, processes, kept)
             found = fit_curvature(passes)
             weights = MeasuredWeights.of(self.model, self._parameters())
@@ -207,20 +220,24 @@ class LaplaceLoRA:
         )
 
     @in_own_surroundings
-    def log_marginal_likelihood(self, prior_precision: PriorPrecision | None = None) -> Tensor:
-        """Laplace's estimate of `log p(labels | inputs, prior)`, 0-d float64, differentiable in `prior_precision`.
+    def log_marginal_likelihood(
+        self, prior_precision: PriorPrecision | None = None, noise_variance: float | Tensor | None = None
+    ) -> Tensor:
+        """Laplace's estimate of `log p(labels | inputs, prior)`, 0-d float64, differentiable in both arguments.
 
         Rows of an output head that no class uses are integrated out and do not appear in it.
 
         Raises:
             RuntimeError: before `fit`, or if the data had no labels.
-            ValueError: if a prior precision is not positive.
+            ValueError: if a prior precision or noise variance is not positive, or the likelihood has no noise.
         """
         fit = self._fitted("log_marginal_likelihood")
         if fit.log_likelihood is None:
             raise RuntimeError("log_marginal_likelihood: fit saw batches without labels, so there is no likelihood")
         prior = self.prior if prior_precision is None else Prior(prior_precision)
-        return log_evidence(fit.log_likelihood, Posterior(fit.curvature, prior), self._square_norms())
+        noise = self._noise if noise_variance is None else self._as_noise(noise_variance)
+        likelihood = self._log_likelihood(fit.log_likelihood, fit, noise)
+        return log_evidence(likelihood, Posterior(fit.curvature, prior, noise), self._square_norms())
 
     @in_own_surroundings
     def optimize_prior_precision(
@@ -229,9 +246,10 @@ class LaplaceLoRA:
         per_module: bool = False,
         val_loader: Iterable[Any] | None = None,
         *,
+        noise: bool = False,
         group: Any = None,
     ) -> LaplaceLoRA:
-        """Choose the prior precision; later calls use it.
+        """Choose the prior precision, and the noise variance of a regression, if wanted; later calls use them.
 
         The evidence compares priors and models. It is no calibration: the level of the probabilities under its prior
         can be far off (docs/calibration.md), and `calibrate` is what sets it.
@@ -241,19 +259,33 @@ class LaplaceLoRA:
                 pairwise predictive on held-out data.
             per_module: one precision for each module (`marglik` only).
             val_loader: labelled batches, for `nll`; goes over it a few times.
+            noise: whether the noise variance of a regression is chosen, too, together with the prior (`marglik` only).
             group: as for `fit`, for `nll`; `marglik` finds the same on every process.
 
         Returns:
             Itself.
 
         Raises:
-            RuntimeError: before `fit`.
-            ValueError: for another method, `nll` without data or per module.
+            RuntimeError: before `fit`; to choose the noise, if the data had no labels.
+            ValueError: for another method, `nll` without data, per module or with noise, and where there is no noise.
         """
         fit = self._fitted("optimize_prior_precision")
         _check_choice("method", method, ("marglik", "nll"))
+        if noise:
+            self._check_noise("noise")
+            if method != "marglik":
+                raise ValueError(f"noise: expected method='marglik' with it, got {method!r}")
+            if fit.log_likelihood is None:
+                raise RuntimeError("noise: fit saw batches without labels, so nothing is known of it")
+            if not fit.targets:
+                raise RuntimeError("noise: this fit was saved before the number of its targets was; fit again")
+            residuals = Residuals.of(fit.log_likelihood, fit.targets)
+            self.prior_precision, self.noise_variance = maximise_with_noise(
+                fit.curvature, self._square_norms(), per_module, residuals
+            )
+            return self
         if method == "marglik":
-            self.prior_precision = maximise_evidence(fit.curvature, self._square_norms(), per_module)
+            self.prior_precision = maximise_evidence(fit.curvature, self._square_norms(), per_module, self._noise)
             self._notice = Notice(UNCALIBRATED)
             return self
         if val_loader is None:
@@ -263,8 +295,10 @@ class LaplaceLoRA:
         likelihood = LIKELIHOODS[self.likelihood]()
         processes = Processes(group)
         with together(self.model, processes):
-            val_loader = own_share(val_loader, processes, "optimize_prior_precision")
-            found = minimise_nll(self._predictor(fit), likelihood, val_loader, fit.curvature, processes)
+            val_loader = own_share(val_loader, processes, "optimize_prior_precision", self._forward.read)
+            found = minimise_nll(
+                self._predictor(fit), likelihood, val_loader, fit.curvature, self._noise.detach(), processes
+            )
         self.prior_precision = found
         return self
 
@@ -308,22 +342,30 @@ class LaplaceLoRA:
 
         Raises:
             RuntimeError: before `fit`.
-            ValueError: for a regression, an empty loader, a batch without labels, labels out of range, logits that are
-                not finite, or more than 4096 of them (a vocabulary: pass `class_token_ids`).
+            ValueError: for a regression or ranked lists, ties, weights, an empty loader, a batch without labels, labels
+                out of range, logits that are not finite, or more than 4096 of them (a vocabulary: pass
+                `class_token_ids`).
             TypeError: for a single batch instead of a loader.
         """
         fit = self._fitted("calibrate")
-        if self.likelihood != "classification":
-            raise ValueError(f"calibrate: expected likelihood='classification', got {self.likelihood!r}")
         likelihood = LIKELIHOODS[self.likelihood]()
+        if likelihood.noisy or likelihood.answers == "lists":
+            raise ValueError(
+                f"calibrate: expected likelihood='classification', or 'bradley-terry', got {self.likelihood!r}"
+            )
         found, scale, processes = LabelLikelihood(), self.variance_scale, Processes(group)
         with together(self.model, processes):
-            val_loader = own_share(val_loader, processes, "calibrate")
+            val_loader = own_share(val_loader, processes, "calibrate", self._forward.read)
             processes.check_alike(self._prior_numbers())
-            for mean, (covariance,), labels in labelled_predictions(
+            for mean, (covariance,), labels, weights in labelled_predictions(
                 self._predictor(fit), likelihood, val_loader, [self._gaussian()], progress, processes
             ):
-                found.add(mean, covariance, labels, scale)
+                if weights is not None:
+                    raise ValueError(
+                        "weights: expected none in held-out batches, each label counts once; leave them out"
+                    )
+                add = found.add if likelihood.answers is None else found.add_pairs
+                add(mean, covariance, labels, scale)
             parts = processes.values(found.as_json())
         return sum(map(LabelLikelihood.from_json, parts), LabelLikelihood())
 
@@ -398,7 +440,7 @@ class LaplaceLoRA:
             with posterior.in_step():
                 if gather is None or batch is not None:
                     (batch,) = in_step(self.model, [batch])
-                    parsed = Batch.of(batch, device, labels=False)
+                    parsed = self._forward.read(batch, device, labels=False)
                     if gather is None or parsed.size:
                         own = self._predictor(fit).predict(parsed, outputs, [posterior], differences)
             if own is None or gather is not None:
@@ -409,11 +451,46 @@ class LaplaceLoRA:
             mean,
             covariance,
             indices,
-            classification=self.likelihood == "classification",
+            classification=self.likelihood != "regression" and mean.shape[1] > 1,
+            noise_variance=self._noise.detach() if self.likelihood == "regression" else None,
             differences=differences,
             calibration=self.calibration,
             notice=self._notice,
         )
+
+    @in_own_surroundings
+    def joint(
+        self,
+        batch_a: Any,
+        batch_b: Any = None,
+        outputs: Sequence[int] | Tensor | None = None,
+        differences: bool = False,
+    ) -> Tensor:
+        """The posterior covariance of the logits of some inputs with those of others, `J_a Sigma J_b^T`.
+
+        What inputs share, which `predict` does not say: `blk.joint_samples` and `blk.select_batch` are made of it. It
+        is the posterior's own: calibration sets the level of probabilities, and changes no covariance.
+
+        Args:
+            batch_a: as for `predict`, of N_a examples.
+            batch_b: of N_b examples; None: the same as `batch_a`, and the result is symmetric.
+            outputs: None, all C logits that forward returns, or indices `[C]`.
+            differences: as for `predict`: of the logits less their mean, from C - 1 backward passes.
+
+        Returns:
+            `[N_a C, N_b C]` float64, the logits of an example next to each other. Beside it and the graph of the model,
+            Jacobians and rows within `memory_budget`; where those of `batch_b` do not fit at once, the model runs over
+            `batch_a` several times (docs/influence.md).
+
+        Raises:
+            RuntimeError: before `fit`.
+            ValueError, TypeError: as `predict`; for a model that is sharded, and a curvature whose rows are spread over
+                processes.
+        """
+        predictor, a = self._joint_predictor(), self._inputs(batch_a)
+        if batch_b is None:
+            return predictor.gaussian(a, outputs, differences)[1]
+        return predictor.covariance(a, self._inputs(batch_b), outputs, differences)
 
     @in_own_surroundings
     def predict_vocabulary(self, batch: Any) -> VocabularyPosterior:
@@ -549,18 +626,30 @@ class LaplaceLoRA:
 
     @property
     def likelihood(self) -> str:
-        """`classification` or `regression`."""
+        """As in `LaplaceConfig`."""
         return self.config.likelihood
 
     @property
     def n_examples(self) -> int:
-        """Examples that `fit` saw."""
+        """Examples that `fit` saw, each once, whatever its weight."""
         return self._fitted("n_examples").n_examples
 
     @property
     def log_likelihood(self) -> float | None:
         """Log-likelihood of the labels at the MAP weights, summed over the data; None without labels."""
-        return self._fitted("log_likelihood").log_likelihood
+        fit = self._fitted("log_likelihood")
+        if fit.log_likelihood is None:
+            return None
+        return float(self._log_likelihood(fit.log_likelihood, fit, self._noise))
+
+    @property
+    def noise_variance(self) -> Tensor:
+        """Of a regression, 0-d float64, one for all outputs; 1 for all else. Setting it refits nothing."""
+        return self._noise
+
+    @noise_variance.setter
+    def noise_variance(self, value: float | Tensor) -> None:
+        self._noise = self._as_noise(value)
 
     @property
     def prior(self) -> Prior:
@@ -601,15 +690,41 @@ class LaplaceLoRA:
     def posterior(self) -> Posterior:
         """The Gaussian over the weights under the current prior precision; as a mapping, `{module name: its own}`."""
         prior = self.prior
-        return Posterior(self._fitted("posterior").curvature, prior) if prior.requires_grad else self._gaussian()
+        if prior.requires_grad or self._noise.requires_grad:
+            return Posterior(self._fitted("posterior").curvature, prior, self._noise)
+        return self._gaussian()
 
     def _gaussian(self) -> Posterior:
         """The posterior without gradients of the prior; kept as long as curvature and prior are the same."""
         curvature, prior, kept = self._fitted("posterior").curvature, self.prior, self._posterior
         prior = prior.detached() if prior.requires_grad else prior
-        if kept is None or kept.curvature is not curvature or kept.prior != prior:
-            self._posterior = kept = Posterior(curvature, prior)
+        noise = self._noise.detach()
+        same = kept is not None and kept.curvature is curvature and kept.prior == prior
+        if kept is None or not same or float(kept.noise_variance) != float(noise):
+            self._posterior = kept = Posterior(curvature, prior, noise)
         return kept
+
+    def _as_noise(self, value: float | Tensor) -> Tensor:
+        found = as_precision(value, name="noise_variance")
+        if float(found.detach()) != 1 or found.requires_grad:
+            self._check_noise("noise_variance")
+        return found
+
+    def _check_noise(self, what: str) -> None:
+        if not LIKELIHOODS[self.likelihood].noisy:
+            raise ValueError(f"{what}: expected likelihood='regression' with it, got {self.likelihood!r}")
+        if self.config.fisher == "empirical":
+            raise ValueError(
+                f"{what}: expected another Fisher than fisher='empirical', which has the noise in its labels"
+            )
+
+    def _log_likelihood(self, at_unit_noise: float, fit: Fit, noise: Tensor) -> float | Tensor:
+        """Of the labels, at a noise variance."""
+        if float(noise.detach()) == 1 and not noise.requires_grad:
+            return at_unit_noise
+        if not fit.targets:
+            raise RuntimeError("noise_variance: this fit was saved before the number of its targets was; fit again")
+        return Residuals.of(at_unit_noise, fit.targets).log_likelihood(noise)
 
     def _fitted(self, what: str) -> Fit:
         if self._fit is None:
@@ -621,6 +736,14 @@ class LaplaceLoRA:
     def _predictor(self, fit: Fit) -> LogitPredictor:
         whole = fit.curvature.whole_jacobians
         return LogitPredictor(self.model, self.layers, self._forward, whole, self.config.memory_budget)
+
+    def _joint_predictor(self) -> JointPredictor:
+        self._fitted("joint")
+        not_sharded(self.model, "joint")
+        return JointPredictor(self.model, self.layers, self._forward, self._gaussian(), self.config.memory_budget)
+
+    def _inputs(self, batch: Any) -> Batch:
+        return self._forward.read(batch, model_device(self.model), labels=False)
 
     def _sampler(self, what: str) -> HiddenSampler:
         self._fitted(what)
@@ -637,7 +760,8 @@ class LaplaceLoRA:
 
     def _prior_numbers(self) -> dict[str, float]:
         prior = self.prior.detached()
-        return {f"the prior precision of {layer.name}": float(prior[layer.name]) for layer in self.layers}
+        numbers = {f"the prior precision of {layer.name}": float(prior[layer.name]) for layer in self.layers}
+        return {**numbers, "the noise variance": float(self._noise)}
 
     def _square_norms(self) -> dict[str, Tensor]:
         values = self._values()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature.exact import FunctionSpaceCurvature
 from bayesian_lora_kernels.curvature.factor_sums import ROWS_PER_COLUMN, stream_columns
+from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.curvature.passes import Passes, fit_curvature
 from bayesian_lora_kernels.curvature.rows import RowStore
-from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.dry_run import DryRun, LiveBytes
 from bayesian_lora_kernels.model.forward import Forward, ForwardFunction, model_device
 from bayesian_lora_kernels.model.layers import LinearLayer, find_layers
@@ -30,14 +30,17 @@ from bayesian_lora_kernels.predictive.logits import LogitPredictor, Outputs
 from bayesian_lora_kernels.predictive.vocabulary import vocabulary_posterior
 
 MODEL, GRAPH, GRADIENTS = "model", "forward passes, with their graph", "captured inputs and gradients"
-ROWS, OTHER = "exact's rows", "other"
+ROWS, LOSSES, OTHER = "exact's rows", "losses and their cotangents", "other"
 # Of a tensor that is made in a file, or by what is called from there.
 LABELS = {
     "model/forward.py": GRAPH,
     "model/hidden.py": GRAPH,
     "model/capture.py": GRADIENTS,
     "model/jacobians.py": GRADIENTS,
-    "curvature/likelihood.py": "losses and their cotangents",
+    "curvature/likelihood/base.py": LOSSES,
+    "curvature/likelihood/classification.py": LOSSES,
+    "curvature/likelihood/comparisons.py": LOSSES,
+    "curvature/likelihood/regression.py": LOSSES,
     "model/checks.py": "checks of the model",
     "model/probe.py": "checks of the model",
     "model/padding.py": "checks of the model",
@@ -200,7 +203,8 @@ class _Subject:
     ):
         self.dry, self.model, self.config, self.prior, self.device = dry, model, config, prior, device
         masked = CURVATURES[config.curvature].masked
-        self.forward = Forward(model, function, config.class_token_ids, masked, config.check)
+        answers = LIKELIHOODS[config.likelihood].answers
+        self.forward = Forward(model, function, config.class_token_ids, masked, config.check, answers)
         self.layers: Sequence[LinearLayer] = find_layers(model, config.modules, self.forward.head_rows)
 
     def fit(self, batch: Any) -> tuple[Curvature, int]:
@@ -243,7 +247,7 @@ class _Subject:
             vocabulary_posterior(sampler, batch).probs()
             return
         predictor = LogitPredictor(self.model, self.layers, self.forward, curvature.whole_jacobians, budget)
-        parsed = Batch.of(batch, self.device, labels=False)
+        parsed = self.forward.read(batch, self.device, labels=False)
         if isinstance(outputs, (Tensor, int, type(None))):  # the first pieces show what all the others need
             parsed = parsed.rows(0, min(parsed.size, 2 * predictor.examples_at_once(parsed, outputs)))
             if isinstance(outputs, Tensor) and outputs.ndim == 2:
@@ -254,7 +258,7 @@ class _Subject:
         """How many batches of a fit show all that it ever holds: until wide factors have taken their first rows."""
         widths = {width for layer in self.layers for width in layer.shape}
         columns = max((stream_columns(self.config, width) or 0 for width in widths), default=0)
-        batch = Batch.of(given)
+        batch = self.forward.read(given)
         rows = batch.size * (tokens_of(batch) if self.config.tokens == "expand" else 1)
         return max(2, min(math.ceil(ROWS_PER_COLUMN * columns / rows) + 1, BATCHES))
 

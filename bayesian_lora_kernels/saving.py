@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from bayesian_lora_kernels.config import LaplaceConfig
+from bayesian_lora_kernels.curvature.likelihood import LIKELIHOODS
 from bayesian_lora_kernels.curvature.passes import Fit
 from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.forward import ForwardFunction
@@ -55,6 +56,9 @@ def save(laplace: LaplaceLoRA, folder: str | os.PathLike[str]) -> None:
         "prior_precision": {name: float(laplace.prior[name]) for name in layers},
         "n_examples": fit.n_examples,
         "log_likelihood": fit.log_likelihood,
+        "noise": {"variance": float(laplace.noise_variance), "targets": fit.targets}
+        if LIKELIHOODS[laplace.likelihood].noisy
+        else None,
         "adapter_sha256": weights.digest or adapter_digest(laplace._parameters()),
         "layers": layers,
         "base_model": base,
@@ -107,8 +111,10 @@ def load(
                 "that it is the right one, and save_pretrained again",
                 stacklevel=4,
             )
-    laplace._fit = Fit(curvature, content["n_examples"], content["log_likelihood"])
+    noise = content.get("noise") or {"variance": 1.0, "targets": 0.0}
+    laplace._fit = Fit(curvature, content["n_examples"], content["log_likelihood"], noise["targets"])
     laplace._weights = MeasuredWeights.of(laplace.model, laplace._parameters())
+    laplace.noise_variance = noise["variance"]
     laplace.prior_precision = {place.layers[name]: value for name, value in content["prior_precision"].items()}
     if calibration is not None:
         laplace._calibration = calibration, *laplace._belongs()

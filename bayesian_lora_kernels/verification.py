@@ -102,7 +102,7 @@ def verify(
         config: of fits.
         batch: any; the example with most padding and one other are taken.
     """
-    batch = _two(Batch.of(batch, model_device(given)))
+    batch = _two(forward.read(batch, model_device(given)))
     dtype = min((p.dtype for p in given.parameters() if p.is_floating_point()), key=lambda d: torch.finfo(d).bits)
     found = _jacobians(layers, forward, given, batch, "in the model's dtype", JACOBIAN.get(dtype, HALF))
     found += _differences(layers, forward, given, batch, dtype)
@@ -175,7 +175,8 @@ def _in_float64(layers: Sequence[LinearLayer], forward: Forward, given: nn.Modul
         with measuring(given):  # without what PEFT caches, which may have a graph
             double = copy.deepcopy(given).double()
         covers = {layer.name: tuple(leaf.rpartition(".")[2] for leaf in layer.parameters()) for layer in layers}
-        wide = Forward(double, forward.function, forward.class_token_ids, forward.masked, forward.checks.mode)
+        settings = forward.class_token_ids, forward.masked, forward.checks.mode, forward.answers
+        wide = Forward(double, forward.function, *settings)
         wide.findings = copy.deepcopy(forward.findings)
         found = find_layers(double, covers, wide.head_rows)
         doubled = Batch.unchecked(map_tensors(batch.given, lambda x: x.double() if x.is_floating_point() else x))

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
@@ -24,8 +24,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bayesian_lora_kernels import LaplaceLoRA
+from bayesian_lora_kernels.plots.style import BLUE, WIDTH, new_figure, save_figure, styled
 
 from .peak_memory import reset_peak
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FITS, PREDICTIONS = 200, 10_000
 READINGS = 100
@@ -100,22 +104,18 @@ def growth(readings: list[dict[str, int]]) -> float:
     return late - early
 
 
-def plot(readings: list[dict[str, int]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+@styled()
+def draw(readings: list[dict[str, int]]) -> Figure:
+    figure = new_figure(WIDTH, 2.8)
     calls, resident = [one["predictions"] for one in readings], [one["resident"] / 1e6 for one in readings]
     whole, above = figure.subplots(1, 2)
-    whole.plot(calls, resident, color="#1f5f8b")
+    whole.plot(calls, resident, color=BLUE)
     whole.set(ylabel="resident memory, MB", ylim=(0, 1.2 * max(resident)))
-    above.plot(calls, [size - resident[0] for size in resident], color="#1f5f8b")
+    above.plot(calls, [size - resident[0] for size in resident], color=BLUE)
     above.set(ylabel="more than after the first fit, MB")
     for axes in (whole, above):
         axes.set(xlabel=f"predictions ({calls[-1] // readings[-1]['fits']} for each fit)")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=130)
+    return figure
 
 
 def main() -> None:
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--fits", type=int, default=FITS)
     parser.add_argument("--predictions", type=int, default=PREDICTIONS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the readings")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as .png and .svg")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as .svg or .png")
     arguments = parser.parse_args()
     readings = run(arguments.fits, arguments.predictions)
     grown = growth(readings)
@@ -137,7 +137,7 @@ def main() -> None:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if arguments.plot is not None:
-        plot(readings, arguments.plot)
+        save_figure(draw(readings), arguments.plot)
     sys.exit(grown > LIMIT)
 
 

@@ -2,12 +2,15 @@
 
 A random 2-layer Llama of width 32, LoRA of rank 4 on q and v, 12 texts of 10 tokens, 3 target logits; without padding,
 and with 10 columns of it on the left. The truth is the trace of the exact Gauss-Newton matrix, from autograd. A peer
-that is not there is left out; laplace-lora is a checkout in the folder that `--sources` (or BLK_PEER_SOURCES) names.
+that is not there is left out; laplace-lora and BayesAdapt are checkouts in the folder that `--sources` (or
+BLK_PEER_SOURCES) names.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -27,6 +30,7 @@ from .workload import environment
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, TOKENS, PADS, IDS = 12, 10, 10, [3, 5, 8]
+CHECKOUTS = {"laplace-lora": "laplace", "BayesAdapt": "bayesadapt.laplace"}  # {folder: module with `Laplace`}
 SAMPLES = 200  # bayesian_lora draws one target per example: its trace is a mean over this many passes
 
 
@@ -88,16 +92,15 @@ def loader(pads: int, size: int = EXAMPLES) -> torch.utils.data.DataLoader[dict[
     return torch.utils.data.DataLoader(Rows(batch(pads)), batch_size=size)
 
 
-def exact(model: nn.Module) -> float:
-    """Sum over examples of the squared norms of `J^T L`, with `L L^T = diag(p) - p p^T`."""
+def exact(model: nn.Module, whole: Mapping[str, Tensor] | None = None) -> float:
+    """Sum over examples of the squared norms of `J^T L`, with `L L^T = diag(p) - p p^T`; of `batch(0)`, or another."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    logits, total = model(batch(0)), 0.0
+    logits, total = model(**(batch(0) if whole is None else whole)), 0.0
     probs = logits.detach().softmax(dim=-1)
     columns = torch.diag_embed(probs.sqrt()) - probs[:, :, None] * probs.sqrt()[:, None, :]
-    for n in range(EXAMPLES):
-        for c in range(len(IDS)):
-            gradients = torch.autograd.grad(logits[n] @ columns[n, :, c], parameters, retain_graph=True)
-            total += sum(float(g.square().sum()) for g in gradients)
+    for n, c in itertools.product(range(len(logits)), range(logits.shape[1])):
+        gradients = torch.autograd.grad(logits[n] @ columns[n, :, c], parameters, retain_graph=True)
+        total += sum(float(g.square().sum()) for g in gradients)
     return total
 
 
@@ -105,10 +108,10 @@ def kron_trace(kron: Any) -> float:
     return sum(float(torch.stack([f.trace() for f in factors]).prod()) for factors in kron.kfacs)
 
 
-def laplace_lora(model: nn.Module, pads: int) -> float:
-    from laplace import Laplace
-
-    la = Laplace(model, "classification", prior_precision=1.0, subset_of_weights="all", hessian_structure="kron")
+def laplace_lora(checkout: str, model: nn.Module, pads: int) -> float:
+    la = importlib.import_module(CHECKOUTS[checkout]).Laplace(
+        model, "classification", prior_precision=1.0, subset_of_weights="all", hessian_structure="kron"
+    )
     la.fit(loader(pads, size=4))
     return kron_trace(la.H_facs)
 
@@ -164,11 +167,12 @@ def rows(sources: str | None) -> tuple[dict[str, float], dict[str, str]]:
                 found[f"{name}{suffix}"] = kron_trace(kron)
     else:
         left_out["laplace-torch"] = "not installed"
-    if find_spec("asdl") and sources and (Path(sources) / "laplace-lora" / "laplace").is_dir():
-        for pads in (0, PADS):
-            found["laplace-lora" + (f", {pads} pads" if pads else "")] = _in_its_own_process(sources, pads)
-    else:
-        left_out["laplace-lora"] = "no checkout in --sources, or asdl is not installed"
+    for name in CHECKOUTS:
+        if find_spec("asdl") and sources and (Path(sources) / name).is_dir():
+            for pads in (0, PADS):
+                found[name + (f", {pads} pads" if pads else "")] = _in_its_own_process(sources, pads, name)
+        else:
+            left_out[name] = "no checkout in --sources, or asdl is not installed"
     if find_spec("bayesian_lora"):
         found["bayesian_lora, full rank, times N"] = EXAMPLES * bayesian_lora(toy(), EXAMPLES, low_rank=False)
         for size in (12, 6, 4):
@@ -178,10 +182,10 @@ def rows(sources: str | None) -> tuple[dict[str, float], dict[str, str]]:
     return found, left_out
 
 
-def _in_its_own_process(sources: str, pads: int) -> float:
-    path = os.pathsep.join([str(Path(sources) / "laplace-lora"), str(ROOT)])
+def _in_its_own_process(sources: str, pads: int, checkout: str = "laplace-lora") -> float:
+    path = os.pathsep.join([str(Path(sources) / checkout), str(ROOT)])
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.trace_table", "--laplace-lora", str(pads)],
+        [sys.executable, "-m", "benchmarks.trace_table", "--checkout", checkout, str(pads)],
         env={**os.environ, "PYTHONPATH": path},
         cwd=ROOT,
         check=True,
@@ -195,11 +199,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trace_table", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--sources", default=os.environ.get("BLK_PEER_SOURCES"), metavar="FOLDER")
-    parser.add_argument("--laplace-lora", type=int, metavar="PADS", help=argparse.SUPPRESS)
+    parser.add_argument("--checkout", nargs=2, metavar=("NAME", "PADS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    if arguments.laplace_lora is not None:
-        print(laplace_lora(toy(), arguments.laplace_lora))
+    if arguments.checkout is not None:
+        checkout, pads = arguments.checkout
+        print(laplace_lora(checkout, toy(), int(pads)))
         return
     found, left_out = rows(arguments.sources)
     truth = found["exact Gauss-Newton"]

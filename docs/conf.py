@@ -3,9 +3,14 @@
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
 import sphinx_argparse_cli._logic
+from docutils.nodes import SkipNode, math, math_block
+from math_core import LatexToMathML
 from sphinx.application import Sphinx
+from sphinx.util.math import get_node_equation_number
+from sphinx.writers.html5 import HTML5Translator
 
 from bayesian_lora_kernels import LaplaceConfig, __version__
 
@@ -15,7 +20,6 @@ copyright = "the authors of bayesian_lora_kernels, Apache-2.0"
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_argparse_cli",
     "sphinx_copybutton",
@@ -26,6 +30,7 @@ myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath", "attrs_block"]
 myst_heading_anchors = 4
 numfig = True
 math_numfig = False
+html_math_renderer = "mathml"
 math_eqref_format = "({number})"
 
 add_module_names = False
@@ -54,7 +59,9 @@ sphinx_argparse_cli._logic._HELP_SUBSTITUTIONS[:] = [
 
 # Files outside this folder that have pages here, which include them.
 HERE = Path(__file__).parent
-OUTSIDE = re.compile(r"\((?:\.\./)+(?:benchmarks/(results)/(?:[\w-]+/)?([\w-]+)|(CONTRIBUTING|CHANGELOG))\.md")
+OUTSIDE = re.compile(
+    r"\((?:\.\./)+(?:benchmarks/(results)/(?:[\w-]+/)?([\w-]+)|(CONTRIBUTING|CHANGELOG)|(examples)/README)\.md"
+)
 
 
 def _make_results(app: Sphinx) -> None:
@@ -71,7 +78,7 @@ def _make_results(app: Sphinx) -> None:
 def _link_inside(app: Sphinx, docname: str, source: list[str]) -> None:
     """A link to such a file, which is right on GitHub, becomes one to its page."""
     up = "../" * docname.count("/")
-    source[0] = OUTSIDE.sub(lambda x: f"({up}{f'results/{x[2]}' if x[1] else x[3].lower()}.md", source[0])
+    source[0] = OUTSIDE.sub(lambda x: f"({up}{f'results/{x[2]}' if x[1] else (x[3] or x[4]).lower()}.md", source[0])
 
 
 def _as_rst(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
@@ -89,8 +96,28 @@ def _as_rst(app: Sphinx, what: str, name: str, obj: object, options: object, lin
         lines.insert(i, " " * (len(lines[i]) - len(lines[i].lstrip())) + "\\ ")
 
 
+# Equations are MathML, which browsers show by themselves, without a network. What it cannot read is an error.
+MATHML = LatexToMathML(annotation=True)
+
+
+def _inline(self: HTML5Translator, node: math) -> NoReturn:
+    self.body.append(MATHML.convert_with_local_state(node.astext(), displaystyle=False))
+    raise SkipNode
+
+
+def _displayed(self: HTML5Translator, node: math_block) -> NoReturn:
+    self.body.append(self.starttag(node, "div", CLASS="math notranslate"))
+    if node["number"]:
+        self.body.append(f'<span class="eqno">({get_node_equation_number(self, node)})')
+        self.add_permalink_ref(node, "Link to this equation")
+        self.body.append("</span>")
+    self.body.append(f"{MATHML.convert_with_local_state(node.astext(), displaystyle=True)}</div>\n")
+    raise SkipNode
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", (_inline, None), (_displayed, None))
     app.connect("builder-inited", _make_results)
     app.connect("source-read", _link_inside)
     app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon reads them

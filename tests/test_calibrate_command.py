@@ -235,16 +235,18 @@ def test_bad_input(held_out: Path, capsys: Any) -> None:
     message = error_of(capsys, "calibrate", data="bad.jsonl")
     assert message == "blk calibrate: bad.jsonl: expected labels of at least 2 of the choices, all 12 are 'B'\n"
     write_data(Path("bad.jsonl"), HELD_OUT, HELD_OUT_LABELS[:3])
-    assert 'bad.jsonl, line 4: no "label"' in error_of(capsys, "calibrate", data="bad.jsonl")
+    assert 'bad.jsonl:4: no "label"' in error_of(capsys, "calibrate", data="bad.jsonl")
     write_data(Path("bad.jsonl"), HELD_OUT, ["D"] * len(HELD_OUT))
     assert 'label "D" is not among the choices' in error_of(capsys, "calibrate", data="bad.jsonl")
     assert "gone.jsonl: no such file" in error_of(capsys, "calibrate", data="gone.jsonl")
     assert "this is the file of examples" in error_of(capsys, "calibrate", "--json", "held.jsonl", data="held.jsonl")
     message = error_of(capsys, "calibrate", data="held.jsonl", choices=["B", "A", "C"])
     assert "the posterior in adapter was fitted for 'A' 'B' 'C', in this order" in message
-    for folder in ("nowhere", "."):
-        message = error_of(capsys, "calibrate", "--posterior", folder, data="held.jsonl")
-        assert f"{folder}: no posterior (laplace.json) in it; run blk fit first" in message
+    for folder, said in (
+        ("nowhere", "no such folder; expected a folder that blk fit wrote into"),
+        (".", "no posterior (laplace.json) in it; run blk fit first"),
+    ):
+        assert f"{folder}: {said}" in error_of(capsys, "calibrate", "--posterior", folder, data="held.jsonl")
     message = error_of(capsys, "calibrate", "--posterior", "held.jsonl", data="held.jsonl")
     assert "--posterior held.jsonl: held.jsonl is a file, expected a folder" in message
     assert contents(Path("adapter")) == before

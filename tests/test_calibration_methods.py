@@ -13,7 +13,7 @@ from bayesian_lora_kernels import LaplaceLoRA, crossfit
 from bayesian_lora_kernels.calibration import ood_auroc, temperature_scale
 from benchmarks.calibration.files import write_tensors
 from benchmarks.calibration.methods import __main__ as study
-from benchmarks.calibration.methods import baselines, laplace, report
+from benchmarks.calibration.methods import baselines, gym, laplace, report, tfb
 from benchmarks.calibration.methods.case import SETS, Case, Outcome, measured, mutual_information
 from benchmarks.calibration.methods.registry import METHODS, REFERENCE
 from benchmarks.calibration.methods.runs import Runs, StudyError, record
@@ -157,6 +157,58 @@ def test_a_posterior_is_fitted_once(case, monkeypatch):
     assert again.seconds == first.seconds
     with pytest.raises(TypeError):
         laplace.evidence("ekfac", Case(Symbols(case.task.cache), 1))
+
+
+def test_tfb_s_noise_has_one_scale_behind_b_and_is_gone_afterwards(case):
+    model, sigma = case.model, 0.05
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    product, u = (b @ a).detach(), torch.linalg.svd(b.detach(), full_matrices=False)[0]
+    generator, moved = torch.Generator().manual_seed(0), []
+    for _ in range(400):
+        with tfb.noisy(model, sigma, generator):
+            moved.append(((b @ a).detach() - product).clone())
+    delta = torch.stack(moved)
+    torch.testing.assert_close(u @ (u.T @ delta), delta, rtol=1e-3, atol=1e-5)  # within the columns of B
+    assert float((u.T @ delta).std()) == pytest.approx(sigma, rel=0.03)
+    with pytest.raises(KeyError), tfb.noisy(model, sigma, generator):
+        raise KeyError
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_tfb_takes_the_largest_noise_that_the_loss_tolerates(case):
+    assert tfb.bisect(lambda sigma: sigma < 0.0123) == pytest.approx(0.0123, rel=0.02)
+    sigma = tfb.largest_tolerated(case.task, case.model, case.splits.train, 0)
+    labels = torch.tensor([example.label for example in case.splits.train])
+
+    def loss(probs):
+        return float(-probs[torch.arange(len(labels)), labels].log().mean())
+
+    plain = loss(plain_logits(case, case.model, "train").softmax(1))
+    changes = [
+        abs(loss(tfb.sampled(case.task, case.model, case.splits.train, each, 0).mean(0)) / plain - 1)
+        for each in (sigma, 1.05 * sigma)
+    ]
+    assert changes[0] <= tfb.TOLERANCE < changes[1]
+    outcome = METHODS["TFB"].run(case)
+    expected = tfb.sampled(case.task, case.model, case.splits.test, sigma, 0).mean(0)
+    torch.testing.assert_close(outcome.probs["test"], expected)
+
+
+def test_bayesadapt_s_laplace_and_its_scale(case, monkeypatch):
+    monkeypatch.setattr(gym, "SAMPLES", 2**15)
+    outcomes = {scale: gym.run(scale, case) for scale in gym.SCALES}
+    fresh = LaplaceLoRA(case.model, class_token_ids=case.task.class_token_ids, curvature="kfac", rank=None)
+    fresh.fit(case.task.batches(case.splits.train), progress=False).optimize_prior_precision()
+    expected = fresh.predict(batch_of(case, "test")).probs("mc", 2**16, torch.Generator().manual_seed(3))
+    corrected, published = outcomes["correct"], outcomes["published"]
+    torch.testing.assert_close(corrected.probs["test"].float(), expected, rtol=0, atol=0.01)
+    assert corrected.facts["prior precision"] == pytest.approx(float(fresh.prior_precision), rel=1e-4)
+    # seven tokens or fewer: a curvature that is up to seven times too large
+    ratio = published.facts["prior precision"] / corrected.facts["prior precision"]
+    assert 1.05 < ratio < 7
+    assert (published.mutual_information["test"] < corrected.mutual_information["test"]).all()
 
 
 def test_folds(case):
@@ -333,5 +385,20 @@ def test_report(tmp_path):
     assert own["seconds"]["fit"]["mean"] == 2.5
     assert numbers["tasks"]["a"]["MAP"]["test"]["nll"]["standard_error"] is None
     assert list(numbers["all"]) == ["MAP", REFERENCE, "exact, labels"]
-    report.draw(LINES, tmp_path / "report.png")
-    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_picture():
+    pytest.importorskip("matplotlib")
+    first, second = report.draw(LINES).axes
+    assert (first.get_title(), second.get_title()) == ("a (2 models)", "b (2 models)")
+    handles, names = first.get_legend_handles_labels()
+    assert names == ["test", "shift"]
+    for (line, _, bars), split in zip(handles, names, strict=True):
+        drawn = dict(zip([text.get_text() for text in first.get_yticklabels()][::-1], line.get_xdata(), strict=True))
+        own = [one for one in LINES if one["task"] == "a"]
+        wanted = {name: report.against_reference(own, name, split, "nll").mean for name in ("MAP", "exact, labels")}
+        assert drawn == pytest.approx(wanted)
+        error = report.against_reference(own, "exact, labels", split, "nll").error
+        (segments,) = (one.get_segments() for one in bars)
+        assert segments[1][1, 0] - segments[1][0, 0] == pytest.approx(2 * error)
+    assert drawn["exact, labels"] == pytest.approx(-0.15)

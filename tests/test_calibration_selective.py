@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.calibration import error_auroc, ood_auroc, risk_coverage, risk_coverage_diagram
+from bayesian_lora_kernels.calibration import error_auroc, ood_auroc, risk_coverage
+from bayesian_lora_kernels.plots import risk_coverage_diagram
 
 RIGHT, WRONG = 0, 1
 

@@ -94,19 +94,19 @@ def test_a_long_chat_keeps_its_first_token_and_its_end(place: Path, capsys: Any)
 def test_bad_messages(place: Path, capsys: Any) -> None:
     message = error_of(capsys, "fit", data=write_chats("chat.jsonl"))
     assert message == (
-        "blk fit: line 1: these are messages, and the tokenizer has no chat template; write the whole text as the "
-        "model was trained on it\n"
+        "blk fit: chat.jsonl:1: these are messages, and the tokenizer has no chat template; write the whole text as "
+        "the model was trained on it\n"
     )
     set_template(place / "adapter", TEMPLATE)
     user = {"role": "user", "content": "red"}
     for content, message in (
-        ({"messages": [user], "prompt": "red"}, 'line 1: expected "prompt" or "messages", got both'),
+        ({"messages": [user], "prompt": "red"}, ':1: expected "prompt" or "messages", got both'),
         ({"messages": []}, '"messages": expected a list of messages {"role": ..., "content": ...}, both texts, got []'),
         ({"messages": "red"}, '"messages": expected a list'),
         ({"messages": ["red"]}, '"messages": expected a list'),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, '"messages": expected a list'),
         ({"prompt": [user]}, '"prompt": expected text, got [{"role": "user", "content": "red"}]; the messages of a'),
-        ({"messages": [user, {"role": "assistant", "content": "A"}]}, "line 1: the last message is the assistant's"),
+        ({"messages": [user, {"role": "assistant", "content": "A"}]}, ":1: the last message is the assistant's"),
         (
             {"messages": [{"role": "system", "content": "A"}]},
             "chat template does not take it: TemplateError: no system",
@@ -144,7 +144,7 @@ def test_a_language_model_needs_choices(place: Path, capsys: Any) -> None:
         assert main([command, "adapter", "data.jsonl"]) == 2
         assert "--choices: expected what the model chooses between" in capsys.readouterr().err
     assert main(["fit", "adapter", "data.jsonl"]) == 2
-    assert "line 1: expected" in (error := capsys.readouterr().err)
+    assert ":1: expected" in (error := capsys.readouterr().err)
     assert "prompts and labels need --choices" in error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from test_commands_classifier import MODEL, bad, blk, error_of, make
 
 from bayesian_lora_kernels import LaplaceLoRA, calibration
 from bayesian_lora_kernels.cli import main
-from bayesian_lora_kernels.commands.task import pair_scores
+from bayesian_lora_kernels.commands.job import Job
 
 PAIRS = [
     ("red fish", " bird", " tree tree"),
@@ -183,11 +184,13 @@ def test_a_tie_is_half_right(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     write(Path("data.jsonl"), PAIRS[:10])
     assert blk("fit") == 0
 
-    def same(model: Any, batch: Any) -> torch.Tensor:
-        scores = pair_scores(model, batch)
-        return scores - scores
+    predict = Job.predict
 
-    monkeypatch.setattr("bayesian_lora_kernels.commands.task.pair_scores", same)
+    def same(job: Job, laplace: LaplaceLoRA) -> Any:
+        found = predict(job, laplace)
+        return replace(found, mean=torch.zeros_like(found.mean))
+
+    monkeypatch.setattr(Job, "predict", same)
     assert blk("evaluate", "--json", "e.json") == 0
     assert json.loads(Path("e.json").read_text())["map"]["accuracy"] == 0.5
 
@@ -225,8 +228,8 @@ def test_chats_are_what_the_template_says(place: Path) -> None:
 def test_bad_data(place: Path, capsys: Any) -> None:
     turn = [{"role": "user", "content": "red"}]
     for line, message in (
-        ('{"prompt": "red", "label": 1}', 'line 1: no "chosen"; this model gives a text one score'),
-        ('{"chosen": "red"}', 'line 1: no "rejected"'),
+        ('{"prompt": "red", "label": 1}', ':1: no "chosen"; this model gives a text one score'),
+        ('{"chosen": "red"}', ':1: no "rejected"'),
         ('["red", "blue"]', 'expected an object {"chosen": ..., "rejected": ...}'),
         ('{"chosen": "red", "rejected": 3}', '"rejected": expected text, or a list of messages, got 3'),
         ('{"chosen": "red", "rejected": null}', '"rejected": expected text, or a list of messages, got null'),
@@ -237,13 +240,13 @@ def test_bad_data(place: Path, capsys: Any) -> None:
             json.dumps({"prompt": "red", "chosen": turn, "rejected": turn}),
             'expected texts only, or lists of messages only; "prompt" is text and "chosen" is a list and',
         ),
-        ('{"chosen": "red", "rejected": "red "}', "line 1: chosen and rejected are the same, expected two answers"),
-        (json.dumps({"chosen": turn, "rejected": turn}), "line 1: these are messages, and the tokenizer has no chat"),
+        ('{"chosen": "red", "rejected": "red "}', ":1: chosen and rejected are the same, expected two answers"),
+        (json.dumps({"chosen": turn, "rejected": turn}), ":1: these are messages, and the tokenizer has no chat"),
     ):
         assert message in error_of(capsys, "fit", data=bad(line)), line
     write(Path("long.jsonl"), [("red red red", " bird", " fish")])
     message = error_of(capsys, "fit", "--max-length", "4", data="long.jsonl")
-    assert "line 1: chosen and rejected are the same within 4 tokens (--max-length)" in message
+    assert ":1: chosen and rejected are the same within 4 tokens (--max-length)" in message
 
 
 def test_bad_use(made: Path, place: Path, capsys: Any) -> None:

@@ -60,9 +60,9 @@ def test_patch_reaches_every_module_and_unpatch_puts_everything_back(theirs, use
 
 
 def test_unknown_packages_versions_and_absent_ones_are_refused(theirs, monkeypatch):
-    with pytest.raises(ValueError, match="expected one of bayesian_lora, got 'laplace'"):
+    with pytest.raises(ValueError, match="expected one of bayesian_lora, bayesadapt, got 'laplace'"):
         blk.patch("laplace")
-    with pytest.raises(ValueError, match="expected one of bayesian_lora, got 'laplace'"):
+    with pytest.raises(ValueError, match="expected one of bayesian_lora, bayesadapt, got 'laplace'"):
         blk.unpatch("laplace")
     monkeypatch.setattr(patching, "version", lambda name: "0.0.7")
     with pytest.raises(RuntimeError, match=r"bayesian_lora 0\.0\.7 is not known, expected 0\.0\.6"):

@@ -61,11 +61,12 @@ def test_bayesian_lora_s_rows_see_the_last_position_and_low_rank_goes_with_one_o
     assert third == pytest.approx(3 * whole, rel=0.1)
 
 
-def test_laplace_lora_itself_is_our_published_scale():
+@pytest.mark.parametrize("name", table.CHECKOUTS)
+def test_laplace_lora_itself_is_our_published_scale(name):
     pytest.importorskip("asdl", reason="asdl, which laplace-lora needs, is not installed")
     from peers import sources
 
-    checkout = sources.find("laplace-lora/laplace").parent
+    checkout = sources.find(name)
     for pads in (0, 10):
-        theirs = table._in_its_own_process(str(checkout.parent), pads)
+        theirs = table._in_its_own_process(str(checkout.parent), pads, name)
         assert published(pads) == pytest.approx(theirs, rel=1e-4)

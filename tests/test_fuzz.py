@@ -49,7 +49,7 @@ def without_a_name(*_: Any) -> None:
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "a checksum that is not compared": (storage, "_file_digest", as_it_says),
+    "a checksum that is not compared": (storage, "file_digest", as_it_says),
     "memory that no file needs": (TensorFile, "read", lambda *_, **__: torch.zeros(2 * 10**8)),
     "an error of another kind": (storage, "check_description", lambda *_: {}["x"]),
     "an error that names no file": (storage, "check_description", without_a_name),
@@ -107,7 +107,7 @@ def test_weights_of_a_calibration_that_no_float_holds(tmp_path: Path) -> None:
     laplace.calibrate(case.loader(2), progress=False).save_pretrained(tmp_path)
     content = json.loads((tmp_path / "laplace.json").read_text())
     content["calibration"]["weights"]["pairwise"][0][0] = 10**400
-    content["sha256"] = storage._content_digest(content)
+    content["sha256"] = storage.content_digest(content)
     (tmp_path / "laplace.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"calibration.weights.pairwise: expected \[13, 15\] weights"):
         blk.LaplaceLoRA.from_pretrained(case.model, tmp_path)

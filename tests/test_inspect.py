@@ -13,7 +13,8 @@ from torch import nn
 
 from bayesian_lora_kernels import LaplaceLoRA, Posterior, Prior
 from bayesian_lora_kernels.cli import main
-from bayesian_lora_kernels.commands.portrait import kinds, spectrum_line
+from bayesian_lora_kernels.commands.inspect import kinds
+from bayesian_lora_kernels.plots.posterior import spectrum_line
 from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.evidence import effective_parameters
 

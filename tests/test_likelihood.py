@@ -51,7 +51,7 @@ def test_columns_of_a_gaussian_are_the_identity():
     assert torch.equal(columns, torch.eye(4, dtype=torch.float64).expand(2, 3, 4, 4))
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
 def test_sampled_scores_have_the_fisher_as_covariance(likelihood):
     """Fisher information: the covariance of the score under the model's own distribution."""
     n, logits = 40_000, torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
@@ -62,7 +62,7 @@ def test_sampled_scores_have_the_fisher_as_covariance(likelihood):
     assert (scores.mean(dim=0).abs() / scores.std(dim=0) * n**0.5).max() < 5
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
 def test_score_is_the_gradient_of_the_log_likelihood(likelihood):
     model = LIKELIHOODS[likelihood]()
     logits = LOGITS["tokens"].clone().requires_grad_()
@@ -74,10 +74,11 @@ def test_score_is_the_gradient_of_the_log_likelihood(likelihood):
     labels = model.check_labels(logits, labels)
     (truth,) = torch.autograd.grad(total, logits)
     assert relative(model.score(logits.detach(), labels), truth) < 1e-12
-    assert float(model.log_likelihood(logits, labels, None)) == pytest.approx(float(total.detach()), rel=1e-12)
+    assert float(model.log_likelihood(logits, labels, None).sum()) == pytest.approx(float(total.detach()), rel=1e-12)
     mask = torch.tensor([[True, False, True], [True, True, False]])
-    by_hand = sum(float(model.log_likelihood(logits[mask][i], labels[mask][i], None)) for i in range(4))
-    assert float(model.log_likelihood(logits, labels, mask)) == pytest.approx(by_hand, rel=1e-12)
+    one_by_one = model.log_likelihood(logits[mask][:, None], labels[mask][:, None], None)
+    by_hand = torch.stack([part.sum() for part in one_by_one.split(2)])
+    assert relative(model.log_likelihood(logits, labels, mask), by_hand) < 1e-12
 
 
 @pytest.mark.parametrize("logits", [2, 17, 18])

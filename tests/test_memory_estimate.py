@@ -206,8 +206,9 @@ def test_doctor_without_weights(place: Path, capsys: Any):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--batch-size", "4"], "--batch-size, --length: expected both, or neither"),
-        (["--batch-size", "4", "--length", "8"], "--adapter: expected a folder"),
+        (["--batch-size", "4"], "--batch-size: expected with --adapter FOLDER"),
+        (["--adapter", "{}", "--length", "8"], "--batch-size, --length: expected both, or neither"),
+        (["--adapter", "{}", "--budget", "8GB"], "--batch-size, --length: expected both"),
         (["--adapter", "nowhere", "--batch-size", "4", "--length", "8"], "nowhere: no such folder"),
         (["--adapter", "{}", "--model", "/nowhere", "--batch-size", "4", "--length", "8"], "--base /nowhere: no such"),
         (["--adapter", "{}", "--batch-size", "4", "--length", "8", "--budget", "much"], "expected bytes, such as 8GB"),

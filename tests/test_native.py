@@ -249,13 +249,15 @@ def test_refusals() -> None:
     [
         ({"reason": "no C++ compiler"}, "was not built: no C++ compiler"),
         ({"torch": "1.0.0"}, "was built for PyTorch 1.0.0, and this is"),
+        (None, "was not built; to build it"),
     ],
 )
 def test_says_why_it_is_unavailable(
-    record: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    record: dict[str, str] | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "ops").mkdir()
-    (tmp_path / "_native_build.json").write_text(json.dumps(record))
+    if record is not None:
+        (tmp_path / "_native_build.json").write_text(json.dumps(record))
     monkeypatch.setattr(native, "__file__", str(tmp_path / "ops" / "native.py"))
     native._load.cache_clear()
     try:

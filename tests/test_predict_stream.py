@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import test_commands
-from test_commands import CHOICES, LABELS, PROMPTS, blk, error_of, read_lines, write_data
+from test_commands import CHOICES, LABELS, PROMPTS, blk, by_hand, error_of, padded, read_lines, write_data
 
 from bayesian_lora_kernels.commands import predict
+from bayesian_lora_kernels.plots.logits import REACH
 
 made, place, fitted = test_commands.made, test_commands.place, test_commands.fitted
 MANY = [f"{word} {prompt}" for word in ("blue", "red", "tree") for prompt in PROMPTS]
@@ -52,6 +53,29 @@ def test_parts_are_the_whole(many: Path, capsys: Any, monkeypatch: pytest.Monkey
         for key in ("map", "laplace", "logit_std"):
             assert one[key] == pytest.approx(other[key], abs=1e-5)
     assert not list(many.glob("*.part*"))
+
+
+def test_a_picture_of_the_first_lines(made: Path, many: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the means and standard deviations that Python gives, also where a run stopped before it drew."""
+    pytest.importorskip("matplotlib")
+    truth = by_hand(made).optimize_prior_precision().predict(padded(MANY[:6], "right"), differences=True)
+    assert blk("predict", "--json", "whole.jsonl", "--plot", "whole.svg", data="many.jsonl") == 0
+    assert f"first 6 of {len(MANY)} lines drawn in whole.svg" in capsys.readouterr().out
+    figure = predict.picture(read_lines("whole.jsonl")[:6], CHOICES, "Laplace")
+    for i, axes in enumerate(figure.axes[::2]):
+        order = truth.mean[i].argsort(descending=True)
+        hills = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) > 2]
+        assert [(x[0] + x[-1]) / 2 for x in hills] == pytest.approx(truth.mean[i, order].tolist(), abs=1e-4)
+        wanted = truth.variance[i, order].sqrt().tolist()
+        assert [(x[-1] - x[0]) / 2 / REACH for x in hills] == pytest.approx(wanted, abs=1e-4)
+        assert f"{CHOICES[LABELS[i]]} (answer)" in [text.get_text() for text in axes.get_yticklabels()]
+        assert axes.get_title("left") == f"line {i + 1}"
+    with monkeypatch.context() as stops:
+        stopped_after(1, stops, KeyboardInterrupt())
+        assert blk("predict", "--json", "p.jsonl", "--plot", "p.svg", data="many.jsonl") == 130
+    assert not Path("p.svg").exists()
+    assert blk("predict", "--json", "p.jsonl", "--plot", "p.svg", data="many.jsonl") == 0
+    assert Path("p.svg").read_bytes() == Path("whole.svg").read_bytes()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("full")])
@@ -106,7 +130,7 @@ def test_a_broken_line_is_found_before_anything_is_written(many: Path, capsys: A
     with open("many.jsonl", "a") as file:
         file.write("not JSON\n")
     message = error_of(capsys, "predict", "--json", "p.jsonl", data="many.jsonl")
-    assert f"many.jsonl, line {len(MANY) + 1}: not JSON" in message
+    assert f"many.jsonl:{len(MANY) + 1}: not JSON" in message
     assert not list(many.glob("p.jsonl*"))
 
 
@@ -146,7 +170,10 @@ def test_killed_and_in_bounded_memory(fitted: Path) -> None:
     _, err = second.communicate(timeout=300)
     assert second.returncode == 0, err
     assert "lines are there already" in err
-    assert [row["line"] for row in read_lines("p.jsonl")] == list(range(1, 30 * len(PROMPTS) + 1))
+    rows = read_lines("p.jsonl")
+    assert [row["line"] for row in rows] == list(range(1, 30 * len(PROMPTS) + 1))
+    for row in rows:  # those before the kill and those after it
+        assert row["laplace"] == pytest.approx(rows[(row["line"] - 1) % len(PROMPTS)]["laplace"], abs=1e-5)
     peak = int(err.split()[-1]) * 1024
     short = subprocess.run(
         [*command[:4], "adapter", "data.jsonl", *command[6:]], capture_output=True, text=True, check=True

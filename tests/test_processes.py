@@ -239,7 +239,7 @@ def test_the_shares_of_a_group_have_every_example_once(kind, size, monkeypatch):
         for rank in range(size):
             loader = shard_of(kind, n, batch, rank, size, shuffle)
             group = SimpleNamespace(group=object(), rank=rank, size=size)
-            for rows in shares.own_share(loader, group, "fit"):
+            for rows in shares.own_share(loader, group, "fit", Rows):
                 seen += rows
         assert sorted(seen) == [*range(n)], (n, batch, shuffle)
 

@@ -915,7 +915,7 @@ def test_a_reader_meets_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Between a reader's two files a writer replaces both: the reader starts again."""
     case = small(tmp_path)
     other = blk.LaplaceLoRA(case.model, prior_precision=7.0, fisher="empirical").fit(case.loader(2), progress=False)
-    digest, calls = storage._file_digest, []
+    digest, calls = storage.file_digest, []
 
     def overtaken(path: Path) -> str:
         calls.append(path)
@@ -923,5 +923,5 @@ def test_a_reader_meets_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             other.save_pretrained(tmp_path)
         return digest(path)
 
-    monkeypatch.setattr(storage, "_file_digest", overtaken)
+    monkeypatch.setattr(storage, "file_digest", overtaken)
     assert float(blk.LaplaceLoRA.from_pretrained(case.model, tmp_path).prior_precision) == 7.0

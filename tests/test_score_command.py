@@ -180,7 +180,7 @@ def test_pieces_of_a_text(made):
 BAD = {
     "no file": (("--json", "x.json"), "nothing.txt", "nothing.txt: no such file"),
     "a folder": ((), "adapter", "expected a text file, got a folder"),
-    "empty": ((), "empty.txt", "the text has no tokens"),
+    "empty": ((), "empty.txt", "empty.txt: it has no tokens"),
     "binary": ((), "binary.txt", "not UTF-8 text"),
     "plot": (("--plot", "x.gif"), "text.py", "expected a name that ends in .png"),
     "html in no folder": (("--html", "no/x.html"), "text.py", "the folder no does not exist"),

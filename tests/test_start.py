@@ -13,7 +13,19 @@ from bayesian_lora_kernels.curvature import CURVATURES
 from bayesian_lora_kernels.predictive.calibrate import METHODS
 from bayesian_lora_kernels.predictive.distribution import PROBABILITY_METHODS
 
-COMMANDS = ("demo", "doctor", "bench", "fit", "calibrate", "evaluate", "compare", "predict", "score", "inspect")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "bench",
+    "fit",
+    "calibrate",
+    "evaluate",
+    "compare",
+    "predict",
+    "score",
+    "influence",
+    "inspect",
+)
 WITHOUT_TORCH = """
 import sys
 sys.modules.update(dict.fromkeys(("torch", "transformers", "numpy")))  # importing one raises ImportError
@@ -73,7 +85,7 @@ def test_every_public_name_is_there():
     for name in blk.__all__:
         assert getattr(blk, name) is not None
         assert name in dir(blk)
-    assert {*blk._PLACES, "ops", "patch", "unpatch"} == {*blk.__all__}
+    assert {*blk._PLACES, "ops", "patch", "plots", "unpatch"} == {*blk.__all__}
     with pytest.raises(AttributeError, match="no attribute 'fits'"):
         blk.fits  # noqa: B018
 

@@ -181,7 +181,7 @@ DAMAGE = {
         r"laplace.json: damaged or altered",
     ),
     "a key removed": ("json", edit(lambda c: c.pop("settings")), ValueError, r"laplace.json: damaged or altered"),
-    "a newer version": ("json", edit(newer), ValueError, r"format version 4, this package reads up to version 3"),
+    "a newer version": ("json", edit(newer), ValueError, r"format version 5, this package reads up to version 4"),
     "no version": ("json", edit(lambda c: c.pop("version")), ValueError, r"format version None"),
 }
 

@@ -261,7 +261,7 @@ def sealed(folder: Path, change: Callable[[dict[str, Any]], Any], tensors: bytes
         (folder / content["tensors"]["file"]).write_bytes(tensors)
         content["tensors"]["sha256"] = hashlib.sha256(tensors).hexdigest()
     change(content)
-    content["sha256"] = storage._content_digest(content)
+    content["sha256"] = storage.content_digest(content)
     path.write_text(json.dumps(content))
 
 

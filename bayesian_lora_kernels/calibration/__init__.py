@@ -1,5 +1,7 @@
 """How good probabilities are: accuracy, calibration, and whether they notice errors and foreign inputs."""
 
+from typing import Any
+
 from bayesian_lora_kernels.calibration.comparison import PairedDifference, paired_difference
 from bayesian_lora_kernels.calibration.debiased import (
     CalibrationInterval,
@@ -17,13 +19,6 @@ from bayesian_lora_kernels.calibration.metrics import (
     predictive_entropy,
     summary,
 )
-from bayesian_lora_kernels.calibration.plots import (
-    draw_reliability,
-    reliability_diagram,
-    reliability_diagrams,
-    risk_coverage_diagram,
-    save_figure,
-)
 from bayesian_lora_kernels.calibration.reliability import ReliabilityBins, reliability_bins
 from bayesian_lora_kernels.calibration.selective import RiskCoverage, risk_coverage
 from bayesian_lora_kernels.calibration.temperature import temperature_scale
@@ -38,7 +33,6 @@ __all__ = [
     "brier_score",
     "calibration_error_interval",
     "debiased_calibration_error",
-    "draw_reliability",
     "error_auroc",
     "expected_calibration_error",
     "negative_log_likelihood",
@@ -46,11 +40,18 @@ __all__ = [
     "paired_difference",
     "predictive_entropy",
     "reliability_bins",
-    "reliability_diagram",
-    "reliability_diagrams",
     "risk_coverage",
-    "risk_coverage_diagram",
-    "save_figure",
     "summary",
     "temperature_scale",
 ]
+
+_DIAGRAMS = ("draw_reliability", "reliability_diagram", "reliability_diagrams", "risk_coverage_diagram", "save_figure")
+
+
+def __getattr__(name: str) -> Any:
+    """Diagrams by the names that they had here before `plots` was there."""
+    if name not in _DIAGRAMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bayesian_lora_kernels import plots
+
+    return getattr(plots, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from bayesian_lora_kernels.commands.errors import InputError, brief, loading
+from bayesian_lora_kernels.commands import output
+from bayesian_lora_kernels.commands.errors import InputError, absence, brief, loading
 
 CONFIG = "adapter_config.json"
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -105,7 +105,7 @@ class AdapterFolder:
         if config is not None:  # the head is the adapter's, whatever the base has
             kind = transformers.AutoModelForSequenceClassification
             options |= {"config": config, "ignore_mismatched_sizes": True}
-        with loading(f"base model {self.base}"), loading_bar(sys.stderr.isatty()), _quiet(config is not None):
+        with loading(f"base model {self.base}"), loading_bar(output.watched()), _quiet(config is not None):
             try:
                 base, info = kind.from_pretrained(self.base, output_loading_info=True, **options)
             except OSError as error:
@@ -186,7 +186,7 @@ def open_adapter(
     """
     path = folder / CONFIG
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected a PEFT adapter folder")
+        raise InputError(f"{folder}: {absence(folder)}; expected a PEFT adapter folder")
     if not path.is_file():
         raise InputError(f"{folder}: no {CONFIG} in it; expected a PEFT adapter folder")
     try:
@@ -209,9 +209,9 @@ def open_adapter(
     named = base or config.get("base_model_name_or_path")
     if not named:
         raise InputError(f"{path}: it does not name the base model; pass --base FOLDER")
-    if not Path(named).is_dir() and _is_path(named):
+    if not Path(named).is_dir() and (_is_path(named) or Path(named).exists()):
         if base is not None:
-            raise InputError(f"--base {base}: no such folder")
+            raise InputError(f"--base {base}: {absence(Path(base))}; expected the folder of a base model")
         raise InputError(f"{path}: its base model {named} is not there; pass --base FOLDER")
     adapter = AdapterFolder(folder, str(named), task, base is not None, None if base else config.get("revision"))
     _check_config(path, config, adapter.shapes() if weights else None)
@@ -253,9 +253,10 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).tolist()  # which a device without numbers refuses
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name}: not usable on this machine: {brief(error)}") from error
+        there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        raise InputError(f"--device {name}: not usable on this machine; expected such as {there}") from error
     return device
 
 

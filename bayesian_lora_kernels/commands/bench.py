@@ -6,7 +6,6 @@ right is not shown.
 
 from __future__ import annotations
 
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.commands import output
@@ -37,10 +35,11 @@ def run(args: Namespace) -> int:
     device = choose_device(args.device)
     size = SIZES["quick" if args.quick else "cuda" if device.type == "cuda" else "cpu"]
     with as_failures(RuntimeError):
-        rows = measure(device, getattr(torch, args.dtype), size, progress=sys.stderr.isatty())
+        rows = measure(device, getattr(torch, args.dtype), size)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, PyTorch {torch.__version__}, inputs {args.dtype}\n\n{format_rows(rows)}")
-    output.write_json(args.json, {"device": name, "torch": torch.__version__, "dtype": args.dtype, "rows": rows})
+    result = {"command": "bench", "device": name, "torch": torch.__version__, "dtype": args.dtype, "rows": rows}
+    output.write_json(args.json, result)
+    output.show(args, f"{name}, PyTorch {torch.__version__}, inputs {args.dtype}", "", format_rows(rows))
     return FAILED if any(row["error"] is not None and row["seconds"] is None for row in rows) else 0
 
 
@@ -74,14 +73,14 @@ class Case:
     call: Callable[..., Tensor]
 
 
-def measure(device: torch.device, dtype: torch.dtype, size: Size, progress: bool) -> list[dict[str, Any]]:
+def measure(device: torch.device, dtype: torch.dtype, size: Size) -> list[dict[str, Any]]:
     """One row per case and implementation that can run, in values that JSON can hold.
 
     `seconds` holds the median and the 20th and 80th percentile; it is None, with a `reason`, where the implementation
     refuses or its result is wrong. Random inputs come from a fixed seed.
     """
     rows = []
-    for case in tqdm(list(cases(device, dtype, size)), desc="bench", unit="case", disable=not progress):
+    for case in output.bar(list(cases(device, dtype, size)), desc="bench", unit="case"):
         truth = case.call(*in_float64(case.inputs), impl="reference").double()
         for impl in reversed(IMPLEMENTATIONS):
             if case.operation not in ops.backends()[impl]["operations"]:

@@ -9,6 +9,7 @@ from bayesian_lora_kernels.calibration import expected_calibration_error, negati
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.errors import as_input_errors
 from bayesian_lora_kernels.commands.job import FEW_LABELS, load_job, load_posterior
+from bayesian_lora_kernels.commands.parts import Facts, Table
 from bayesian_lora_kernels.commands.probabilities import name_of
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 from bayesian_lora_kernels.predictive.calibrate import LabelLikelihood
@@ -28,7 +29,7 @@ def run(args: Namespace) -> int:
     job = load_job(args, labelled=True, posterior=folder, classes=2)
     if len(job.labels) < FEW_LABELS:
         output.warn(f"{args.data}: {len(job.labels)} labels say little; {FEW_LABELS} do, a hundred are good")
-    laplace = load_posterior(job.inputs.model, job.task, folder)
+    laplace = load_posterior(job.inputs.model, folder)
     logits, labels = job.judged(laplace)
     evidence = LabelLikelihood()
     with as_input_errors():
@@ -64,12 +65,12 @@ def run(args: Namespace) -> int:
         ("effective grid points", f"{points}, of {result['grid_points']}"),
         ("written to", f"{folder}/{JSON_NAME}"),
     ]
-    print(f"{output.pairs(facts)}\n\n{_report(metrics)}\n")
-    print("the calibration was made with these labels, so they do not judge it; blk evaluate does, on others")
+    judge = "the calibration was made with these labels, so they do not judge it; blk evaluate does, on others"
+    output.show(args, Facts(facts), "", _report(metrics), "", judge)
     return 0
 
 
-def _report(metrics: Mapping[str, Mapping[str, float]]) -> str:
+def _report(metrics: Mapping[str, Mapping[str, float]]) -> Table:
     rows = [["on these labels", *(title for title, _ in METRICS.values())]]
     rows += [[name, *(f"{values[key]:.4f}" for key in METRICS)] for name, values in metrics.items()]
-    return output.table(rows)
+    return Table(rows)

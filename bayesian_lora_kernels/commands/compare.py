@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,15 +9,14 @@ from time import perf_counter
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.calibration import temperature_scale
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.dataset import Example, read_examples
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
-from bayesian_lora_kernels.commands.evaluate import metrics_of, print_diagrams, save_diagrams
-from bayesian_lora_kernels.commands.inputs import load_inputs
-from bayesian_lora_kernels.commands.job import FEW_LABELS, Job, check_classes, open_task
+from bayesian_lora_kernels.commands.evaluate import diagrams, metrics_of, save_diagrams
+from bayesian_lora_kernels.commands.job import FEW_LABELS, Job, check_classes, load_parts, open_task
+from bayesian_lora_kernels.commands.parts import Table
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.predictive.calibrate import LabelLikelihood
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
@@ -62,6 +60,9 @@ def run(args: Namespace) -> int:
     Raises:
         InputError: for whatever the user has to put right.
     """
+    repeated = next((method for i, method in enumerate(args.methods) if method in args.methods[:i]), None)
+    if repeated is not None:
+        raise InputError(f"--methods: {repeated!r} is there twice")
     data = _load(args)
     labels, outcomes = _outcomes(data, args.methods, args.seed)
     with as_input_errors():
@@ -85,11 +86,11 @@ def run(args: Namespace) -> int:
         "methods": {method: {**metrics[method], "seconds": seconds} for method, (_, seconds) in outcomes.items()},
     }
     output.write_json(args.json, result)
-    print(
+    about = (
         f"{result['n_test']} {data.test.task.examples} of {args.test}; temperature and Laplace know "
-        f"{result['n_held_out']} labels of {args.held_out}\n\n{_report(result['methods'])}"
+        f"{result['n_held_out']} labels of {args.held_out}"
     )
-    print_diagrams(args)
+    output.show(args, about, "", _report(result["methods"]), *diagrams(args))
     return 0
 
 
@@ -105,21 +106,13 @@ def _load(args: Namespace) -> Data:
         check_classes(path, task, parts[-1], 2 if i == 1 else 1)
     if len(parts[1]) < FEW_LABELS:
         output.warn(f"{args.held_out}: {len(parts[1])} labels say little; {FEW_LABELS} do, a hundred are good")
-    inputs = load_inputs(
-        folder, task, [one for part in parts for one in part], args.device, args.dtype, args.max_length
-    )
-    jobs, start = [], 0
-    for part in parts:
-        ids = inputs.ids[start : start + len(part)]
-        jobs.append(Job(folder.base, task, part, replace(inputs, ids=ids), args.batch_size))
-        start += len(part)
-    return Data(*jobs)
+    return Data(*load_parts(args, folder, task, parts))
 
 
 def _outcomes(data: Data, methods: Sequence[str], seed: int) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:
     """Labels of the test examples; of each method their probabilities, and the seconds that it took."""
     outcomes: dict[str, tuple[Tensor, float]] = {}
-    with tqdm(methods, desc="methods", disable=not sys.stderr.isatty()) as bar:
+    with output.bar(methods, desc="methods", unit="method") as bar:
         for method in bar:
             bar.set_postfix_str(NAMES[method])
             start = perf_counter()
@@ -137,7 +130,7 @@ def _laplace(data: Data, method: str, seed: int) -> tuple[LogitPosterior, Tensor
         laplace = data.train.laplace(config)
         if method == "last":
             laplace = data.train.laplace(replace(config, modules=last_block([layer.name for layer in laplace.layers])))
-        laplace.fit(data.train.batches(), progress=sys.stderr.isatty()).optimize_prior_precision()
+        laplace.fit(data.train.batches(), progress=output.watched()).optimize_prior_precision()
     held_out, labels = data.held_out.judged(laplace)
     evidence = LabelLikelihood()
     with as_input_errors():
@@ -153,9 +146,9 @@ def last_block(names: Sequence[str]) -> list[str]:
     return [name for name, place in places.items() if place in (None, last)]
 
 
-def _report(methods: Mapping[str, Mapping[str, Any]]) -> str:
+def _report(methods: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = [["", *COLUMNS.values(), "seconds"]]
     for method, values in methods.items():
         numbers = ["-" if values[key] is None else f"{values[key]:.4f}" for key in COLUMNS]
         rows.append([NAMES[method], *numbers, f"{values['seconds']:.1f}" if values["seconds"] else ""])
-    return output.table(rows)
+    return Table(rows)

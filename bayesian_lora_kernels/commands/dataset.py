@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesian_lora_kernels.commands.errors import InputError, reading
+from bayesian_lora_kernels.commands.errors import InputError, reading, undecodable
 
 SIDES = ("chosen", "rejected")  # of a pair
 _KEYS = {
@@ -31,11 +31,18 @@ class Example:
         line: its number in the file, from 1.
         inputs: what the model reads: one, or the two of a pair.
         label: index into the choices; None if the line has no label. Of a pair 0, the one that was chosen.
+        path: of the file, if it is one of JSON lines.
     """
 
     line: int
     inputs: tuple[Content, ...]
     label: int | None
+    path: Path | None = None
+
+    @property
+    def where(self) -> str:
+        """The line, as an error names it."""
+        return f"line {self.line}" if self.path is None else f"{self.path}:{self.line}"
 
 
 def read_examples(
@@ -71,30 +78,36 @@ def stream_examples(
     Raises:
         InputError: if the file cannot be read; if a line is not such an object. It names the line.
     """
-    with reading(path, "a file of JSON lines"), open(path, encoding="utf-8-sig", newline="\n") as file:
+    with reading(path, "a file of JSON lines"), open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            where = f"{path}, line {number}: "
+            where = f"{path}:{number}: "
             content = _object(line, where, "text" if texts else "pair" if pairs else "prompt")
             if pairs:
-                yield Example(number, _pair(content, where), 0)
+                yield Example(number, _pair(content, where), 0, path)
             elif texts:
                 if "prompt" in content or "label" in content:
                     raise InputError(
                         f'{where}expected "text" or "messages" alone, as prompts and labels need --choices'
                     )
-                yield Example(number, (_text(content, where, "text"),), None)
+                yield Example(number, (_text(content, where, "text"),), None, path)
             else:
                 label = _label(content, where, choices, labelled)
-                yield Example(number, (_text(content, where, "prompt"),), label)
+                yield Example(number, (_text(content, where, "prompt"),), label, path)
 
 
-def _object(line: str, where: str, kind: str) -> dict[str, Any]:
+def _object(line: bytes, where: str, kind: str) -> dict[str, Any]:
     try:
-        content = json.loads(line)
+        content = json.loads(line.decode("utf-8-sig").rstrip())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}not UTF-8 text: {undecodable(error)}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{where}not JSON: {error.msg} at column {error.colno}") from None
+    except ValueError:
+        raise InputError(f"{where}not JSON that can be read: a number of thousands of digits") from None
+    except RecursionError:
+        raise InputError(f"{where}not JSON that can be read: brackets within a thousand brackets") from None
     if not isinstance(content, dict):
         raise InputError(f"{where}expected an object {{{_KEYS[kind]}}}, got {_json(content)}")
     return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from contextlib import nullcontext
 
@@ -18,7 +17,7 @@ def run(args: Namespace) -> int:
     from bayesian_lora_kernels.demo.problem import Problem
     from bayesian_lora_kernels.demo.run import run_demo
 
-    progress = sys.stderr.isatty()
+    progress = output.watched()
     tiny = args.model == TINY
     given = [name for name in OF_OTHERS if getattr(args, name) not in (None, [], "auto")]
     if tiny and given:
@@ -36,7 +35,11 @@ def run(args: Namespace) -> int:
 
     from bayesian_lora_kernels.demo.tiny import few_threads
 
+    output.check_folder(args.out, "--out ")
+    if args.cache is not None:
+        output.check_folder(args.cache, "--cache ")
     with as_failures(ImportError, RuntimeError, ValueError), few_threads() if tiny else nullcontext():
-        content = run_demo(problem, args.seeds, args.seed, args.out, progress)
+        content, text = run_demo(problem, args.seeds, args.seed, args.out, progress)
     output.write_json(args.json, content)
+    output.show(args, text)
     return 0

@@ -18,6 +18,7 @@ from bayesian_lora_kernels.commands.errors import FAILED, InputError, as_input_e
 from bayesian_lora_kernels.commands.inputs import load_inputs
 from bayesian_lora_kernels.commands.kernels import format_kernels, verify_kernels
 from bayesian_lora_kernels.commands.memory import estimate
+from bayesian_lora_kernels.commands.parts import Part
 from bayesian_lora_kernels.commands.task import task_of
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.ops import native
@@ -26,27 +27,33 @@ from bayesian_lora_kernels.verification import Verification
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "numpy", "matplotlib")
 TOLERANCE = 1e-10
+OF_AN_ESTIMATE = ("batch_size", "length", "budget", "examples")  # options
+OF_AN_ADAPTER = ("model", "data", "choices", *OF_AN_ESTIMATE)
 EXAMPLES = 8  # of the file; the one with most padding among them and its neighbour are compared
 
 
 def run(args: Namespace) -> int:
     """Examine the machine, estimate or verify the adapter if there is one, print, write."""
-    report = examine()
-    print(format_report(report))
+    unused = next((name for name in OF_AN_ADAPTER if args.adapter is None and getattr(args, name) is not None), None)
+    if unused is not None:
+        raise InputError(f"--{unused.replace('_', '-')}: expected with --adapter FOLDER, whose adapter it is about")
+    report: dict[str, Any] = {"command": "doctor", **examine()}
+    parts: list[Part] = [format_report(report)]
     if args.verify is not None:
         kernels = verify_kernels(args.verify)
-        print(f"\n{format_kernels(kernels)}")
+        parts += ["", *format_kernels(kernels)]
         report |= {"kernels": kernels, "ok": report["ok"] and kernels["ok"]}
-    asked = args.batch_size is not None or args.length is not None
+    asked = any(getattr(args, name) is not None for name in OF_AN_ESTIMATE)
     if asked:
         text, found = estimate(args)
-        print(f"\n{args.adapter}\n{text}")
+        parts += ["", str(args.adapter), text]
         report |= {"memory": found, "ok": report["ok"] and all(found["fits"].values())}
     if args.adapter is not None and (args.data is not None or not asked):
         verified = verify_adapter(args)
-        print(f"\n{args.adapter}\n{verified}")
+        parts += ["", str(args.adapter), str(verified)]
         report |= {"model": verified.as_dict(), "ok": report["ok"] and verified.ok}
     output.write_json(args.json, report)
+    output.show(args, *parts)
     return 0 if report["ok"] else FAILED
 
 
@@ -101,7 +108,7 @@ def verify_adapter(args: Namespace) -> Verification:
     examples = read_examples(args.data, None, labelled=False, pairs=task.pairs)[:EXAMPLES]
     inputs = load_inputs(folder, task, examples, args.device, args.dtype)
     with as_input_errors():
-        laplace = LaplaceLoRA(inputs.model, task.forward, inputs.token_ids)
+        laplace = LaplaceLoRA(inputs.model, None, inputs.token_ids, likelihood=task.likelihood)
         return laplace.verify(batches(inputs.ids, EXAMPLES, inputs.pad_id)[0])
 
 

@@ -38,12 +38,35 @@ def as_input_errors(what: str = "") -> Iterator[None]:
     """Errors that the library raises over the user's model, data or files, as an `InputError`."""
     try:
         yield
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise InputError(f"{what}{said(error)}") from error
+    except (ValueError, TypeError) as error:
         raise InputError(f"{what}{error}") from error
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise
         raise InputError(f"{what}the device is out of memory; try a smaller --batch-size or --max-length") from error
+
+
+@contextmanager
+def writing(path: Path, option: str) -> Iterator[None]:
+    """Errors over a file that an option names, as an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be written: {error.strerror or error}") from error
+
+
+def said(error: OSError) -> str:
+    """What the system says of which file, without its number."""
+    if error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
+def absence(path: Path) -> str:
+    """Why there is no folder."""
+    return "a file" if path.exists() else "no such folder"
 
 
 @contextmanager
@@ -56,9 +79,15 @@ def reading(path: Path, what: str) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text: {error}") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8 text: {undecodable(error)}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def undecodable(error: UnicodeDecodeError) -> str:
+    """Which byte, and why."""
+    return f"byte {error.object[error.start]:#04x}, {error.reason}"
 
 
 @contextmanager

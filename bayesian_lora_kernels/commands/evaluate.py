@@ -10,17 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from bayesian_lora_kernels.calibration import (
-    calibration_error_interval,
-    reliability_diagram,
-    risk_coverage_diagram,
-    save_figure,
-    summary,
-)
+from bayesian_lora_kernels.calibration import calibration_error_interval, summary
 from bayesian_lora_kernels.commands import output
-from bayesian_lora_kernels.commands.errors import as_input_errors
+from bayesian_lora_kernels.commands.errors import as_input_errors, writing
 from bayesian_lora_kernels.commands.job import load_job, load_posterior
+from bayesian_lora_kernels.commands.parts import Table
 from bayesian_lora_kernels.commands.probabilities import hint_at_calibration, in_lines, laplace_probs
+from bayesian_lora_kernels.plots import reliability_diagram, risk_coverage_diagram, save_figure
 
 METRICS = {
     "accuracy": "ACC",
@@ -43,7 +39,7 @@ def run(args: Namespace) -> int:
     """
     folder = args.posterior or args.adapter
     job = load_job(args, labelled=True, posterior=folder)
-    logits, labels = job.judged(load_posterior(job.inputs.model, job.task, folder))
+    logits, labels = job.judged(load_posterior(job.inputs.model, folder))
     name, laplace, calibration = laplace_probs(logits, args)
     hint_at_calibration(logits.calibration, args, folder)
     probs = {"MAP": logits.probs("map"), name: laplace}
@@ -66,8 +62,7 @@ def run(args: Namespace) -> int:
         **dict(zip(("map", "laplace"), metrics.values(), strict=True)),
     }
     output.write_json(args.json, result)
-    print(f"{len(labels)} {job.task.examples} of {args.data}\n\n{_report(metrics)}")
-    print_diagrams(args)
+    output.show(args, f"{len(labels)} {job.task.examples} of {args.data}", "", _report(metrics), *diagrams(args))
     return 0
 
 
@@ -78,20 +73,19 @@ def save_diagrams(args: Namespace, probs: Mapping[str, Tensor], labels: Tensor) 
         InputError: if one cannot be written.
     """
     for path, option, diagram in (
-        (args.plot, "--plot: ", reliability_diagram),
-        (args.plot_risk, "--plot-risk: ", risk_coverage_diagram),
+        (args.plot, "--plot", reliability_diagram),
+        (args.plot_risk, "--plot-risk", risk_coverage_diagram),
     ):
         if path is not None:
-            with as_input_errors(option):
+            with as_input_errors(f"{option}: "), writing(path, option):
                 save_figure(diagram(probs, labels), path)
 
 
-def print_diagrams(args: Namespace) -> None:
-    """Where they are."""
+def diagrams(args: Namespace) -> list[str]:
+    """Where they are, in lines."""
     pictures = {"reliability": args.plot, "risk-coverage": args.plot_risk}
     written = [f"{kind} diagram written to {path}" for kind, path in pictures.items() if path is not None]
-    if written:
-        print("", *written, sep="\n")
+    return ["", *written] if written else []
 
 
 def metrics_of(probs: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -107,7 +101,7 @@ def metrics_of(probs: Tensor, labels: Tensor) -> dict[str, Any]:
     return {key: None if math.isnan(values[key]) else values[key] for key in METRICS} | {INTERVAL: interval}
 
 
-def _report(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+def _report(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
     """A column for each kind of probabilities, a line for each metric."""
     titles = [in_lines(name).split("\n") for name in metrics]
     height = max(map(len, titles))
@@ -119,4 +113,4 @@ def _report(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     names = [*METRICS.values()]
     level = next(iter(metrics.values()))[INTERVAL]["level"]
     names.insert(list(METRICS).index("ece") + 1, f"  {level:.0%} interval")
-    return output.table(list(zip([""] * height + names, *columns, strict=True)))
+    return Table(list(zip([""] * height + names, *columns, strict=True)), header=height)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from torch import Tensor
 from bayesian_lora_kernels.commands import options, output
 from bayesian_lora_kernels.commands.errors import as_input_errors
 from bayesian_lora_kernels.commands.job import FEW_LABELS, how_to_calibrate, how_to_score, load_job
+from bayesian_lora_kernels.commands.parts import Advice, Facts
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 
 
@@ -24,12 +24,14 @@ def run(args: Namespace) -> int:
     """
     folder = args.out or args.adapter
     output.check_folder(folder, "" if args.out is None else "--out ")
+    if args.checkpoint is not None:
+        output.check_folder(args.checkpoint, "--checkpoint ")
     config = options.config_of(args)
     job = load_job(args, labelled=True, texts=True)
     with as_input_errors():
         laplace = job.laplace(config)
         started = time.perf_counter()
-        laplace.fit(job.batches(), progress=sys.stderr.isatty(), checkpoint=args.checkpoint)
+        laplace.fit(job.batches(), progress=output.watched(), checkpoint=args.checkpoint)
         laplace.optimize_prior_precision(per_module=args.per_module)
         evidence = float(laplace.log_marginal_likelihood())
         seconds = time.perf_counter() - started
@@ -57,23 +59,23 @@ def run(args: Namespace) -> int:
         "seconds": seconds,
     }
     output.write_json(args.json, result)
-    print(_report(result))
     if job.task.texts:
-        print(f"\nhow sure the model is of each token of a text: {how_to_score(args, folder)}")
-        return 0
-    print(
-        "\nprobabilities are not calibrated by the evidence; held-out labels (from "
-        f"{FEW_LABELS} on) do that: {how_to_calibrate(args, folder)}"
-    )
+        advice = Advice("how sure the model is of each token of a text", how_to_score(args, folder))
+    else:
+        advice = Advice(
+            f"probabilities are not calibrated by the evidence; held-out labels (from {FEW_LABELS} on) do that",
+            how_to_calibrate(args, folder),
+        )
+    output.show(args, _report(result), "", advice)
     return 0
 
 
-def _report(result: Mapping[str, Any]) -> str:
+def _report(result: Mapping[str, Any]) -> Facts:
     unit, n = ("example", result["n_examples"]) if result["n_tokens"] is None else ("token", result["n_tokens"])
     names = list(map(repr, result["choices"]))
     if result["class_tokens"] is not None:
         names = [f"{name} by token {token!r}" for name, token in zip(names, result["class_tokens"], strict=True)]
-    return output.pairs(
+    return Facts(
         [
             *(
                 [(result["task"], ", ".join(names))]

@@ -7,11 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bayesian_lora_kernels.calibration import save_figure
+from bayesian_lora_kernels.plots.style import INK, MUTED, SURE, UNSURE, new_figure, save_figure, styled
 
-# From sure to unsure; dark text is readable on all of it.
-SURE, UNSURE = (255, 255, 255), (242, 122, 84)
-INK, MUTED = "#222222", "#777777"
 COLUMNS = 88
 CHARACTER, LINE = 0.083, 0.2  # inches
 FONT = 9.0
@@ -66,11 +63,11 @@ def html(tokens: Sequence[ScoredToken], title: str) -> str:
 <meta charset="utf-8">
 <title>{escape(title)}</title>
 <style>
-body {{ color: {INK}; background: #ffffff; font-family: sans-serif; max-width: 60em; margin: 2em auto; }}
+body {{ color: {INK}; background: {SURE}; font-family: sans-serif; max-width: 60em; margin: 2em auto; }}
 pre {{ white-space: pre-wrap; line-height: 1.7; font-size: 14px; }}
 span {{ border-radius: 2px; }}
 p {{ color: {MUTED}; font-size: 13px; }}
-i {{ display: inline-block; width: 9em; height: 0.9em; border: 1px solid #cccccc; background: {ramp}; }}
+i {{ display: inline-block; width: 9em; height: 0.9em; border: 1px solid {MUTED}; background: {ramp}; }}
 </style>
 </head>
 <body>
@@ -81,13 +78,13 @@ i {{ display: inline-block; width: 9em; height: 0.9em; border: 1px solid #cccccc
 """
 
 
+@styled()
 def draw(tokens: Sequence[ScoredToken], path: Path) -> None:
     """The same as a picture, in the format that the suffix says; a long text is cut, and the picture says so.
 
     Raises:
         OSError: if it cannot be written.
     """
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     top = top_of_scale(tokens)
@@ -95,7 +92,7 @@ def draw(tokens: Sequence[ScoredToken], path: Path) -> None:
     lines = min(max((line for line, _, _, _ in cells), default=0) + 1, MOST_LINES)
     cut = any(line >= lines for line, _, _, _ in cells)
     rows = lines + 2 + cut
-    figure = Figure(figsize=(COLUMNS * CHARACTER + 0.4, rows * LINE + 0.4))
+    figure = new_figure(COLUMNS * CHARACTER + 0.4, rows * LINE + 0.4, layout=None)
     axes: Any = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(-0.2 / CHARACTER, COLUMNS + 0.2 / CHARACTER)
     axes.set_ylim(rows + 0.2 / LINE, -0.2 / LINE)
@@ -119,7 +116,7 @@ def draw(tokens: Sequence[ScoredToken], path: Path) -> None:
     for i in range(8 * width):
         box = Rectangle((start + i / 8, below - 0.35), 1 / 8, 0.7, facecolor=_hex(i / (8 * width)), edgecolor="none")
         axes.add_patch(box)
-    axes.add_patch(Rectangle((start, below - 0.35), width, 0.7, fill=False, edgecolor="#cccccc", linewidth=0.6))
+    axes.add_patch(Rectangle((start, below - 0.35), width, 0.7, fill=False, edgecolor=MUTED, linewidth=0.6))
     _write(axes, start + width + 1, below, f"{top:.3g} and more", "left", MUTED, FONT - 1)
     save_figure(figure, path)
 
@@ -153,5 +150,7 @@ def _layout(tokens: Sequence[ScoredToken]) -> Iterator[tuple[int, int, str, floa
 
 
 def _hex(share: float) -> str:
+    """Between `SURE` and `UNSURE`."""
     share = min(max(share, 0.0), 1.0)
-    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(SURE, UNSURE, strict=True))
+    ends = zip(*(bytes.fromhex(color[1:]) for color in (SURE, UNSURE)), strict=True)
+    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in ends)

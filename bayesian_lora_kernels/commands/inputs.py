@@ -114,11 +114,9 @@ class Loaded:
         tokenise = tokenise_prompts if task.kind == "choices" else tokenise_texts
         ids, truncated = tokenise(tokenizer, examples, self.limit)
         check_vocabulary(self.model, [one for example in ids for one in example])
-        short = next((e.line for e, (one, *_) in zip(examples, ids, strict=True) if task.texts and len(one) < 2), None)
+        short = next((e.where for e, (one, *_) in zip(examples, ids, strict=True) if task.texts and len(one) < 2), None)
         if short is not None:
-            raise InputError(
-                f"line {short}: the text is a single token, before which there is nothing to predict it from"
-            )
+            raise InputError(f"{short}: the text is a single token, before which there is nothing to predict it from")
         if task.config is None:
             pad_id = pad_token(tokenizer, getattr(self.model, "config", None))
         else:
@@ -145,7 +143,7 @@ def _check_same_task(folder: Path, task: Task, tokenizer: Any, token_ids: Sequen
     except (OSError, ValueError, KeyError, TypeError):
         return
     if token_ids is None:
-        if fitted is not None or own != task.pairs or likelihood != "classification":
+        if fitted is not None or own or likelihood != task.likelihood:
             raise InputError(f"{folder}: its posterior was not fitted to {task.kind} by blk fit; run it again")
         return
     if fitted is None:

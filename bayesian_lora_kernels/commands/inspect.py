@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.commands import output
-from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
-from bayesian_lora_kernels.commands.portrait import draw, kinds
+from bayesian_lora_kernels.commands.errors import as_input_errors, writing
+from bayesian_lora_kernels.commands.job import check_fitted
+from bayesian_lora_kernels.commands.parts import Facts, Part, Table
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.curvature import CURVATURES
+from bayesian_lora_kernels.model.names import place
+from bayesian_lora_kernels.plots import posterior_diagram, save_figure
 from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.curvature import Curvature
 from bayesian_lora_kernels.posterior.evidence import effective_parameters, log_evidence, maximise_evidence
+from bayesian_lora_kernels.posterior.noise import Residuals
 from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.posterior.prior import Prior
 from bayesian_lora_kernels.posterior.stored import Stored
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CURVE = (-3.0, 1.5, 46)  # powers of ten about the best precision, and how many points
 CPU = torch.device("cpu")
@@ -46,7 +53,21 @@ class Opened:
     @property
     def posterior(self) -> Posterior:
         """Of the weights."""
-        return Posterior(self.curvature, self.prior)
+        return Posterior(self.curvature, self.prior, self.noise_variance)
+
+    @property
+    def noise_variance(self) -> float:
+        """Of a regression; 1 for all else."""
+        return (self.content.get("noise") or {"variance": 1.0})["variance"]
+
+    @property
+    def log_likelihood(self) -> float | None:
+        """Of the labels; None without labels."""
+        at_unit_noise = self.content["log_likelihood"]
+        if at_unit_noise is None or self.noise_variance == 1:
+            return at_unit_noise
+        residuals = Residuals.of(at_unit_noise, self.content["noise"]["targets"])
+        return float(residuals.log_likelihood(torch.tensor(self.noise_variance, dtype=torch.float64)))
 
 
 def run(args: Namespace) -> int:
@@ -71,7 +92,7 @@ def run(args: Namespace) -> int:
         "prior_precision": content["prior_precision"],
         "calibrated": content.get("calibration") is not None,
         "evidence": _evidence(opened),
-        "kinds": [_kind(opened, kind, names, effective) for kind, names in kinds(list(counts)).items()],
+        "kinds": [_kind(opened, kind, names, effective) for kind, names in kinds(counts).items()],
         "layers": [
             {"name": name, "shape": list(shape), "effective_parameters": effective.get(name)}
             for name, shape in opened.curvature.shapes.items()
@@ -79,11 +100,10 @@ def run(args: Namespace) -> int:
     }
     output.write_json(args.json, result)
     if args.plot is not None:
-        with as_input_errors("--plot: "):
-            draw(opened.curvature, result, args.plot)
-    print(_report(result))
-    if args.plot is not None:
-        print(f"\nspectra, layers and evidence drawn in {args.plot}")
+        with writing(args.plot, "--plot"):
+            save_figure(_picture(opened, result["evidence"]), args.plot)
+    drawn = [] if args.plot is None else ["", f"spectra, layers and evidence drawn in {args.plot}"]
+    output.show(args, *_report(result), *drawn)
     return 0
 
 
@@ -93,8 +113,7 @@ def open_posterior(folder: Path) -> Opened:
     Raises:
         InputError: for a folder without a posterior, or a damaged one.
     """
-    if not (folder / storage.JSON_NAME).is_file():
-        raise InputError(f"{folder}: no posterior ({storage.JSON_NAME}) in it; run blk fit first")
+    check_fitted(folder)
     with as_input_errors():
         tensors, content = storage.load(folder)
         layers = content["layers"]
@@ -118,6 +137,21 @@ def _kind(opened: Opened, kind: str, names: Sequence[str], effective: Mapping[st
     }
 
 
+def kinds(names: Iterable[str]) -> dict[str, list[str]]:
+    """Layers that play the same part in different blocks: `{q_proj.lora_A: [...], ...}`."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(place(name)[1], []).append(name)
+    return found
+
+
+def _picture(opened: Opened, evidence: Mapping[str, Any] | None) -> Figure:
+    if evidence is None:
+        return posterior_diagram(opened.posterior)
+    curve = torch.tensor(evidence["prior_precision"]), torch.tensor(evidence["log_evidence"])
+    return posterior_diagram(opened.posterior, curve, best=(evidence["best_prior_precision"], evidence["best"]))
+
+
 def _trace(curvature: Curvature, names: Sequence[str]) -> float:
     values, multiplicity = curvature.spectrum(names)
     return float((values * multiplicity).sum())
@@ -125,14 +159,14 @@ def _trace(curvature: Curvature, names: Sequence[str]) -> float:
 
 def _evidence(opened: Opened) -> dict[str, Any] | None:
     """The log evidence of one prior precision for all layers, about its maximum; None without labels or norms."""
-    log_likelihood, norms = opened.content["log_likelihood"], opened.square_norms
+    log_likelihood, norms = opened.log_likelihood, opened.square_norms
     if log_likelihood is None or norms is None:
         return None
 
     def of(prior: Prior) -> float:
-        return float(log_evidence(log_likelihood, Posterior(opened.curvature, prior), norms))
+        return float(log_evidence(log_likelihood, replace(opened.posterior, prior=prior), norms))
 
-    best = maximise_evidence(opened.curvature, norms, per_module=False).shared
+    best = maximise_evidence(opened.curvature, norms, False, opened.noise_variance).shared
     assert best is not None
     grid = (float(best) * torch.logspace(*CURVE, dtype=torch.float64)).tolist()
     return {
@@ -144,7 +178,7 @@ def _evidence(opened: Opened) -> dict[str, Any] | None:
     }
 
 
-def _report(result: Mapping[str, Any]) -> str:
+def _report(result: Mapping[str, Any]) -> list[Part]:
     evidence, n = result["evidence"], result["n_parameters"]
     lines = [
         ("posterior", f"{result['posterior']} (format version {result['format_version']})"),
@@ -166,7 +200,7 @@ def _report(result: Mapping[str, Any]) -> str:
         rows.append((kind["kind"], str(kind["n_modules"]), f"{kind['n_parameters']:,}", *map(_short, numbers)))
     if result["kinds"][0]["trace"] is None:  # its layers are not to be told apart
         rows = [row[:3] for row in rows]
-    return f"{output.pairs(lines)}\n\n{output.table(rows)}"
+    return [Facts(lines), "", Table(rows)]
 
 
 def _short(value: float | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.adapter import (
     TASKS,
     AdapterFolder,
     open_adapter,
 )
 from bayesian_lora_kernels.commands.dataset import Example, batches, read_examples
-from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
+from bayesian_lora_kernels.commands.errors import InputError, absence, as_input_errors
 from bayesian_lora_kernels.commands.inputs import Inputs, load_inputs
 from bayesian_lora_kernels.commands.options import HELD_OUT
 from bayesian_lora_kernels.commands.task import Task, task_of
@@ -59,7 +58,8 @@ class Job:
     def batches(self) -> list[dict[str, Tensor]]:
         """Labelled batches, in the order of the file; the labels of a text are its own tokens."""
         if not self.task.texts:
-            return batches(self.inputs.ids, self.batch_size, self.inputs.pad_id, self.labels)
+            labels = None if self.task.pairs else self.labels  # the chosen one comes first
+            return batches(self.inputs.ids, self.batch_size, self.inputs.pad_id, labels)
         made = batches(self.inputs.ids, self.batch_size, self.inputs.pad_id)
         for batch in made:
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
@@ -67,7 +67,8 @@ class Job:
 
     def laplace(self, config: LaplaceConfig) -> LaplaceLoRA:
         """Before the fit."""
-        return LaplaceLoRA(self.inputs.model, self.task.forward, self.inputs.token_ids, config=config)
+        config = replace(config, likelihood=self.task.likelihood)
+        return LaplaceLoRA(self.inputs.model, None, self.inputs.token_ids, config=config)
 
     def predict(self, laplace: LaplaceLoRA, differences: bool = True, progress: bool = True) -> LogitPosterior:
         """The Gaussian over the choices' logits less their mean, of all examples in the order of the file, on the CPU.
@@ -82,8 +83,7 @@ class Job:
         ids = self.inputs.ids
         order = sorted(range(len(ids)), key=lambda i: -sum(map(len, ids[i])))
         means, covariances = [], []
-        shown = progress and sys.stderr.isatty()
-        with tqdm(total=len(order), desc="predict", unit="example", disable=not shown) as bar:
+        with output.bar(total=len(order), desc="predict", unit="example", shown=progress) as bar:
             for batch in batches([ids[i] for i in order], self.batch_size, self.inputs.pad_id):
                 with as_input_errors():
                     part = laplace.predict(batch, differences=differences)
@@ -114,9 +114,21 @@ def open_task(args: Namespace, posterior: Path | None, texts: bool = False) -> t
     """The adapter and what it decides; see `load_job`."""
     folder = open_adapter(args.adapter, args.base, tuple(TASKS))
     task = task_of(folder, args.choices, without="texts" if texts else None)
-    if posterior is not None and not (posterior / JSON_NAME).is_file():
-        raise InputError(f"{posterior}: no posterior ({JSON_NAME}) in it; run blk fit first")
+    if posterior is not None:
+        check_fitted(posterior)
     return folder, task
+
+
+def check_fitted(folder: Path) -> None:
+    """Before long work: is there a posterior in this folder?
+
+    Raises:
+        InputError: if not.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {absence(folder)}; expected a folder that blk fit wrote into")
+    if not (folder / JSON_NAME).is_file():
+        raise InputError(f"{folder}: no posterior ({JSON_NAME}) in it; run blk fit first")
 
 
 def load_job(
@@ -142,14 +154,32 @@ def load_job(
     return Job(folder.base, task, examples, inputs, args.batch_size)
 
 
-def load_posterior(model: Any, task: Task, folder: Path) -> LaplaceLoRA:
+def load_parts(
+    args: Namespace,
+    folder: AdapterFolder,
+    task: Task,
+    parts: Sequence[Sequence[Example]],
+    posterior: Path | None = None,
+) -> list[Job]:
+    """Load the model once for several files of examples."""
+    every = [one for part in parts for one in part]
+    inputs = load_inputs(folder, task, every, args.device, args.dtype, args.max_length, posterior)
+    jobs, start = [], 0
+    for part in parts:
+        ids = inputs.ids[start : start + len(part)]
+        jobs.append(Job(folder.base, task, list(part), replace(inputs, ids=ids), args.batch_size))
+        start += len(part)
+    return jobs
+
+
+def load_posterior(model: Any, folder: Path) -> LaplaceLoRA:
     """The posterior that `blk fit` wrote for this adapter.
 
     Raises:
         InputError: if it is damaged, or of other weights.
     """
     with as_input_errors():
-        return LaplaceLoRA.from_pretrained(model, folder, task.forward)
+        return LaplaceLoRA.from_pretrained(model, folder)
 
 
 def how_to_calibrate(args: Namespace, folder: Path) -> str:

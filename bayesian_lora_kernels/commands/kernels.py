@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.errors import InputError
+from bayesian_lora_kernels.commands.parts import Part, Table
 from bayesian_lora_kernels.ops.dispatch import claims, machine_refuses
 from bayesian_lora_kernels.ops.verify.machine import Runtime, facts
 from bayesian_lora_kernels.ops.verify.verifier import Claim, attribute_once, verifier
@@ -46,20 +45,20 @@ def verify_kernels(pattern: str) -> dict[str, Any]:
     if not units:
         raise InputError(f"--verify: expected an expression that finds a unit, got {pattern!r}")
     rows = []
-    for device, claim, variant in tqdm(units, desc="verify", unit="unit", disable=not sys.stderr.isatty()):
+    for device, claim, variant in output.bar(units, desc="verify", unit="unit"):
         verdict = verifier(device).judged(claim, variant, device, again=True)
         rows.append({"unit": claim.unit(variant), "device": str(device), **verdict.as_json()})
     about = [{"device": str(one), "facts": facts(one), "file": str(verifier(one).store.path)} for one in devices]
     return {"devices": about, "units": rows, "ok": all(row["state"] != "failed" for row in rows)}
 
 
-def format_kernels(report: dict[str, Any]) -> str:
+def format_kernels(report: dict[str, Any]) -> list[Part]:
     """A table to read, or to send."""
     rows = [("unit", "", "error", "limit", "problems", "seconds")]
     for row in report["units"]:
         shown = (f"{row['error']:.1e}", f"{row['limit']:.0e}", str(row["problems"]), f"{row['seconds']:.1f}")
         rows.append((row["unit"], row["state"], *shown))
-    lines = [output.table(rows, left=2)]
+    lines: list[Part] = [Table(rows, left=2)]
     lines += [f"{row['unit']}: {row['reason']}" for row in report["units"] if row["reason"]]
     for one in report["devices"]:
         known = one["facts"]
@@ -67,7 +66,7 @@ def format_kernels(report: dict[str, Any]) -> str:
         lines.append(
             f"\n{one['device']}: {name}, torch {known['torch']}, triton {known['triton']}; kept in {one['file']}"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _devices() -> list[torch.device]:

@@ -26,8 +26,6 @@ def estimate(args: Namespace) -> tuple[str, dict[str, Any]]:
     """
     if args.batch_size is None or args.length is None:
         raise InputError("--batch-size, --length: expected both, or neither")
-    if args.adapter is None:
-        raise InputError("--adapter: expected a folder with an adapter_config.json, to know what is fitted")
     folder = open_adapter(args.adapter, args.model, tuple(TASKS), weights=False)
     device = choose_device(args.device)
     free = free_bytes(device)
@@ -53,7 +51,8 @@ def estimate(args: Namespace) -> tuple[str, dict[str, Any]]:
         f"{args.batch_size} texts of {args.length} tokens, curvature {args.curvature}, {args.outputs} logits\n{found}\n"
         f"{device} has {readable(free)} free: {verdict}"
     )
-    return text, {**found.as_dict(), "free": {str(device): free}, "fits": fits}
+    asked = {name: getattr(args, name) for name in ("batch_size", "length", "curvature", "outputs")}
+    return text, {**asked, **found.as_dict(), "free": {str(device): free}, "fits": fits}
 
 
 def model_without_weights(folder: AdapterFolder, dtype: str, outputs: int | str) -> nn.Module:

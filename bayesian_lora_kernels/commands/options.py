@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace, _SubParsersAction
 from dataclasses import fields
@@ -14,7 +15,7 @@ from bayesian_lora_kernels.config import LaplaceConfig, choices
 if TYPE_CHECKING:
     import torch
 
-Subparsers: TypeAlias = "_SubParsersAction[ArgumentParser]"
+Subparsers: TypeAlias = "_SubParsersAction[Any]"
 
 DATA, HELD_OUT = "DATA.jsonl", "HELDOUT.jsonl"
 CURVATURES = ("kfac", "ekfac", "exact")
@@ -24,7 +25,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 VOCABULARY: Final = "vocabulary"
 # Those that --choices and the evidence do not say already.
-SETTINGS = {one.name for one in fields(LaplaceConfig)} - {"class_token_ids", "likelihood", "prior_precision"}
+SAID = {"class_token_ids", "likelihood", "noise_variance", "prior_precision"}
+SETTINGS = {one.name for one in fields(LaplaceConfig)} - SAID
 
 
 def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA, texts: bool = False) -> None:
@@ -44,7 +46,7 @@ def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA,
             '; of a causal language model without --choices, {"text": ...} or "messages", of which every token counts'
         )
     add_adapter(parser)
-    parser.add_argument("data", type=Path, metavar=data, help=lines)
+    parser.add_argument("data", type=path, metavar=data, help=lines)
     parser.add_argument(
         "--choices",
         nargs="+",
@@ -65,7 +67,7 @@ def add_job_options(parser: ArgumentParser, *, labelled: bool, data: str = DATA,
 
 def add_adapter(parser: ArgumentParser) -> None:
     """Of the commands that cannot do without."""
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="PEFT adapter folder")
+    parser.add_argument("adapter", type=path, metavar="ADAPTER", help="PEFT adapter folder")
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -163,16 +165,16 @@ def add_probabilities(parser: ArgumentParser) -> None:
 def add_posterior(parser: ArgumentParser) -> None:
     """Of a command that reads what `blk fit` wrote."""
     parser.add_argument(
-        "--posterior", type=Path, metavar="FOLDER", help="what blk fit got as --out; default: the adapter's folder"
+        "--posterior", type=path, metavar="FOLDER", help="what blk fit got as --out; default: the adapter's folder"
     )
 
 
 def add_diagrams(parser: ArgumentParser) -> None:
     """Of the commands that judge probabilities."""
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a reliability diagram, PNG, PDF or SVG")
+    parser.add_argument("--plot", type=path, metavar="FILE", help="also draw a reliability diagram, PNG, PDF or SVG")
     parser.add_argument(
         "--plot-risk",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="also draw a risk-coverage diagram: how many answers are wrong if only the surest are given",
     )
@@ -180,7 +182,7 @@ def add_diagrams(parser: ArgumentParser) -> None:
 
 def add_json(parser: ArgumentParser, text: str = "also write the results to this file") -> None:
     """Of every command; `output.check_outputs` looks at it."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--json", type=path, metavar="FILE", help=text)
 
 
 def _outputs(text: str) -> int | str:
@@ -194,11 +196,29 @@ def _bytes(text: str) -> int:
     return size
 
 
+def path(text: str) -> Path:
+    """Of a file or a folder; a variable of the shell that is not set is none."""
+    if not text:
+        raise ArgumentTypeError("expected a path, got an empty one")
+    return Path(text)
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
+
+
+def precision(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
 
 
 def seed(text: str) -> int:

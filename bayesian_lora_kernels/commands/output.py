@@ -1,54 +1,120 @@
-"""Tables on the screen, files, warnings, hints."""
+"""What a command gives: text, JSON beside it or instead, warnings, hints, progress; and what it must not write over."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
+from bayesian_lora_kernels.commands import terminal
+from bayesian_lora_kernels.commands.errors import InputError, writing
+from bayesian_lora_kernels.commands.parts import Part
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+STDOUT = Path("-")  # as --json
 PICTURES = (".png", ".pdf", ".svg")
+# What is read, in the words of an error.
 SOURCES = {
     "data": "the file of examples",
     "held_out": "the file of held-out examples",
+    "queries": "the file of queries",
     "test": "the file of test examples",
     "text": "the text",
+    "shift": "a file of examples",
 }
+MODEL_FILES = (".safetensors", ".bin", "laplace.json", "config.json", "tokenizer.json", "tokenizer_config.json")
 
 
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of equal length with their columns aligned: the first `left` to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+def show(args: Namespace, *parts: Part) -> None:
+    """Print parts one below the other, unless `--json -` has stdout for itself.
+
+    Raises:
+        InputError: if stdout takes no more, as on a full disk.
+        BrokenPipeError: if nobody reads it.
+    """
+    if args.json != STDOUT:
+        for part in parts:
+            write(terminal.text_of(part, sys.stdout) or f"{part}\n")
 
 
-def pairs(items: Sequence[tuple[str, str]]) -> str:
-    """One `name  value` per line."""
-    width = max(len(name) for name, _ in items)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in items)
+def write(text: str) -> None:
+    """To stdout, at once; raises as `show` does."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        give_up_stdout()
+        raise InputError(f"stdout: cannot be written: {error.strerror}") from error
+
+
+def give_up_stdout() -> None:
+    """What is still to be written goes nowhere, and is no second error when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    """One JSON document, if there is a place for it.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    if path is None:
+        return
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if path == STDOUT:
+        write(text)
+        return
+    from bayesian_lora_kernels.posterior.storage import write_text
+
+    with writing(path, "--json"):
+        write_text(path, text)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def warn(message: str) -> None:
     """One line on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
+    say("warning", message, "yellow")
 
 
 def hint(message: str) -> None:
     """One line on stderr that is no reproach."""
-    print(f"hint: {message}", file=sys.stderr)
+    say("hint", message, "cyan")
+
+
+def say(label: str, message: str, colour: str) -> None:
+    """One line on stderr, which begins with a word in this colour."""
+    print(terminal.labelled(label, message, colour, sys.stderr) or f"{label}: {message}", file=sys.stderr)
+
+
+def watched() -> bool:
+    """Whether progress has someone to see it."""
+    return sys.stderr.isatty()
+
+
+def bar(*args: Any, shown: bool = True, **options: Any) -> tqdm[Any]:
+    """Progress on stderr, where it is watched; options are those of tqdm."""
+    from tqdm.auto import tqdm
+
+    return tqdm(*args, disable=not (shown and watched()), dynamic_ncols=True, leave=None, **options)
 
 
 def check_outputs(args: Namespace) -> None:
@@ -61,14 +127,13 @@ def check_outputs(args: Namespace) -> None:
     taken: dict[Path, str] = {}
     for name in ("html", "plot", "plot_risk", "json"):
         path, option = options.get(name), f"--{name.replace('_', '-')}"
-        if path is None:
+        if path is None or (name == "json" and path == STDOUT):
             continue
         _check_file(path, option)
         if (other := taken.setdefault(path.resolve(), option)) != option:
             raise InputError(f"{option} {path}: {other} names the same file")
-        for key, what in SOURCES.items():
-            source = options.get(key)
-            if source is not None and path.exists() and source.exists() and path.samefile(source):
+        for source, what in _sources(options):
+            if path.exists() and source.exists() and path.samefile(source):
                 raise InputError(f"{option} {path}: this is {what}")
         if not name.startswith("plot"):
             continue
@@ -78,13 +143,23 @@ def check_outputs(args: Namespace) -> None:
             raise InputError(f"{option}: needs matplotlib; pip install matplotlib")
 
 
+def _sources(options: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+    for name, what in SOURCES.items():
+        found = options.get(name) or []
+        yield from ((path, what) for path in (found if isinstance(found, list) else [found]))
+
+
 def _check_file(path: Path, option: str) -> None:
     if path.is_dir():
         raise InputError(f"{option} {path}: expected a file, this is a folder")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} {path}: expected a file, this is a device or a pipe (--json - writes to stdout)")
+    if path.exists() and path.name.endswith(MODEL_FILES):
+        raise InputError(f"{option} {path}: this is a file of a model or a posterior; give another name")
     if not path.parent.is_dir():
-        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{option} {path}: the folder {path.parent} cannot be written to")
+        missing = "does not exist" if not path.parent.exists() else "is a file"
+        raise InputError(f"{option} {path}: the folder {path.parent} {missing}")
+    _check_writable(path.parent, f"{option} {path}")
 
 
 def check_folder(path: Path, option: str) -> None:
@@ -96,14 +171,12 @@ def check_folder(path: Path, option: str) -> None:
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise InputError(f"{option}{path}: {existing} is a file, expected a folder")
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"{option}{path}: the folder {existing} cannot be written to")
+    _check_writable(existing, f"{option}{path}")
 
 
-def write_json(path: Path | None, content: Any) -> None:
-    """One JSON document, if there is a place for it."""
-    if path is not None:
-        from bayesian_lora_kernels.posterior.storage import write_text
-
-        with as_input_errors("--json: "):
-            write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def _check_writable(folder: Path, what: str) -> None:
+    """By a file without a name: permissions alone say little, of a read-only file system or to root."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{what}: the folder {folder} cannot be written to: {error.strerror}") from error

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from bayesian_lora_kernels import __version__
+from bayesian_lora_kernels.commands.errors import BAD_USE
 from bayesian_lora_kernels.commands.options import (
     CURVATURES,
     HELD_OUT,
@@ -21,23 +22,34 @@ from bayesian_lora_kernels.commands.options import (
     add_posterior,
     add_probabilities,
     add_settings,
+    path,
     positive,
+    precision,
     seed,
 )
 
 TINY = "tiny"
 SHELLS = ("bash", "zsh", "tcsh")
+FOLDERS = ("ADAPTER", "FOLDER", "DIR")  # of the metavars
+
+
+class Parser(ArgumentParser):
+    """One that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Stop."""
+        self.exit(BAD_USE, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def build_parser() -> ArgumentParser:
     """The parser with every command; `command` is the name of the one that was given."""
-    parser = ArgumentParser(prog="blk", description="Laplace posteriors over LoRA weights.")
+    parser = Parser(prog="blk", description="Laplace posteriors over LoRA weights.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     parser.add_argument(
         "--print-completion", action=_PrintCompletion, choices=SHELLS, help="a script that completes blk in this shell"
     )
-    for add in (_demo, _doctor, _bench, _fit, _calibrate, _evaluate, _compare, _predict, _score, _inspect):
+    for add in (_demo, _doctor, _bench, _fit, _calibrate, _evaluate, _compare, _predict, _score, _influence, _inspect):
         add(subparsers)
     return parser
 
@@ -53,8 +65,8 @@ class _PrintCompletion(Action):
         (commands,) = (action for action in parser._actions if action.dest == "command")
         for command in dict(commands.choices or {}).values():
             for action in command._actions:
-                if action.type is Path:
-                    action.complete = shtab.FILE
+                if action.type is path:
+                    action.complete = shtab.DIRECTORY if action.metavar in FOLDERS else shtab.FILE
         print(shtab.complete(parser, shell=values))
         parser.exit()
 
@@ -76,20 +88,20 @@ def _demo(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--data",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="for models other than tiny: rated sentences, vaderSentiment-3.3.2.tar.gz (default: in this folder), "
         'or a file NAME.jsonl of {"prompt": ..., "label": ...} or {"messages": ..., "label": ...}',
     )
     parser.add_argument("--choices", nargs="+", metavar="TEXT", help="of a JSONL file: what its labels may be")
     parser.add_argument(
-        "--shift", type=Path, action="append", default=[], metavar="FILE", help="a JSONL file of another kind of text"
+        "--shift", type=path, action="append", default=[], metavar="FILE", help="a JSONL file of another kind of text"
     )
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="for fine-tuned adapters; default: adapters in --out")
+    parser.add_argument("--cache", type=path, metavar="DIR", help="for fine-tuned adapters; default: adapters in --out")
     parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="fine-tunings to average; default: 1")
-    parser.add_argument("--seed", type=int, default=0, help="of the base model and the first fine-tuning; default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="of the base model and the first fine-tuning; default: 0")
     parser.add_argument(
-        "--out", type=Path, default=Path("blk-demo"), metavar="DIR", help="for diagrams and JSON; default: blk-demo"
+        "--out", type=path, default=Path("blk-demo"), metavar="DIR", help="for diagrams and JSON; default: blk-demo"
     )
     add_device(parser)
     add_json(parser)
@@ -105,10 +117,10 @@ def _doctor(subparsers: Subparsers) -> None:
         "alone, a fit in pieces against one in one piece. With a batch size and a length, the memory that a fit and a "
         "prediction will need; no weights are loaded for that.",
     )
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="PEFT adapter folder to verify")
+    parser.add_argument("--adapter", type=path, metavar="FOLDER", help="PEFT adapter folder to verify")
     parser.add_argument("--model", metavar="MODEL", help="its base model; default: what the adapter says")
     parser.add_argument(
-        "--data", type=Path, metavar="FILE", help="JSON lines to verify it on, as for blk fit; no labels are needed"
+        "--data", type=path, metavar="FILE", help="JSON lines to verify it on, as for blk fit; no labels are needed"
     )
     parser.add_argument("--choices", nargs="+", metavar="CHOICE", help="what the model chooses between, as for blk fit")
     parser.add_argument(
@@ -147,10 +159,10 @@ def _fit(subparsers: Subparsers) -> None:
     add_job_options(parser, labelled=True, texts=True)
     parser.add_argument("--per-module", action="store_true", help="one prior precision for each module")
     add_settings(parser)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: the adapter's folder")
+    parser.add_argument("--out", type=path, metavar="FOLDER", help="where to write; default: the adapter's folder")
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=path,
         metavar="FOLDER",
         help="where to keep what is measured, to go on from after a kill",
     )
@@ -193,8 +205,8 @@ def _compare(subparsers: Subparsers) -> None:
         "their level by HELDOUT.jsonl. Nothing is written beside the adapter.",
     )
     add_job_options(parser, labelled=True)
-    parser.add_argument("held_out", type=Path, metavar=HELD_OUT, help="the same, not among what it was trained on")
-    parser.add_argument("test", type=Path, metavar="TEST.jsonl", help="the same, seen by nothing before")
+    parser.add_argument("held_out", type=path, metavar=HELD_OUT, help="the same, not among what it was trained on")
+    parser.add_argument("test", type=path, metavar="TEST.jsonl", help="the same, seen by nothing before")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -221,6 +233,12 @@ def _predict(subparsers: Subparsers) -> None:
     )
     add_job_options(parser, labelled=False)
     add_probabilities(parser)
+    parser.add_argument(
+        "--plot",
+        type=path,
+        metavar="FILE",
+        help="also draw the Gaussians of the logits of the first lines, six at most, answers marked, PNG, PDF or SVG",
+    )
     add_json(parser, "also write the results to this file, as JSON lines: one object for each example")
 
 
@@ -233,7 +251,7 @@ def _score(subparsers: Subparsers) -> None:
         "it that more data would remove: the mutual information between token and weights, in nats.",
     )
     add_adapter(parser)
-    parser.add_argument("text", type=Path, metavar="TEXT-FILE", help="UTF-8 text")
+    parser.add_argument("text", type=path, metavar="TEXT-FILE", help="UTF-8 text")
     add_model(parser)
     parser.add_argument(
         "--window",
@@ -252,10 +270,30 @@ def _score(subparsers: Subparsers) -> None:
     parser.add_argument("--seed", type=seed, default=0, help="of the samples; default: 0")
     add_posterior(parser)
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="also write the text with each token coloured by mutual information"
+        "--html", type=path, metavar="FILE", help="also write the text with each token coloured by mutual information"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="the same as a picture, PNG, PDF or SVG")
+    parser.add_argument("--plot", type=path, metavar="FILE", help="the same as a picture, PNG, PDF or SVG")
     add_json(parser, "also write the results to this file, as JSON")
+
+
+def _influence(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "influence",
+        help="which training examples a loss comes from",
+        description="For every line of QUERIES.jsonl, what each line of TRAIN.jsonl does to the loss of its label: how "
+        "much that loss would change if the training example counted once more, to first order, by the posterior that "
+        "blk fit wrote of these training examples. Negative: the example helps.",
+    )
+    add_job_options(parser, labelled=True, data="TRAIN.jsonl", texts=True)
+    parser.add_argument("queries", type=path, metavar="QUERIES.jsonl", help="lines of the same kind, to ask about")
+    add_posterior(parser)
+    parser.add_argument(
+        "--damping", type=precision, metavar="X", help="in place of the prior precision, on the scale of sums"
+    )
+    parser.add_argument(
+        "--top", type=positive, default=3, metavar="N", help="training examples to show of each kind; default: 3"
+    )
+    add_json(parser, "also write all scores to this file, as JSON")
 
 
 def _inspect(subparsers: Subparsers) -> None:
@@ -265,8 +303,8 @@ def _inspect(subparsers: Subparsers) -> None:
         description="What the posterior that blk fit wrote holds: settings, prior, evidence, and how many parameters "
         "of each kind of module the data determine. The model is not loaded.",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what blk fit wrote into: an adapter, or its --out")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="what blk fit wrote into: an adapter, or its --out")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw spectra, layers and evidence, PNG, PDF or SVG"
+        "--plot", type=path, metavar="FILE", help="also draw spectra, layers and evidence, PNG, PDF or SVG"
     )
     add_json(parser, "also write the results to this file, as JSON")

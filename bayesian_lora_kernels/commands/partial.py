@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from bayesian_lora_kernels.commands import output
-from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
+from bayesian_lora_kernels.commands.errors import InputError, writing
 
 
 class PartialLines:
@@ -21,7 +21,7 @@ class PartialLines:
         done: rows that an earlier run of the same kind has left.
 
     Args:
-        path: of the file; None: nothing is written.
+        path: of the file; `-`: rows go to stdout, and a run begins anew; None: nothing is written.
         about: what the rows follow from: only a run with equal values goes on.
 
     Raises:
@@ -35,18 +35,32 @@ class PartialLines:
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> PartialLines:
-        if self.path is not None:
-            with as_input_errors("--json: "):
+        if self.path is not None and self.path != output.STDOUT:
+            with writing(self.path, "--json"):
                 part = self.path.with_name(f"{self.path.name}.part")
                 self._file = open(part, "r+b" if part.exists() else "w+b")
                 self._go_on()
         return self
 
+    def first(self, count: int) -> list[Any]:
+        """Of the rows that are there already, at most that many."""
+        if self._file is None or not self.done:
+            return []
+        end = self._file.tell()
+        self._file.seek(0)
+        self._file.readline()
+        found = [json.loads(self._file.readline()) for _ in range(min(count, self.done))]
+        self._file.seek(end)
+        return found
+
     def write(self, rows: Sequence[Any]) -> None:
         """Add rows; they are in the file when this returns."""
-        if self._file is not None:
-            with as_input_errors("--json: "):
-                self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if self.path == output.STDOUT:
+            output.write(lines)
+        elif self.path is not None and self._file is not None:
+            with writing(self.path, "--json"):
+                self._file.write(lines.encode())
                 self._file.flush()
             self._written += len(rows)
 
@@ -63,7 +77,7 @@ class PartialLines:
             if error is not None:
                 output.hint(f"{part} has what was done; the same command goes on from there")
                 return
-            with as_input_errors("--json: "):
+            with writing(self.path, "--json"):
                 whole = part.with_name(f"{part.name}.whole")
                 try:
                     with open(whole, "wb") as copy:

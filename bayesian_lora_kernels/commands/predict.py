@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.dataset import SIDES, Example, stream_examples
-from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
+from bayesian_lora_kernels.commands.errors import InputError, as_input_errors, writing
 from bayesian_lora_kernels.commands.inputs import load_model
 from bayesian_lora_kernels.commands.job import Job, load_posterior, open_task
 from bayesian_lora_kernels.commands.partial import PartialLines
-from bayesian_lora_kernels.commands.probabilities import hint_at_calibration, in_lines, laplace_probs
+from bayesian_lora_kernels.commands.parts import Groups
+from bayesian_lora_kernels.commands.probabilities import (
+    calibration_used,
+    hint_at_calibration,
+    in_lines,
+    laplace_probs,
+    name_of,
+)
 from bayesian_lora_kernels.commands.task import Task
 from bayesian_lora_kernels.laplace import LaplaceLoRA
+from bayesian_lora_kernels.plots import logit_diagram, save_figure
+from bayesian_lora_kernels.plots.logits import MOST_QUESTIONS
 from bayesian_lora_kernels.posterior.storage import JSON_NAME
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WIDEST = 12
 TOGETHER = 1024  # examples that are sorted by length, predicted and written together
@@ -48,20 +58,24 @@ def run(args: Namespace) -> int:
         if results.done:
             output.hint(f"{results.done} of {total} lines are there already")
         loaded = load_model(adapter, task, args.device, args.dtype, args.max_length, folder)
-        posterior = load_posterior(loaded.model, task, folder)
+        posterior = load_posterior(loaded.model, folder)
         truncated, examples = 0, islice(read(), results.done, None)
-        table = _Table(task, last)
-        with tqdm(
-            total=total, initial=results.done, desc="predict", unit="example", disable=not sys.stderr.isatty()
-        ) as bar:
+        table, first = _Table(task, last), results.first(MOST_QUESTIONS)
+        name = name_of(args.method, calibration_used(posterior.calibration, args))
+        with output.bar(total=total, initial=results.done, desc="predict", unit="example") as bar:
             while some := list(islice(examples, TOGETHER)):
                 job = Job(adapter.base, task, some, loaded.inputs(some), args.batch_size)
-                rows, name = _rows(job, posterior, args)
+                rows = _rows(job, posterior, args)
                 truncated += job.inputs.truncated
                 results.write(rows)
+                first += rows[: MOST_QUESTIONS - len(first)]
                 with bar.external_write_mode():
-                    print(table.lines(rows, name))
+                    output.show(args, table.part(rows, name))
                 bar.update(len(some))
+    if args.plot is not None:
+        with writing(args.plot, "--plot"):
+            save_figure(picture(first, task.names, in_lines(name)), args.plot)
+        output.show(args, f"\nlogits of the first {len(first)} of {total} lines drawn in {args.plot}")
     loaded.warn_of_truncation(truncated, total - results.done)
     hint_at_calibration(posterior.calibration, args, folder)
     return 0
@@ -87,14 +101,14 @@ def _digest(path: Path) -> str:
 
 def _options(args: Namespace) -> dict[str, str]:
     """What of the options changes the numbers, or their names."""
-    left_out = ("run", "json", "data", "posterior", "device", "batch_size", "command")
+    left_out = ("run", "json", "plot", "data", "posterior", "device", "batch_size", "command")
     return {name: str(value) for name, value in vars(args).items() if name not in left_out}
 
 
-def _rows(job: Job, posterior: LaplaceLoRA, args: Namespace) -> tuple[list[dict[str, Any]], str]:
-    """One for each example, and what the probabilities are called."""
+def _rows(job: Job, posterior: LaplaceLoRA, args: Namespace) -> list[dict[str, Any]]:
+    """One for each example."""
     logits = job.predict(posterior, progress=False)
-    name, probs, _ = laplace_probs(logits, args)
+    _, probs, _ = laplace_probs(logits, args)
     names = job.task.names
     labels = [None if example.label is None else names[example.label] for example in job.examples]
     values = {"map": _by_name(names, logits.probs("map")), "laplace": _by_name(names, probs)}
@@ -109,25 +123,47 @@ def _rows(job: Job, posterior: LaplaceLoRA, args: Namespace) -> tuple[list[dict[
         sure = values["laplace"][i]
         row = {"line": example.line, "label": label, "prediction": max(names, key=sure.__getitem__)}
         rows.append(row | {key: found[i] for key, found in values.items()})
-    return rows, name
+    return rows
 
 
 class _Table:
     """The rows as a table that is printed in parts of equal widths, the first of them with its header."""
 
     def __init__(self, task: Task, last: int):
-        self.task, self.last, self.begun = task, last, False
+        self.task, self.begun = task, False
+        longest = max(len(_short(name)) for name in task.names)
+        self.widths = {"line": len(str(last)), "label": longest, "prediction": longest}
 
-    def lines(self, rows: Sequence[dict[str, Any]], laplace: str) -> str:
-        """The next part."""
-        names = self.task.names
-        longest = max(names, key=lambda name: len(_short(name)))
-        widest = {**rows[0], "line": self.last, "label": longest, "prediction": longest}  # is not printed
-        every = [*rows, widest]
-        text = _report_pairs(every, laplace) if self.task.pairs else _report(every, names, laplace)
-        lines = text.split("\n")[:-1]
-        start, self.begun = len(lines) - len(rows) if self.begun else 0, True
-        return "\n".join(lines[start:])
+    def part(self, rows: Sequence[dict[str, Any]], laplace: str) -> Groups:
+        """The next part; `laplace` is what the probabilities are called."""
+        words = ["line", "prediction"] if self.task.pairs else ["line", "label", "prediction"]
+        first = [words, *([_short(row[word]).ljust(self.widths[word]) for word in words] for row in rows)]
+        groups = _pairs(rows, laplace) if self.task.pairs else _choices(rows, self.task.names, laplace)
+        header, self.begun = not self.begun, True
+        return Groups(first, [(title, names, _formatted(values)) for title, names, values in groups], header)
+
+
+def picture(rows: Sequence[Mapping[str, Any]], names: Sequence[str], laplace: str) -> Figure:
+    """Of some rows the Gaussians of the logits less their mean, and the probabilities.
+
+    Args:
+        rows: at most `MOST_QUESTIONS` of those that are written.
+        names: of the choices.
+        laplace: what the probabilities are called.
+    """
+    probs = {title: _tensor(rows, key, names) for title, key in (("MAP", "map"), (laplace, "laplace"))}
+    logits = probs["MAP"].log().clamp_min(-745)  # the least that float64 has
+    mean = logits - logits.mean(dim=1, keepdim=True)
+    if "difference" in rows[0]:  # of pairs: each side lies half of it away from their mean
+        std = torch.tensor([[row["difference"]["std"] / 2] * 2 for row in rows], dtype=torch.float64)
+    else:
+        std = _tensor(rows, "logit_std", names)
+    answers = [None if row["label"] is None else names.index(row["label"]) for row in rows]
+    return logit_diagram(mean, std, probs, names, answers=answers, titles=[f"line {row['line']}" for row in rows])
+
+
+def _tensor(rows: Sequence[Mapping[str, Any]], key: str, names: Sequence[str]) -> Tensor:
+    return torch.tensor([[row[key][name] for name in names] for row in rows], dtype=torch.float64)
 
 
 def _by_name(names: Sequence[str], values: Tensor) -> list[dict[str, float]]:
@@ -143,18 +179,15 @@ def _differences(logits: LogitPosterior) -> Tensor:
     return torch.stack([2 * logits.mean[:, 0], 2 * _std(logits.variance[:, 0])], dim=1)
 
 
-def _report(rows: Sequence[dict[str, Any]], choices: Sequence[str], laplace: str) -> str:
-    """A line per example; three groups of columns, one column per choice in each."""
-    first = [["line", "label", "prediction"]]
-    first += [[str(row["line"]), _short(row["label"]), _short(row["prediction"])] for row in rows]
+def _choices(rows: Sequence[dict[str, Any]], choices: Sequence[str], laplace: str) -> list[_Group]:
+    """Three groups, a column for each choice in each."""
     names = [_short(choice) for choice in choices]
     titles = {"map": "MAP", "laplace": in_lines(laplace), "logit_std": "std of the logit\nless their mean"}
-    return _columns(first, [(title, names, [[*row[key].values()] for row in rows]) for key, title in titles.items()])
+    return [(title, names, [[*row[key].values()] for row in rows]) for key, title in titles.items()]
 
 
-def _report_pairs(rows: Sequence[dict[str, Any]], laplace: str) -> str:
-    """A line per pair: scores, their difference, and the probability that the chosen one is better."""
-    first = [["line", "prediction"], *([str(row["line"]), row["prediction"]] for row in rows)]
+def _pairs(rows: Sequence[dict[str, Any]], laplace: str) -> list[_Group]:
+    """Scores, their difference, and the probability that the chosen one is better."""
     groups: list[_Group] = [
         (f"score of\n{side}", ["mean", "std"], [[row["score"][side], row["score_std"][side]] for row in rows])
         for side in SIDES
@@ -162,27 +195,15 @@ def _report_pairs(rows: Sequence[dict[str, Any]], laplace: str) -> str:
     groups.append(("difference", ["mean", "std"], [[*row["difference"].values()] for row in rows]))
     for key, title in (("map", "MAP"), ("laplace", in_lines(laplace))):
         groups.append((title, [SIDES[0]], [[row[key][SIDES[0]]] for row in rows]))
-    return _columns(first, groups)
+    return groups
 
 
-def _columns(first: Sequence[Sequence[str]], groups: Sequence[_Group]) -> str:
-    """Words on the left, with a header, and groups of numbers under titles that may have several lines."""
-    height = max(title.count("\n") + 1 for title, _, _ in groups)
-    blocks = [[""] * height + output.table(first, left=len(first[0])).split("\n")]
-    for name, names, values in groups:
-        title = name.split("\n")
-        width = max(6, *(len(one) for one in names))
-        lines = [names, *([f"{value:.3f}" for value in row] for row in values)]
-        block = ["  ".join(cell.rjust(width) for cell in line) for line in lines]
-        wide = max(map(len, [*title, *block]))
-        above = [""] * (height - len(title)) + title
-        blocks.append([*(line.center(wide) for line in above), *(line.rjust(wide) for line in block)])
-    left = max(map(len, blocks[0]))
-    return "\n".join(" | ".join([head.ljust(left), *rest]).rstrip() for head, *rest in zip(*blocks, strict=True))
+def _formatted(rows: Sequence[Sequence[float]]) -> list[list[str]]:
+    return [[f"{value:.3f}" for value in row] for row in rows]
 
 
-def _short(text: str | None) -> str:
-    if text is None:
+def _short(value: str | int | None) -> str:
+    if value is None:
         return "-"
-    text = text.strip()
+    text = str(value).strip()
     return text if len(text) <= WIDEST else text[: WIDEST - 3] + "..."

@@ -29,20 +29,23 @@ def laplace_probs(logits: LogitPosterior, args: Namespace) -> tuple[str, Tensor,
     Raises:
         InputError: if the method cannot make them.
     """
-    calibration = None if args.uncalibrated or args.method not in CALIBRATED else logits.calibration
+    calibration = calibration_used(logits.calibration, args)
     with as_input_errors():
         generator = torch.Generator().manual_seed(args.seed)
         probs = logits.probs(args.method, args.samples, generator, calibrated=calibration is not None)
     return name_of(args.method, calibration), probs, calibration
 
 
+def calibration_used(calibration: Calibration | None, args: Namespace) -> Calibration | None:
+    """That of the posterior, if the options leave it in."""
+    return None if args.uncalibrated or args.method not in CALIBRATED else calibration
+
+
 def hint_at_calibration(calibration: Calibration | None, args: Namespace, folder: Path) -> None:
     """On stderr, where labels could set the level of the probabilities of this posterior and did not."""
     if args.method in CALIBRATED and calibration is None and not args.uncalibrated:
-        output.hint(
-            f"these probabilities are not calibrated; held-out labels (from {FEW_LABELS} on) do that: "
-            f"{how_to_calibrate(args, folder)}"
-        )
+        text = f"these probabilities are not calibrated; held-out labels (from {FEW_LABELS} on) do that"
+        output.hint(f"{text}: {how_to_calibrate(args, folder)}")
 
 
 def name_of(method: str, calibration: Calibration | None) -> str:

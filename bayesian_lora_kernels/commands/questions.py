@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,7 +56,7 @@ def language_problem(args: Namespace) -> LanguageProblem:
 
     Raises:
         InputError: for whatever the user has to put right.
-        RuntimeError: if SmolLM2 or the rated sentences are not there.
+        RuntimeError: if SmolLM2 is not there.
     """
     start = perf_counter()
     data = _json_lines(args) if args.data is not None and args.data.suffix == JSON_LINES else _ratings(args)
@@ -102,7 +101,10 @@ def _ratings(args: Namespace) -> _Data:
         raise InputError(
             f"--choices and --shift: expected with --data FILE{JSON_LINES} only; rated sentences have both"
         )
-    ratings = read_ratings(args.data or Path(RATINGS))
+    try:
+        ratings = read_ratings(args.data or Path(RATINGS))
+    except RuntimeError as error:
+        raise InputError(error) from error
     sizes = sentiment.QUICK if args.quick else sentiment.Sizes()
 
     def draw(seed: int) -> dict[str, list[Example]]:
@@ -148,7 +150,7 @@ def _json_lines(args: Namespace) -> _Data:
 
 def _load(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
     """Model, in eval mode, and tokenizer."""
-    with loading_bar(sys.stderr.isatty()):
+    with loading_bar(output.watched()):
         if name == SMOLLM2:
             model, tokenizer = load_smollm2()
         else:

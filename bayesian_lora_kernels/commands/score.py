@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.adapter import choose_device, context_length, open_adapter
-from bayesian_lora_kernels.commands.errors import InputError, as_input_errors, reading
+from bayesian_lora_kernels.commands.errors import InputError, as_input_errors, reading, writing
 from bayesian_lora_kernels.commands.highlight import ScoredToken, draw, html
 from bayesian_lora_kernels.commands.inputs import check_vocabulary
+from bayesian_lora_kernels.commands.job import check_fitted
+from bayesian_lora_kernels.commands.parts import Table
 from bayesian_lora_kernels.commands.tokens import Text, tokenise_text
 from bayesian_lora_kernels.laplace import LaplaceLoRA
-from bayesian_lora_kernels.posterior.storage import JSON_NAME, write_text
+from bayesian_lora_kernels.posterior.storage import write_text
 
 
 def run(args: Namespace) -> int:
@@ -28,13 +27,12 @@ def run(args: Namespace) -> int:
     """
     folder = open_adapter(args.adapter, args.base)
     posterior = args.posterior or args.adapter
-    if not (posterior / JSON_NAME).is_file():
-        raise InputError(f"{posterior}: no posterior ({JSON_NAME}) in it; run blk fit first")
+    check_fitted(posterior)
     with reading(args.text, "a text file"):
         content = args.text.read_text(encoding="utf-8-sig")
     device = choose_device(args.device)
     tokenizer = folder.tokenizer()
-    text = tokenise_text(tokenizer, content)
+    text = tokenise_text(tokenizer, content, str(args.text))
     model: Any = folder.model(device, args.dtype)
     check_vocabulary(model, [text.prefix + text.ids])
     limit = min(args.window, context_length(tokenizer, getattr(model, "config", None)) or args.window)
@@ -45,10 +43,10 @@ def run(args: Namespace) -> int:
     if not scored:
         raise InputError(f"{args.text}: it is a single token, before which there is nothing to predict it from")
     if args.html is not None:
-        with as_input_errors("--html: "):
+        with writing(args.html, "--html"):
             write_text(args.html, html(tokens, f"{args.text.name}, {args.adapter.name}"))
     if args.plot is not None:
-        with as_input_errors("--plot: "):
+        with writing(args.plot, "--plot"):
             draw(tokens, args.plot)
     means = {name: sum(getattr(token, name) for token in scored) / len(scored) for name in _MEASURES}
     result = {
@@ -65,10 +63,9 @@ def run(args: Namespace) -> int:
         "tokens": [token._asdict() for token in tokens],
     }
     output.write_json(args.json, result)
-    print(_report(args.text, tokens, means, len(scored)))
-    for path in (args.html, args.plot):
-        if path is not None:
-            print(f"text with colours written to {path}")
+    drawn = [f"text with colours written to {path}" for path in (args.html, args.plot) if path is not None]
+    about = f"{len(tokens)} tokens of {args.text}, {len(scored)} of them scored; in nats"
+    output.show(args, about, "", _report(tokens, means), *drawn)
     return 0
 
 
@@ -90,7 +87,7 @@ def _score(
     values: list[tuple[float | None, ...]] = [(None,) * len(_MEASURES)] * len(text.ids)
     starts = [0, *range(room - room // 2, max(len(text.ids) - room // 2, 1), room - room // 2)]
     done = 0
-    for start in tqdm(starts, desc="score", unit="window", disable=not sys.stderr.isatty()):
+    for start in output.bar(starts, desc="score", unit="window"):
         stop = min(start + room, len(text.ids))
         ids = torch.tensor([text.prefix + text.ids[start:stop]])
         if ids.shape[1] > 1:
@@ -105,10 +102,10 @@ def _score(
     return [ScoredToken(i, p, *v) for i, p, v in zip(text.ids, text.pieces, values, strict=True)]
 
 
-def _report(path: Path, tokens: list[ScoredToken], means: dict[str, float], count: int) -> str:
+def _report(tokens: list[ScoredToken], means: dict[str, float]) -> Table:
     rows = [["token", *_MEASURES.values()]]
     for token in tokens:
         numbers = (getattr(token, name) for name in _MEASURES)
         rows.append([repr(token.text), *("-" if x is None else f"{x:.3f}" for x in numbers)])
     rows.append(["mean", *(f"{means[name]:.3f}" for name in _MEASURES)])
-    return f"{len(tokens)} tokens of {path}, {count} of them scored; in nats\n\n{output.table(rows)}"
+    return Table(rows)

@@ -27,7 +27,7 @@ def tokenise_prompts(tokenizer: Any, examples: Sequence[Example], max_length: in
     Raises:
         InputError: if a prompt has no tokens, `max_length` leaves room for none, or the template does not serve.
     """
-    texts = [_text(tokenizer, example.inputs[0], example.line, answer=True) for example in examples]
+    texts = [_text(tokenizer, example.inputs[0], example.where, answer=True) for example in examples]
     plain = _ids(tokenizer, texts, special=False)
     chats = [not isinstance(example.inputs[0], str) for example in examples]
     first = next((i for i, ids in enumerate(plain) if ids and not chats[i]), None)
@@ -39,7 +39,7 @@ def tokenise_prompts(tokenizer: Any, examples: Sequence[Example], max_length: in
         if chat:  # whose template writes the special tokens itself
             before, tokens = (tokens[:1], tokens[1:]) if tokens[:1] == [tokenizer.bos_token_id] else ([], tokens)
         if not tokens and not before:
-            raise InputError(f"line {example.line}: the prompt {example.inputs[0]!r} has no tokens")
+            raise InputError(f"{example.where}: the prompt {example.inputs[0]!r} has no tokens")
         room = None if max_length is None else max_length - len(before)
         if room is not None and room < 1:
             raise InputError(f"--max-length: expected more than {len(before)}, the special tokens alone take those")
@@ -62,8 +62,8 @@ def tokenise_texts(tokenizer: Any, examples: Sequence[Example], max_length: int 
     special = tokenizer.num_special_tokens_to_add(pair=False)
     if max_length is not None and max_length <= special:
         raise InputError(f"--max-length: expected more than {special}, the special tokens alone take those")
-    contents = [(content, example.line) for example in examples for content in example.inputs]
-    texts = [_text(tokenizer, content, line, answer=False) for content, line in contents]
+    contents = [(content, example.where) for example in examples for content in example.inputs]
+    texts = [_text(tokenizer, content, where, answer=False) for content, where in contents]
     every, kept = (_whole(tokenizer, contents, texts, limit) for limit in (None, max_length))
     ids: list[tuple[list[int], ...]] = []
     truncated, start = 0, 0
@@ -71,10 +71,10 @@ def tokenise_texts(tokenizer: Any, examples: Sequence[Example], max_length: int 
         rows = slice(start, start + len(example.inputs))
         parts, cut, start = tuple(kept[rows]), kept[rows] != every[rows], rows.stop
         if not all(parts):
-            raise InputError(f"line {example.line}: the text {example.inputs[parts.index([])]!r} has no tokens")
+            raise InputError(f"{example.where}: the text {example.inputs[parts.index([])]!r} has no tokens")
         if len(parts) > 1 and parts[0] == parts[1]:
             within = f" within {max_length} tokens (--max-length)" if cut else ""
-            raise InputError(f"line {example.line}: {' and '.join(SIDES)} are the same{within}, expected two answers")
+            raise InputError(f"{example.where}: {' and '.join(SIDES)} are the same{within}, expected two answers")
         truncated += cut
         ids.append(parts)
     return Inputs(ids, truncated)
@@ -95,8 +95,8 @@ class Text(NamedTuple):
     pieces: list[str]
 
 
-def tokenise_text(tokenizer: Any, text: str) -> Text:
-    """Tokens of a text and the parts of it that they stand for.
+def tokenise_text(tokenizer: Any, text: str, where: str = "the text") -> Text:
+    """Tokens of a text and the parts of it that they stand for; `where` it is, an error says.
 
     Raises:
         InputError: if it has no tokens.
@@ -107,7 +107,7 @@ def tokenise_text(tokenizer: Any, text: str) -> Text:
         encoded = tokenizer(text, return_offsets_mapping=fast, **options)
     ids = list(encoded["input_ids"])
     if not ids:
-        raise InputError("the text has no tokens")
+        raise InputError(f"{where}: it has no tokens")
     prefix = _prefix(tokenizer, text, ids)
     if not fast:
         return Text(prefix, ids, [tokenizer.decode([token]) for token in ids])
@@ -161,7 +161,7 @@ def _hint(choices: Sequence[str]) -> str:
     return f"a leading space ({' ' + choices[0]!r})"
 
 
-def _text(tokenizer: Any, content: Content, line: int, answer: bool) -> str:
+def _text(tokenizer: Any, content: Content, where: str, answer: bool) -> str:
     """What a text is, or what the chat template makes of messages; with the beginning of an answer if one follows.
 
     Raises:
@@ -171,15 +171,15 @@ def _text(tokenizer: Any, content: Content, line: int, answer: bool) -> str:
         return content
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
-            f"line {line}: these are messages, and the tokenizer has no chat template; write the whole text as the "
+            f"{where}: these are messages, and the tokenizer has no chat template; write the whole text as the "
             "model was trained on it"
         )
     if answer and content[-1]["role"] == "assistant":
-        raise InputError(f"line {line}: the last message is the assistant's, but the choices are what it says next")
+        raise InputError(f"{where}: the last message is the assistant's, but the choices are what it says next")
     try:
         return str(tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=answer))
     except Exception as error:  # templates are programs, which raise what they like
-        raise InputError(f"line {line}: the tokenizer's chat template does not take it: {brief(error)}") from error
+        raise InputError(f"{where}: the tokenizer's chat template does not take it: {brief(error)}") from error
 
 
 def _ids(tokenizer: Any, texts: list[str], special: bool, max_length: int | None = None) -> list[list[int]]:
@@ -196,7 +196,7 @@ def _ids(tokenizer: Any, texts: list[str], special: bool, max_length: int | None
 
 
 def _whole(
-    tokenizer: Any, contents: Sequence[tuple[Content, int]], texts: Sequence[str], max_length: int | None
+    tokenizer: Any, contents: Sequence[tuple[Content, str]], texts: Sequence[str], max_length: int | None
 ) -> list[list[int]]:
     """Token ids of texts, with special tokens where no chat template has written them already."""
     ids: list[list[int]] = [[] for _ in texts]

@@ -1,5 +1,6 @@
 """The class that laplace-lora and BayesAdapt scripts construct:
-`from bayesian_lora_kernels.compat.laplace_lora import Laplace` in place of `from laplace import Laplace`.
+`from bayesian_lora_kernels.compat.laplace_lora import Laplace` in place of `from laplace import Laplace`, or of
+`from bayesadapt.laplace import Laplace`; `blk.patch("bayesadapt")` does the latter.
 """
 
 from __future__ import annotations
@@ -142,7 +143,8 @@ class Laplace:
         """Measure the curvature at the current weights; the model comes back as it was.
 
         Args:
-            train_loader: mappings with `labels`, or tuples `(mapping, labels)`; a last batch may be smaller.
+            train_loader: mappings with `labels`, or tuples `(mapping, labels)` or `(mapping, labels, question ids)`; a
+                last batch may be smaller.
             override: True: a fit replaces the one before.
 
         Raises:
@@ -206,6 +208,14 @@ class Laplace:
             values = found.cpu().expand(len(before))
         self.prior_precision = values.to(before)
         return self.prior_precision
+
+    def calibrate(self, val_loader: Iterable[Any]) -> None:
+        """Set the level of `predict(batch).probs()` by labels, as `LaplaceLoRA.calibrate`, which laplace-lora lacks.
+
+        Args:
+            val_loader: batches as for `fit`, of examples that the model was not trained on.
+        """
+        self.engine.calibrate(_Prepared(val_loader, self.scale))
 
     def _glm_predictive_distribution(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Mean `[N, C]` and covariance `[N, C, C]` of the logits."""
@@ -285,6 +295,8 @@ class _Prepared:
 
 def _prepare(batch: Any, scale: str) -> tuple[dict[str, Any], Tensor | None]:
     """`(inputs, labels)`, the engine's form, with what the wrapper shall see and the engine not under other keys."""
+    if isinstance(batch, tuple) and len(batch) == 3 and isinstance(batch[0], Mapping):
+        batch = batch[:2]  # BayesAdapt's question ids
     inputs, labels = inputs_and_labels(batch)
     if not isinstance(inputs, Mapping):
         raise TypeError(f"batch: expected a mapping for the wrapped model, got {type(inputs).__name__}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
@@ -19,11 +20,19 @@ OURS = __name__.partition(".")[0]
 
 @dataclass(frozen=True)
 class _Target:
-    """A package that can be patched: versions whose functions ours stand for, and where those live."""
+    """A package that can be patched.
 
-    versions: tuple[str, ...]
+    Attributes:
+        ours: the module with our functions.
+        functions: theirs, `{name: the module that defines it}`.
+        versions: whose functions ours stand for; empty for a checkout, which has none.
+        signatures: by which functions of a checkout are known, `{name: signature}`.
+    """
+
     ours: str
-    functions: Mapping[str, str]  # name: the module that defines it
+    functions: Mapping[str, str]
+    versions: tuple[str, ...] = ()
+    signatures: Mapping[str, str] = field(default_factory=dict)
 
 
 TARGETS = {
@@ -40,7 +49,14 @@ TARGETS = {
             "stable_cholesky": "bayesian_lora.kfac",
             "variance": "bayesian_lora.main",
         },
-    )
+    ),
+    "bayesadapt": _Target(
+        ours="bayesian_lora_kernels.compat.laplace_lora",
+        functions={"Laplace": "bayesadapt.laplace.laplace"},
+        signatures={
+            "Laplace": "(model, likelihood, subset_of_weights='last_layer', hessian_structure='kron', *args, **kwargs)"
+        },
+    ),
 }
 
 # {package: [(theirs, the stand-in for it)]} of what is patched now.
@@ -54,28 +70,26 @@ def patch(package: str) -> list[str]:
     reaches modules that have been imported since.
 
     Args:
-        package: `bayesian_lora`.
+        package: `bayesian_lora`; or `bayesadapt`, in a checkout of BayesAdapt.
 
     Returns:
         `module.name` of everything that was replaced; it is logged too, at INFO.
 
     Raises:
         ValueError: for a package that is not known here.
-        ModuleNotFoundError: if it is not installed.
+        ModuleNotFoundError: if it is not installed, or something that it needs.
         RuntimeError: if it is of a version whose functions might differ.
     """
     target = _target(package)
-    try:
-        found = version(package)
-    except PackageNotFoundError:
-        raise ModuleNotFoundError(f"patch: {package} is not installed") from None
-    if found not in target.versions:
-        raise RuntimeError(f"patch: {package} {found} is not known, expected {' or '.join(target.versions)}")
+    found = _known_version(package, target)
     if package not in _patched:
         source = importlib.import_module(target.ours)
         pairs = []
         for name, module in target.functions.items():
             theirs = getattr(importlib.import_module(module), name)
+            signature, expected = str(inspect.signature(theirs)), target.signatures.get(name)
+            if expected not in (None, signature):
+                raise RuntimeError(f"patch: {module}.{name}{signature} is not known, expected {name}{expected}")
             pairs.append((theirs, _stand_in(getattr(source, name))))
         _patched[package] = pairs
     replaced = _replace({id(theirs): ours for theirs, ours in _patched[package]})
@@ -105,10 +119,26 @@ def _target(package: str) -> _Target:
     return TARGETS[package]
 
 
-def _stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function as another object: what a user imported from us himself is not taken for a patched one."""
+def _known_version(package: str, target: _Target) -> str:
+    """The installed one, if ours stand for it; of a checkout nothing is known."""
+    try:
+        if not target.versions:
+            importlib.import_module(package)
+            return "(a checkout)"
+        found = version(package)
+    except PackageNotFoundError:
+        raise ModuleNotFoundError(f"patch: {package} is not installed") from None
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"patch: {package} cannot be imported, run where its checkout is: {error}") from None
+    if found not in target.versions:
+        raise RuntimeError(f"patch: {package} {found} is not known, expected {' or '.join(target.versions)}")
+    return found
 
-    @functools.wraps(function)
+
+def _stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function or class as another object: what a user imported from us is not taken for a patched one."""
+
+    @functools.wraps(function, updated=())
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 

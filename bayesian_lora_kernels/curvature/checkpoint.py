@@ -25,6 +25,7 @@ from bayesian_lora_kernels.curvature.state import (
     random_state,
     set_random_state,
 )
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.processes import ALONE, Processes
 
 SECONDS = 60.0  # between checkpoints where nobody says how many batches,
@@ -55,6 +56,7 @@ class Checkpoint:
             layers' `devices` only the kinds.
         processes: that share the fit.
         shards: all folders of the same fit by another number of processes.
+        read: a user's batch as one of examples.
 
     Raises:
         ValueError: if the folder holds the checkpoint of another fit.
@@ -68,9 +70,10 @@ class Checkpoint:
         identity: Mapping[str, Any],
         processes: Processes = ALONE,
         shards: Sequence[CheckpointFolder] = (),
+        read: Callable[[Any], Batch] = Batch.of,
     ):
         self._folder, self._every, self._identity = folder, every, json.loads(json.dumps(identity))
-        self._processes, self._passes = processes, list[_Pass]()
+        self._processes, self._passes, self._read_batch = processes, list[_Pass](), read
         self._digests: list[Tensor] | None = []  # of the examples that are counted, from the first pass
         self._skip = Counter[bytes]()  # examples that come, and are counted already
         self._start: Any = None
@@ -213,14 +216,14 @@ class Checkpoint:
 
     def _noted(self, given: Any) -> Iterator[Any]:
         """A batch, or what is left of it without examples that others had counted; its examples are written down."""
-        found = takeover.example_digests(given)
+        found = takeover.example_digests(given, self._read_batch)
         if found is None and self._skip.total():
             raise self._not_told()
         if found is None or self._digests is None:
             self._digests = None
             yield given
             return
-        for part, digests in takeover.uncounted(given, found, self._skip):
+        for part, digests in takeover.uncounted(given, found, self._skip, self._read_batch):
             self._digests.append(digests)
             yield part
 
@@ -249,7 +252,7 @@ class Checkpoint:
                 mine.append(shard.read(EXAMPLES))
                 begun = True
         counted = takeover.counter(takeover.joined(examples))
-        skip = takeover.own_part(counted, loader, self._processes)
+        skip = takeover.own_part(counted, loader, self._processes, self._read_batch)
         if skip is None:
             raise ValueError(
                 f"{self._folder.folder.parent.parent}: the checkpoint of {len(self._shards)} processes has counted "

@@ -172,17 +172,38 @@ class FunctionSpaceCurvature(Curvature):
             self._in_step = False
 
     def sample(self, n: int, prior: Prior, prepared: Prepared, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """See `Curvature`: float64.
+        """See `Curvature`: float64."""
+        sample = self._rooted(self._noise(n, generator), prepared)
+        if self.processes.size > 1:
+            sample = torch.cat(self.processes.gather(sample.mT)).mT.contiguous()
+        return self._by_layer(sample)
 
-        With `Z` white and D the inverse prior precisions, `D^1/2 (I - M^T g(M M^T) M) Z`, M = R D^1/2, has covariance
-        Sigma for `g(e) = (1 - (1 + e)^-1/2) / e`.
+    def root(
+        self, vectors: Mapping[str, Tensor], prior: Prior, prepared: Prepared, transpose: bool = False
+    ) -> dict[str, Tensor]:
+        """See `Curvature`: float64."""
+        if self.processes.size > 1:
+            raise ValueError(
+                f"root: the rows of the exact curvature are spread over {self.processes.size} processes, and joint and "
+                "influence run on one; fit on one process, or with curvature='kfac' or 'ekfac'"
+            )
+        flat = [vectors[name].flatten(start_dim=1).to(self.device, torch.float64) for name in self.store.names]
+        return self._by_layer(self._rooted(torch.cat(flat, dim=1), prepared, transpose))
+
+    def _rooted(self, vectors: Tensor, prepared: Prepared, transpose: bool = False) -> Tensor:
+        """`B v` or `B^T v` in place of vectors `[n, columns]`, for the columns that this process holds.
+
+        With D the inverse prior precisions and M = R D^1/2, `B = D^1/2 (I - M^T g(M M^T) M)` has `B B^T = Sigma` for
+        `g(e) = (1 - (1 + e)^-1/2) / e`.
         """
-        sample, first = self._noise(n, generator), self.store.held.start
+        n, first = len(vectors), self.store.held.start
         scales = self._by_column(prepared.variances.sqrt())
         inner = torch.zeros(self.store.n_rows, n, dtype=torch.float64, device=self.device)
         for columns in self.store.slices(self._step(n)):
-            here = slice(columns.start - first, columns.stop - first)
-            inner.addmm_(self._rows(columns), (sample[:, here] * scales(columns)).mT)
+            here, scale = slice(columns.start - first, columns.stop - first), scales(columns)
+            if transpose:
+                vectors[:, here] *= scale
+            inner.addmm_(self._rows(columns), (vectors[:, here] * scale).mT)
         self.processes.add([inner])
         # (1 - (1 + e)^-1/2) / e without cancellation at e = 0
         root = (1 + prepared.values).sqrt()
@@ -190,11 +211,14 @@ class FunctionSpaceCurvature(Curvature):
         correction = prepared.vectors @ (gain[:, None] * (prepared.vectors.mT @ inner))
         for columns in self.store.slices(self._step(n)):
             here, scale = slice(columns.start - first, columns.stop - first), scales(columns)
-            sample[:, here] -= correction.mT @ self._rows(columns) * scale
-            sample[:, here] *= scale
-        if self.processes.size > 1:
-            sample = torch.cat(self.processes.gather(sample.mT)).mT.contiguous()
-        return {name: sample[:, self.store.columns[name]].reshape(n, *shape) for name, shape in self._shapes.items()}
+            vectors[:, here] -= correction.mT @ self._rows(columns) * scale
+            if not transpose:
+                vectors[:, here] *= scale
+        return vectors
+
+    def _by_layer(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Of all columns `[n, P]`, those of each layer."""
+        return {name: vectors[:, self.store.columns[name]].unflatten(1, shape) for name, shape in self._shapes.items()}
 
     def prepare(self, prior: Prior) -> Prepared:
         """See `Curvature`."""

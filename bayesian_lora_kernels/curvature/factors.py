@@ -31,10 +31,17 @@ class KroneckerSums:
         self.config = config
         self._sums = FactorSums(config)
         self._group: dict[str, int] = {}
-        self._counts: dict[int, list[int | Tensor]] = {}  # rows of each batch; what a mask counts stays on its device
+        # Rows of each batch, or their weight; what a mask or weights count stays on its device.
+        self._counts: dict[int, list[float | Tensor]] = {}
 
-    def add_inputs(self, inputs: Mapping[str, LayerInput], checks: AtOnce = AT_ONCE, where: str = "") -> None:
-        """Add one batch's inputs.
+    def add_inputs(
+        self,
+        inputs: Mapping[str, LayerInput],
+        checks: AtOnce = AT_ONCE,
+        where: str = "",
+        weights: Tensor | None = None,
+    ) -> None:
+        """Add one batch's inputs, each example as often as its weight `[N]` says.
 
         Raises:
             ValueError: for a layer whose input is not finite, when `checks` look; it ends with `where`.
@@ -49,6 +56,12 @@ class KroneckerSums:
                 continue
             names["a", group] = name
             x, counted = rows["a", group] = token_rows(a, mask, self.config.tokens, mean=True)
+            if weights is not None:
+                each = weights.to(x.device, torch.float64).repeat_interleave(len(x) // len(weights))
+                rows["a", group] = each.to(accumulate_dtype(x)).sqrt()[:, None] * x, counted
+                count = (each if counted is None else each.masked_fill(~counted, 0)).sum()
+                self._counts.setdefault(group, []).append(count)
+                continue
             if counted is not None and id(mask) not in counts:
                 counts[id(mask)] = counted.sum()
             self._counts.setdefault(group, []).append(len(x) if counted is None else counts[id(mask)])
@@ -74,8 +87,8 @@ class KroneckerSums:
         self._sums.add(rows, checks, lambda key: not_finite(names[key], "output gradient", where))
 
     @property
-    def input_rows(self) -> dict[str, int]:
-        """How many rows (tokens, or examples) the A of each layer is the mean of."""
+    def input_rows(self) -> dict[str, float]:
+        """How many rows (tokens, or examples) the A of each layer is the mean of, each as often as its weight says."""
         of_group = _summed(self._counts)
         return {name: of_group[group] for name, group in self._group.items()}
 
@@ -116,7 +129,7 @@ class KroneckerSums:
                 sums.append(SumOfAll(total, [part and part[key[0]] for part in parts], layer.device))
         reduce(processes, sums)
 
-    def _said(self, name: str, rows: Mapping[str, int]) -> dict[str, Any] | None:
+    def _said(self, name: str, rows: Mapping[str, float]) -> dict[str, Any] | None:
         """What other processes need to know of this one's sums of a layer; None: there are none."""
         if name not in self._group:
             return None
@@ -128,7 +141,7 @@ class KroneckerSums:
     def factors(self) -> dict[str, KroneckerFactors]:
         """The finished factors: A a mean over tokens (or examples), S a sum. Shared inputs share their tensor."""
         scales: dict[Hashable, float] = {("s", name): 1.0 for name in self._group}
-        scales |= {("a", self._group[name]): 1.0 / max(rows, 1) for name, rows in self.input_rows.items()}
+        scales |= {("a", self._group[name]): 1.0 / rows if rows else 1.0 for name, rows in self.input_rows.items()}
         finished = self._sums.finish(scales)
         result = {}
         for name, group in self._group.items():
@@ -183,10 +196,10 @@ class KroneckerSums:
             placed[before, now] = self._group[name] = group
 
 
-def _summed(counts: Mapping[int, Sequence[int | Tensor]]) -> dict[int, int]:
+def _summed(counts: Mapping[int, Sequence[float | Tensor]]) -> dict[int, float]:
     """Sums of numbers of which some are on a device; there is one synchronisation per device."""
     tensors = {id(n): n for numbers in counts.values() for n in numbers if isinstance(n, Tensor)}
-    known: dict[int, int] = {}
+    known: dict[int, float] = {}
     for device in dict.fromkeys(n.device for n in tensors.values()):
         here = {key: n for key, n in tensors.items() if n.device == device}
         known |= zip(here, torch.stack(list(here.values())).tolist(), strict=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from bayesian_lora_kernels.curvature.checkpoint import FIT, Checkpoint
 from bayesian_lora_kernels.curvature.checkpoint_folder import JSON_NAME, CheckpointFolder, held, locked
+from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.processes import ALONE, Processes
 
 
@@ -21,6 +22,7 @@ def checkpoint_in(
     every: int | None,
     identity: Callable[[], Mapping[str, Any]],
     processes: Processes = ALONE,
+    read: Callable[[Any], Batch] = Batch.of,
 ) -> Iterator[Checkpoint | None]:
     """The checkpoint of a fit, in a folder that no other fit can write to meanwhile; None without a folder.
 
@@ -56,7 +58,7 @@ def checkpoint_in(
                 "checkpoint: the weights are not at hand (sharded, on the meta device, or with an adapter merged into "
                 "them), so that nothing would tell whether a checkpoint is of the same; fit without checkpoint"
             )
-        yield Checkpoint(own, every, described, processes, shards)
+        yield Checkpoint(own, every, described, processes, shards, read)
     for path in base.glob("[0-9]*"):
         with suppress(OSError):  # something is in it
             path.rmdir()

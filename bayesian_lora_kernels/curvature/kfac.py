@@ -70,7 +70,7 @@ class KroneckerCurvature(Curvature):
         sums = KroneckerSums(data.config)
         for index, recorded in data.captures("curvature", [sums]):
             data.check_clear(index)
-            sums.add_inputs(recorded.inputs, data.checks, f" in batch {index}")
+            sums.add_inputs(recorded.inputs, data.checks, f" in batch {index}", recorded.batch.weights)
             for part, gradients in data.backward(recorded):
                 sums.add_gradients(gradients, part.inputs, data.checks, f" in batch {index}")
         sums.reduce(data.processes, data.layers)
@@ -123,6 +123,16 @@ class KroneckerCurvature(Curvature):
     ) -> dict[str, Tensor]:
         """See `Curvature`."""
         return {name: layer.sample(n, generator) for name, layer in prepared.items()}
+
+    def root(
+        self,
+        vectors: Mapping[str, Tensor],
+        prior: Prior,
+        prepared: Mapping[str, KroneckerPosterior],
+        transpose: bool = False,
+    ) -> dict[str, Tensor]:
+        """See `Curvature`: symmetric, in the dtype of the vectors."""
+        return {name: prepared[name].apply(torch.rsqrt, v) for name, v in vectors.items()}
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
         """A factor that several layers share is there once, under the name of the first of them, its `input_factor`."""

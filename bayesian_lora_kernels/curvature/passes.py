@@ -38,11 +38,19 @@ from bayesian_lora_kernels.processes import ALONE, Processes
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fit found."""
+    """What a fit found.
+
+    Attributes:
+        curvature: at unit noise, if there is any.
+        n_examples: that it saw, whatever they weigh.
+        log_likelihood: of their labels, at unit noise; None without labels.
+        targets: how many numbers that is of, each as often as its weight says.
+    """
 
     curvature: Curvature
     n_examples: int
     log_likelihood: float | None
+    targets: float = 0.0
 
 
 class Passes:
@@ -52,7 +60,7 @@ class Passes:
         layers: to measure.
         config: settings of the fit.
         checks: of numbers, which are looked at a batch later where the host would have to wait.
-        n_examples: in the data, after the first pass.
+        n_examples: in the data, whatever they weigh, after the first pass.
         log_likelihood: of the labels, summed over the data, after the first pass; None without labels.
 
     Args:
@@ -129,6 +137,11 @@ class Passes:
         return 0 if self._totals is None else self._totals.n_examples
 
     @property
+    def targets(self) -> float:
+        """See `Fit`, after the first pass."""
+        return 0.0 if self._totals is None else float(self._totals.targets)
+
+    @property
     def log_likelihood(self) -> float | None:
         """See the class."""
         if self._totals is None or not self._totals.labelled or self._totals.log_likelihood is None:
@@ -157,7 +170,7 @@ class Passes:
         for index, given in in_step(self.model, self._batches(what, sums, totals)):
             self._limit.where = f"batch {index}: "
             try:
-                batch = Batch.of(given, self.device)
+                batch = self.forward.read(given, self.device)
                 if batch.size == 0:
                     continue
                 if self.processes.size > 1 and self._totals is None:
@@ -178,7 +191,7 @@ class Passes:
         if totals.positions == 0:
             raise ValueError(
                 "mask: expected at least one position that carries a loss, got none in all of the data (a mask of all "
-                "False, or labels that are all -100)"
+                "False, labels that are all -100, or weights that are all 0)"
             )
         self._totals = self._totals or totals
 
@@ -270,13 +283,18 @@ class Passes:
     def _columns(self, recorded: Capture) -> Iterator[tuple[Tensor, bool]]:
         logits, mask, labels, _ = recorded.result
         return self.likelihood.cotangents(
-            logits,
+            self.likelihood.shifted(logits.detach(), labels, recorded.batch.inputs),
             mask,
             labels,
+            self._example_weights(recorded),
             fisher=self.config.fisher,
             samples=self.config.fisher_samples,
             generator=self._generator(logits.device),
         )
+
+    def _example_weights(self, recorded: Capture) -> Tensor | None:
+        """By whose roots the columns of the examples are multiplied."""
+        return recorded.batch.weights
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """Of the columns that are drawn."""
@@ -320,8 +338,14 @@ class Passes:
         self.checks.prefix = f"batch {index}: "
         added = self._check(recorded)
         self.checks.prefix = ""
-        logits, mask, _, _ = recorded.result
-        totals.positions = totals.positions + (len(logits) if mask is None else mask.sum())
+        logits, mask, weights = recorded.logits, recorded.result.mask, recorded.batch.weights
+        counted: Tensor | int
+        if weights is None:
+            counted = len(logits) if mask is None else mask.sum()
+        else:
+            counted = (weights.double() if mask is None else weights.double().to(mask.device) * mask.sum(dim=1)).sum()
+        totals.positions = totals.positions + counted
+        totals.targets = totals.targets + counted * logits.shape[-1]
         totals.n_examples += len(logits)
         if added is None:
             totals.labelled = False
@@ -335,11 +359,14 @@ class Passes:
         bad = (bad if mask is None else bad & mask[..., None]).any().reshape(1)
         self.checks.add(bad, lambda _: ValueError("the logits are not finite (NaN or infinity)"))
         self.likelihood.check_logits(logits)
+        labels = self.likelihood.implied_labels(logits) if labels is None else labels
         if labels is None:
             return None
         labels = self.likelihood.check_labels(logits, labels, self.checks)
         recorded.result = recorded.result._replace(labels=labels)
-        return self.likelihood.log_likelihood(logits, labels, mask)
+        shifted = self.likelihood.shifted(logits.detach(), labels, recorded.batch.inputs, self.checks)
+        each, weights = self.likelihood.log_likelihood(shifted, labels, mask), recorded.batch.weights
+        return (each if weights is None else weights.to(each) * each).sum()
 
 
 def fit_curvature(passes: Passes) -> Fit:
@@ -369,4 +396,4 @@ def fit_curvature(passes: Passes) -> Fit:
         check_alike(passes.processes, own)
     with measuring(passes.model):
         curvature = kind.measure(passes)
-    return Fit(curvature, passes.n_examples, passes.log_likelihood)
+    return Fit(curvature, passes.n_examples, passes.log_likelihood, passes.targets)

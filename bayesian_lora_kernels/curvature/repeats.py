@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.host import on_host
-from bayesian_lora_kernels.model.reading import EXAMPLE_KEYS
+from bayesian_lora_kernels.model.reading import EXAMPLE_KEYS, MASK_KEYS
 
 KEPT = 64  # hashes of a process
 FEW = 8  # examples of which the same may be there by chance
@@ -35,7 +35,8 @@ def sketch(known: Sequence[int], batch: Batch) -> list[int]:
     if rows is None:
         return [*known]
     rows = on_host(rows.detach()).cpu()
-    masks = [on_host(mask).cpu() for mask in batch.masks if mask.shape == rows.shape]
+    given = [inputs.get(key) for key in MASK_KEYS] if isinstance(inputs, Mapping) else []
+    masks = [on_host(mask).cpu().bool() for mask in given if isinstance(mask, Tensor) and mask.shape == rows.shape]
     contents = [row if not masks else row[masks[0][i]] for i, row in enumerate(rows)]
     digests = [hashlib.blake2b(repr(one.tolist()).encode(), digest_size=8).digest() for one in contents]
     return joined(known, [int.from_bytes(digest, "big") for digest in digests])

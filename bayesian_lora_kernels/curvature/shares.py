@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ def share_of(loader: Any) -> Share | None:
     return next((share for share in map(_own_share, _parts(loader)) if share is not None and share.size > 1), None)
 
 
-def own_share(loader: Any, processes: Processes, what: str) -> Any:
+def own_share(loader: Any, processes: Processes, what: str, read: Callable[[Any], Batch] = Batch.of) -> Any:
     """The loader, without the examples that it repeats so that the shares of all processes are equally long.
 
     Raises:
@@ -87,7 +87,7 @@ def own_share(loader: Any, processes: Processes, what: str) -> Any:
             f"loader: its {share.source} repeats examples to make the shares equally long, and they would count twice. "
             f"{EVERY_ONE}; or even_batches=False of accelerate's DataLoaderConfiguration"
         )
-    return WithoutRepeats(loader, _counted(shards, processes.rank))
+    return WithoutRepeats(loader, _counted(shards, processes.rank), read)
 
 
 class WithoutRepeats:
@@ -96,10 +96,11 @@ class WithoutRepeats:
     Args:
         loader: of a share.
         counted: of each batch, how many examples it has, and how many of them are new: the first ones.
+        read: a user's batch as one of examples.
     """
 
-    def __init__(self, loader: Any, counted: Sequence[tuple[int, int]]):
-        self.loader, self.counted = loader, counted
+    def __init__(self, loader: Any, counted: Sequence[tuple[int, int]], read: Callable[[Any], Batch] = Batch.of):
+        self.loader, self.counted, self.read = loader, counted, read
         self.batch_sampler, self.generator = loader.batch_sampler, getattr(loader, "generator", None)
 
     def __len__(self) -> int:
@@ -107,7 +108,7 @@ class WithoutRepeats:
 
     def __iter__(self) -> Iterator[Any]:
         for given, known in itertools.zip_longest(self.loader, self.counted):
-            size = 0 if given is None else Batch.of(given).size
+            size = 0 if given is None else self.read(given).size
             if known is None or size != known[0]:
                 raise ValueError(
                     "loader: expected the examples that its sampler chose, to leave out those that it repeats, got a "
@@ -116,7 +117,7 @@ class WithoutRepeats:
             if known[1] == size:
                 yield given
             elif known[1] > 0:
-                yield Batch.of(given).rows(0, known[1]).given
+                yield self.read(given).rows(0, known[1]).given
 
 
 @functools.cache

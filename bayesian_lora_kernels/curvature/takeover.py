@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ from bayesian_lora_kernels.processes import Processes
 WIDTH = 16  # bytes of a digest
 
 
-def example_digests(given: Any) -> Tensor | None:
+def example_digests(given: Any, read: Callable[[Any], Batch] = Batch.of) -> Tensor | None:
     """Digests `[N, 16]` uint8 of the examples of a batch, the same in batches that pad them otherwise.
 
     None where nothing tells them apart: numbers of which it is not known whose they are, objects of unknown values.
     """
-    batch = Batch.of(given)
+    batch = read(given)
     if batch.uncut:
         return None
     digests = bytearray()
@@ -54,12 +54,14 @@ def joined(digests: Iterable[Tensor]) -> Tensor:
     return torch.cat([_rows(bytearray()), *digests])
 
 
-def own_part(counted: Counter[bytes], loader: Iterable[Any], processes: Processes) -> Counter[bytes] | None:
+def own_part(
+    counted: Counter[bytes], loader: Iterable[Any], processes: Processes, read: Callable[[Any], Batch] = Batch.of
+) -> Counter[bytes] | None:
     """Of the examples that are counted, those that are now in this process' share; goes over the loader once.
 
     None if some of them are in nobody's.
     """
-    own = [found for given in loader if (found := example_digests(given)) is not None]
+    own = [found for given in loader if (found := example_digests(given, read)) is not None]
     shares = processes.gather(joined(own))
     left, mine = counted.copy(), Counter[bytes]()
     for rank, share in enumerate(shares):
@@ -70,7 +72,9 @@ def own_part(counted: Counter[bytes], loader: Iterable[Any], processes: Processe
     return None if left else mine
 
 
-def uncounted(given: Any, digests: Tensor, skip: Counter[bytes]) -> Iterator[tuple[Any, Tensor]]:
+def uncounted(
+    given: Any, digests: Tensor, skip: Counter[bytes], read: Callable[[Any], Batch] = Batch.of
+) -> Iterator[tuple[Any, Tensor]]:
     """What is left of a batch without the examples to skip, which are crossed off, and the digests of that."""
     new = []
     for row in digests.numpy():
@@ -80,7 +84,7 @@ def uncounted(given: Any, digests: Tensor, skip: Counter[bytes]) -> Iterator[tup
     if all(new):
         yield given, digests
         return
-    batch, start = Batch.of(given), 0
+    batch, start = read(given), 0
     while start < len(new):
         stop = next((i for i in range(start, len(new)) if new[i] != new[start]), len(new))
         if new[start]:
@@ -105,7 +109,7 @@ def _without_padding(example: Any) -> Any:
     for key, value in items.items():
         mask = masks.get(DECODER_MASK if str(key).startswith("decoder") else MASK_KEYS[0])
         if key in ROW_KEYS and _is_row(value) and mask is not None and mask.shape == value.shape:
-            found[key] = value[mask]
+            found[key] = value[mask] if value.ndim == 2 else (mask.sum(dim=-1), value[mask])
         elif key in LABEL_KEYS and _is_row(value) and not value.is_floating_point():
             labelled = (value[0] != IGNORED_LABEL).nonzero().flatten().tolist() or [0]
             before = masks.get(MASK_KEYS[0])
@@ -116,4 +120,4 @@ def _without_padding(example: Any) -> Any:
 
 
 def _is_row(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 2
+    return isinstance(value, Tensor) and value.ndim in (2, 3)  # of one text, or of several answers

@@ -18,26 +18,30 @@ class Totals:
 
     Attributes:
         n_examples: that were counted.
-        positions: that carry a loss.
+        positions: that carry a loss, each as often as the weight of its example says.
         log_likelihood: of the labels; None: there were none.
         labelled: whether all batches had labels.
         sketch: of the examples, for `warn_of_repeats`.
+        targets: outputs at these positions.
     """
 
     n_examples: int = 0
-    positions: Tensor | int = 0
+    positions: Tensor | float = 0
     log_likelihood: Tensor | float | None = None
     labelled: bool = True
     sketch: list[int] = field(default_factory=list)
+    targets: Tensor | float = 0
 
     def of_all(self, processes: Processes) -> Totals:
         """Those of all processes together."""
         known = None if self.log_likelihood is None else float(self.log_likelihood)
-        parts = processes.values([self.n_examples, int(self.positions), known, self.labelled, self.sketch])
-        examples, positions, likelihoods, labelled, sketches = zip(*parts, strict=True)
+        counts = self.n_examples, float(self.positions), float(self.targets)
+        parts = processes.values([*counts, known, self.labelled, self.sketch])
+        examples, positions, targets, likelihoods, labelled, sketches = zip(*parts, strict=True)
         warn_of_repeats(sketches)
         seen = [one for one in likelihoods if one is not None]
-        return Totals(sum(examples), sum(positions), sum(seen) if seen else None, all(labelled))
+        likelihood = sum(seen) if seen else None
+        return Totals(sum(examples), sum(positions), likelihood, all(labelled), targets=sum(targets))
 
     def state(self) -> dict[str, Any]:
         """See `Stateful`."""
@@ -52,7 +56,7 @@ class Totals:
         other = Totals()
         other.restore(state)
         self.n_examples += other.n_examples
-        self.positions = self.positions + other.positions
+        self.positions, self.targets = self.positions + other.positions, self.targets + other.targets
         self.labelled &= other.labelled
         known = [one for one in (self.log_likelihood, other.log_likelihood) if one is not None]
         self.log_likelihood = sum(known[1:], known[0]) if known else None

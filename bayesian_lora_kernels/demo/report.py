@@ -86,6 +86,7 @@ def as_json(runs: Sequence[Run], results: Results, problem: Problem, seconds: Ma
     from bayesian_lora_kernels import __version__
 
     return {
+        "command": "demo",
         "versions": {
             "bayesian_lora_kernels": __version__,
             "python": platform.python_version(),

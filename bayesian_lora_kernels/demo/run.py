@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 
-from bayesian_lora_kernels.calibration.plots import reliability_diagrams, risk_coverage_diagram, save_figure
 from bayesian_lora_kernels.demo.methods import NAMES, compare_methods
 from bayesian_lora_kernels.demo.problem import Problem
 from bayesian_lora_kernels.demo.report import as_json, conclusions, format_differences, format_table
 from bayesian_lora_kernels.demo.results import Run, make_run, measure
+from bayesian_lora_kernels.plots import reliability_diagrams, risk_coverage_diagram, save_figure
 from bayesian_lora_kernels.posterior.storage import write_text
 
-DRAWN = ("map", "temperature", "labels", "folds", "evidence")
+DRAWN = ("map", "temperature", "labels", "folds")
 JSON_NAME, PLOT_NAME, RISK_NAME = "results.json", "reliability.png", "risk-coverage.png"
 
 
 def run_demo(
     make_problem: Callable[[], Problem], seeds: int, seed: int, out: Path, progress: bool = True
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], str]:
     """Fine-tune, compare, report.
 
     One base model serves all runs; each run draws its own sets, and fine-tunes anew.
@@ -36,7 +36,7 @@ def run_demo(
         progress: whether to show progress bars.
 
     Returns:
-        What `results.json` holds.
+        What `results.json` holds, and the same to read.
 
     Raises:
         ValueError: if `seeds` is not positive.
@@ -47,9 +47,9 @@ def run_demo(
     if seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
     check_packages()
-    out.mkdir(parents=True, exist_ok=True)
     start = perf_counter()
     problem = make_problem()
+    out.mkdir(parents=True, exist_ok=True)
     runs = [_one_run(problem, seed + i, progress) for i in range(seeds)]
     results = measure(runs)
     figure = reliability_diagrams({problem.titles[name]: _pooled(runs, name) for name in results})
@@ -60,15 +60,12 @@ def run_demo(
     write_text(out / JSON_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     titles = {name: f"{problem.titles[name]} ({len(labels)} examples)" for name, labels in runs[0].labels.items()}
-    print(_heading(problem, runs))
-    print(format_table(results, titles))
-    print()
+    text = [_heading(problem, runs), format_table(results, titles), ""]
     if seeds > 1:
-        print(format_differences(results) + "\n")
-    for sentence in conclusions(results, runs[0].held_out):
-        print(sentence)
-    print(f"\n{out / PLOT_NAME}, {out / RISK_NAME}, {out / JSON_NAME}; {seconds['total']:.0f} s")
-    return content
+        text += [format_differences(results), ""]
+    text += conclusions(results, runs[0].held_out)
+    text += ["", f"{out / PLOT_NAME}, {out / RISK_NAME}, {out / JSON_NAME}; {seconds['total']:.0f} s"]
+    return content, "\n".join(text)
 
 
 def check_packages() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesian_lora_kernels.model.answers import each_answer, token_mask
 from bayesian_lora_kernels.model.arguments import is_left_padded
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
@@ -35,8 +36,7 @@ def check_alone(recorded: Capture) -> None:
         own = logits_alone(recorded, row)
     if own is None:
         return
-    mask = inputs.get(MASK)
-    mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    mask = token_mask(inputs)
     dtype = lowest_dtype(recorded)
     off = distance(logits_together(recorded, row), own, dtype)
     if off <= tolerance_of(dtype, 1e-5, 1e-2, 0.4):
@@ -86,6 +86,10 @@ def logits_alone(recorded: Capture, row: int) -> Tensor | None:
     forward, inputs, labels = recorded.forward, recorded.batch.inputs, recorded.batch.labels
     if not isinstance(inputs, Mapping):
         return None
+    if forward.answers is not None:
+        parts = each_answer(recorded.batch.rows(row, row + 1).inputs)
+        found = [_own_logits(recorded, _without_padding(part, forward.seq2seq)) for part in parts]
+        return torch.cat([logits for logits in found if logits is not None])
     columns = {**inputs, LABELS: labels} if isinstance(labels, Tensor) else dict(inputs)
     made = recorded.all_labels and isinstance(labels, Tensor) and labels.ndim == 2
     if forward.seq2seq and forward.is_models_own and ("decoder_input_ids" in inputs or made):  # may be padded, too
@@ -127,10 +131,11 @@ def distance(found: Tensor, own: Tensor, dtype: torch.dtype) -> float:
 
 def most_padded(batch: Batch) -> int:
     """The last of the examples with most padding."""
-    mask = batch.inputs.get(MASK) if isinstance(batch.inputs, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    mask = token_mask(batch.inputs)
+    if mask is None:
         return batch.size - 1
-    return len(mask) - 1 - int(mask.bool().sum(dim=1).flip(0).argmin())
+    counts = mask.bool().view(batch.size, -1).sum(dim=1)
+    return batch.size - 1 - int(counts.flip(0).argmin())
 
 
 def _without_padding(columns: Mapping[str, Any], seq2seq: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bayesian_lora_kernels.model.containers import items_of, map_tensors, rebuilt
 from bayesian_lora_kernels.model.host import both, on_host, to_device
 from bayesian_lora_kernels.model.packed_images import cut_packed, packed_keys
-from bayesian_lora_kernels.model.reading import MASK_KEYS, has_names, inputs_and_labels, parsed, size_of
+from bayesian_lora_kernels.model.reading import MASK_KEYS, has_names, inputs_and_labels, parsed, size_of, weights_of
 
 NESTED_KEYS = ("past_key_values", "encoder_outputs")  # tuples of tensors, one per layer
 Rows = Callable[[Any, int], Any]
@@ -69,6 +69,11 @@ class Batch:
         """Of an object that is known to be in order, and of how many examples if its own numbers need not tell."""
         known = size_of(given) if size is None else size
         return cls(given, *inputs_and_labels(given), 1 if known is None else known)
+
+    @property
+    def weights(self) -> Tensor | None:
+        """How often each example counts, `[N]`; None: once."""
+        return weights_of(self.given)
 
     @property
     def rows_of_inputs(self) -> int | None:

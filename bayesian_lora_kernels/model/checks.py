@@ -36,8 +36,8 @@ def kind_of(batch: Batch, all_labels: bool) -> Any:
     several = inputs if isinstance(inputs, (Mapping, tuple, list)) else [inputs]
     for key, value in several.items() if isinstance(several, Mapping) else enumerate(several):
         columns.append((key, value.ndim, value.dtype) if isinstance(value, Tensor) else (key, type(value)))
-        if isinstance(key, str) and MASK in key and isinstance(value, Tensor) and value.ndim == 2:
-            padding.append((key, bool(on_host(value).all()), is_left_padded(value)))
+        if isinstance(key, str) and MASK in key and isinstance(value, Tensor) and value.ndim in (2, 3):
+            padding.append((key, bool(on_host(value).all()), is_left_padded(value.flatten(0, -2))))
     shape = labels.ndim if isinstance(labels, Tensor) and all_labels else None
     return all_labels, batch.size == 1, shape, tuple(columns), tuple(padding)
 

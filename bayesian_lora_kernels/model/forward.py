@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bayesian_lora_kernels.model.answers import below_each_other, grouped, pad_of, token_mask
 from bayesian_lora_kernels.model.arguments import decoder_inputs, is_left_padded, pass_on
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.findings import Checks, Findings, Way
@@ -22,7 +23,7 @@ from bayesian_lora_kernels.model.head import OutputHead, find_head
 from bayesian_lora_kernels.model.host import both, on_host, to_device
 from bayesian_lora_kernels.model.masks import before_pads, last_valid, parameters_of
 from bayesian_lora_kernels.model.measuring import hooked
-from bayesian_lora_kernels.model.reading import DECODER_MASK, MASK_KEYS
+from bayesian_lora_kernels.model.reading import DECODER_MASK, MASK_KEYS, WEIGHTS
 from bayesian_lora_kernels.model.sharding import sharing
 from bayesian_lora_kernels.surroundings import callers_surroundings
 
@@ -57,6 +58,8 @@ class Forward:
         class_token_ids: `[C]`, restricts a causal LM's logits to these tokens.
         masked: whether padding is left out of what is captured.
         check: when assumptions about the model are checked: `first`, `always` or `off` (see `LaplaceConfig`).
+        answers: whether an example is a pair or a list of answers, of which the model gives each one score
+            (`Likelihood.answers`).
 
     Attributes:
         model: the one that runs.
@@ -79,13 +82,15 @@ class Forward:
         class_token_ids: Any = None,
         masked: bool = True,
         check: str = "first",
+        answers: str | None = None,
     ):
         sharing(model)  # refuses what is spread in a way that is not served
         self.model, self.prefix = unwrapped(model)
         self.function = function
         self.masked = masked
+        self.answers = None if function else answers
         self.base = _base_of(self.model)
-        self.head = None if function else find_head(model, self.base)
+        self.head = None if function or answers else find_head(model, self.base)
         self.before_cap = False
         self.class_token_ids: Tensor | None = None
         self._class_ids: dict[torch.device, Tensor] = {}
@@ -121,7 +126,26 @@ class Forward:
         if self.class_token_ids is not None:
             return len(self.class_token_ids)
         labels = getattr(getattr(self.base, "config", None), "num_labels", None)
-        return labels if self.function is None and self.head is None and isinstance(labels, int) else None
+        known = self.function is None and self.head is None and self.answers is None and isinstance(labels, int)
+        return labels if known else None
+
+    def read(self, given: Any, device: torch.device | None = None, *, labels: bool = True) -> Batch:
+        """A user's batch, its answers `[N, K, T]` where it is of those; see `Batch.of`, also for errors.
+
+        Args:
+            given: the user's; pairs may stand below each other, `[2 N, T]`, where labels are read.
+            device: see `Batch.of`.
+            labels: see `Batch.of`; without, rows `[N, T]` are single answers.
+        """
+        if self.answers is not None and not isinstance(given, Batch):
+            given = grouped(given, pairs=self.answers == "pairs", labelled=labels, pad=pad_of(self.base))
+        batch = Batch.of(given, device, labels=labels)
+        if WEIGHTS in self.accepted and batch.weights is not None:
+            raise ValueError(
+                f"{WEIGHTS}: the model's forward has an argument of this name, which here says how often an example "
+                "counts; pass the model's own with forward=..., under another name"
+            )
+        return batch
 
     def in_head(self, layer_name: str) -> bool:
         """Whether a layer is part of the output head."""
@@ -143,6 +167,8 @@ class Forward:
         with callers_surroundings():
             if self.function is not None:
                 result = self._custom(batch.given, labels)
+            elif self.answers is not None:
+                result = self._rewards(inputs, labels)
             elif self.head is not None and isinstance(inputs, Mapping):
                 result = self._causal(inputs, labels if all_labels else None, labels)
             else:
@@ -176,6 +202,17 @@ class Forward:
         else:
             output = self.model(inputs)
         return _with_mask(_logits_of(output), labels, None)
+
+    def _rewards(self, inputs: Mapping[str, Any], labels: Tensor | None) -> ForwardResult:
+        """Scores `[N, K]` of the answers of every example, in one call of the model; of single answers, `[N, 1]`."""
+        columns, count = below_each_other(inputs)
+        logits = _logits_of(self.model(**self.model_inputs(columns)))
+        if logits.ndim != 2 or logits.shape[1] != 1:
+            raise ValueError(
+                "forward: expected a reward model, which gives a text one score (num_labels=1), got logits "
+                f"{list(logits.shape)}; or pass forward=callable(model, batch) -> rewards [N, K]"
+            )
+        return ForwardResult(logits if count is None else logits.view(-1, count), None, labels)
 
     def _causal(self, inputs: Mapping[str, Any], targets: Tensor | None, labels: Tensor | None) -> ForwardResult:
         """Hands the output head the positions that are used, and of its logits picks those of the classes."""
@@ -226,8 +263,8 @@ class Forward:
         inputs, now = batch.inputs, self.findings.way
         if not self.is_models_own or not isinstance(inputs, Mapping):
             return []
-        mask = inputs.get(MASK_KEYS[0])
-        left = isinstance(mask, Tensor) and mask.ndim == 2 and is_left_padded(mask)
+        mask = token_mask(inputs)
+        left = mask is not None and is_left_padded(mask)
         positions = left and "position_ids" in self.accepted and "position_ids" not in inputs
         ways = [replace(now, skips_padding=not now.skips_padding)] if positions else []
         if self.head is not None and now.cuts_positions:

@@ -54,11 +54,12 @@ def examples_within(
     if budget is None:
         budget = default_budget(layers[0].device)
     tokens = tokens_of(batch)
+    weighted = 0 if batch.weights is None else 4  # bytes of an input times the root of its weight
     per_example = 0
     for layer in layers:
         d_out, d_in = layer.shape
         gradient = d_out * d_in if weight_gradients else d_out * min(tokens, max(d_in, 1))
-        per_example += layer.module.weight.element_size() * tokens * d_in + 4 * outputs * gradient
+        per_example += (layer.module.weight.element_size() + weighted) * tokens * d_in + 4 * outputs * gradient
     return max(1, min(batch.size, budget // max(per_example, 1)))
 
 

@@ -117,3 +117,11 @@ def placements(model: nn.Module, names: Sequence[str]) -> list[Placement]:
             f"the posterior has {len(names)} modules, of which this model lacks {len(missing)}, such as {missing[0]}"
         )
     return found
+
+
+def place(name: str) -> tuple[int | None, str]:
+    """The block that a layer is in, if it is in a numbered one, and the part that it plays in it: `q_proj.lora_A`."""
+    parts = _ADAPTER.sub(r"\1", name).split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    block = int(parts[numbers[0]]) if numbers else None
+    return block, ".".join(parts[numbers[-1] + 1 if numbers else 0 :][-2:]) or "layers"

@@ -19,6 +19,7 @@ from bayesian_lora_kernels.model.packed_images import PACKED_KEYS
 DECODER_MASK = "decoder_attention_mask"
 MASK_KEYS = ("attention_mask", DECODER_MASK)
 LABEL_KEYS = ("labels", "label", "label_ids")  # the first that is there; transformers' collators know all three
+WEIGHTS = "weights"  # how often each example counts
 
 # Their first dimension is the examples', in this order of trust.
 EXAMPLE_KEYS = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids", "input_features", "input_values")
@@ -50,6 +51,7 @@ def parsed(batch: Any, labels: bool = True) -> Any:
     batch = _with_tensors(batch if labels else _without_labels(batch))
     inputs, found, name = _read(batch)
     _check_examples(inputs, found, name)
+    _check_weights(batch)
     _check_masks(inputs if isinstance(inputs, Mapping) else {})
     return batch
 
@@ -67,6 +69,13 @@ def inputs_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
     return inputs, None if labels is None else _label_tensor(name, labels)
 
 
+def weights_of(batch: Any) -> Tensor | None:
+    """How often each example of a batch counts, `[N]`; None: once."""
+    if not has_names(batch):
+        batch = batch[0] if isinstance(batch, (tuple, list)) and batch and has_names(batch[0]) else {}
+    return items_of(batch).get(WEIGHTS)
+
+
 def size_of(batch: Any) -> int | None:
     """Number of examples: that of the labels, of inputs known to have examples first, or of the first tensor."""
     if isinstance(batch, (Tensor, np.ndarray)):
@@ -77,7 +86,7 @@ def size_of(batch: Any) -> int | None:
             size = _rows(items.get(key))
             if size is not None:
                 return size
-        keys = [key for key in items if key not in LABEL_KEYS]
+        keys = [key for key in items if key not in (*LABEL_KEYS, WEIGHTS)]
         keys.sort(key=lambda key: 2 if key in OTHER_KEYS else int(_is_text(items[key])))
         return _first(size_of(items[key]) for key in keys)
     if isinstance(batch, (tuple, list)):
@@ -106,7 +115,7 @@ def _read(batch: Any) -> tuple[Any, Any, str]:
         labels = items.get(name)
         if "inputs" in items and not isinstance(batch, Mapping):
             return items["inputs"], labels, name
-        bare = {key: value for key, value in items.items() if key not in LABEL_KEYS}
+        bare = {key: value for key, value in items.items() if key not in (*LABEL_KEYS, WEIGHTS)}
         return rebuilt(batch, bare) if isinstance(batch, Mapping) else bare, labels, name
     expected = "batch: expected a mapping (input_ids, attention_mask, labels, ...) or a tuple (inputs, labels), got "
     kind = type(batch).__name__
@@ -133,22 +142,23 @@ def _label_tensor(name: str, labels: Any) -> Tensor:
         what = f"a {type(labels).__name__}"
         if isinstance(labels, (list, tuple)) and labels:
             what += f" of {type(labels[0]).__name__}"
+        kind = "" if name == WEIGHTS else " (class indices or targets)"
         raise TypeError(
-            f"{name}: expected numbers (class indices or targets) as a tensor, an array or a list, got {what}; map "
-            "them to indices, or leave them out"
+            f"{name}: expected numbers{kind} as a tensor, an array or a list, got {what}; map them to indices, or "
+            "leave them out"
         )
     return found
 
 
 def _without_labels(batch: Any) -> Any:
-    """The same kind of batch, without labels: no key in a mapping, None in a tuple or a field."""
+    """The same kind of batch, without labels and weights: no key in a mapping, None in a tuple or a field."""
     if isinstance(batch, (Tensor, np.ndarray)):
         return batch
     items = items_of(batch)
     if isinstance(batch, Mapping):
-        return rebuilt(batch, {key: value for key, value in items.items() if key not in LABEL_KEYS})
+        return rebuilt(batch, {key: value for key, value in items.items() if key not in (*LABEL_KEYS, WEIGHTS)})
     if has_names(batch):
-        items.update({key: None for key in LABEL_KEYS if key in items})
+        items.update({key: None for key in (*LABEL_KEYS, WEIGHTS) if key in items})
     else:
         inputs, *labels = items
         items.update(dict.fromkeys(labels))
@@ -181,6 +191,18 @@ def _check_examples(inputs: Any, labels: Any, name: str) -> None:
         )
 
 
+def _check_weights(batch: Any) -> None:
+    """Whether there is one for each example, not negative."""
+    weights, size = weights_of(batch), size_of(batch)
+    if weights is None:
+        return
+    if weights.shape != (size,):
+        raise ValueError(f"{WEIGHTS}: expected one number for each of {size} examples, got {list(weights.shape)}")
+    wrong = ~(torch.isfinite(weights) & (weights >= 0))
+    if wrong.any():
+        raise ValueError(f"{WEIGHTS}: expected finite numbers, not negative, got {float(weights[wrong][0]):g}")
+
+
 def _check_masks(inputs: Mapping[Any, Any]) -> None:
     """Whether attention masks are `[N, T]` of 0 and 1, or `[N, choices, T]` like 3-D `input_ids`."""
     ids = inputs.get("input_ids")
@@ -211,7 +233,7 @@ def _with_tensors(batch: Any) -> Any:
     if has_names(batch):
         label = _label_key(items)
         for key, value in items.items():
-            if key == label and value is not None:
+            if key in (label, WEIGHTS) and value is not None:
                 items[key] = _label_tensor(key, value)
             elif key in ROW_KEYS:
                 items[key] = _row_tensor(key, value)

@@ -31,11 +31,12 @@ _ADVICE = (
 def _load() -> tuple[ModuleType | None, str | None]:
     """The extension module, or the reason why there is none."""
     note = Path(__file__).resolve().parent.parent / "_native_build.json"  # written by setup.py
-    record = json.loads(note.read_text()) if note.exists() else {}
+    if not note.exists():
+        return None, f"the native extension was not built; {_ADVICE}"
+    record = json.loads(note.read_text())
     if "reason" in record:
         return None, f"the native extension was not built: {record['reason']}"
-    here = str(torch.__version__)
-    built_for = record.get("torch", here)
+    here, built_for = str(torch.__version__), record["torch"]
     if built_for != here:
         # Loading it could end the process: PyTorch promises no binary interface between versions.
         return None, f"the native extension was built for PyTorch {built_for}, and this is {here}; {_ADVICE}"
@@ -45,8 +46,6 @@ def _load() -> tuple[ModuleType | None, str | None]:
         if missing:
             return None, f"the native extension is older than this package and lacks {', '.join(missing)}; {_ADVICE}"
         return module, None
-    except ModuleNotFoundError:
-        return None, f"the native extension was not built; {_ADVICE}"
     except ImportError as error:
         return None, f"the native extension does not load: {error}; {_ADVICE}"
 

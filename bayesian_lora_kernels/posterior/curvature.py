@@ -78,6 +78,20 @@ class Curvature(ABC):
     def sample(self, n: int, prior: Prior, prepared: Any, generator: torch.Generator | None) -> dict[str, Tensor]:
         """Zero-mean samples of the weights' deviations from the MAP, `[n, d_out, d_in]`."""
 
+    def root(
+        self, vectors: Mapping[str, Tensor], prior: Prior, prepared: Any, transpose: bool = False
+    ) -> dict[str, Tensor]:
+        """`B v`, or `B^T v`, of vectors of weights `[n, d_out, d_in]`, with B a square root of Sigma: `B B^T = Sigma`.
+
+        Raises:
+            NotImplementedError: for a kind that does not have it.
+            ValueError: for a curvature that is spread over processes.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}: expected a method root(vectors, prior, prepared, transpose), which covariances "
+            "across inputs and influence are made of"
+        )
+
     @abstractmethod
     def pack(self) -> tuple[Mapping[str, Tensor | Columns], dict[str, dict[str, Any]]]:
         """What a file holds: `{"layer name.key": tensor}`, and what its JSON says of some layers beside their shape.

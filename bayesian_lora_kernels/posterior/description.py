@@ -89,6 +89,10 @@ _BASE_TENSOR: dict[str, tuple[Check, str]] = {
     "values": (is_int(0), "a number of values"),
 }
 _SHAPE: tuple[Check, str] = (_is_matrix_shape, "[d_out, d_in]")
+_NOISE: dict[str, tuple[Check, str]] = {
+    "variance": (lambda value: _is_number(value) and value > 0, "a finite positive number"),
+    "targets": (lambda value: _is_number(value) and value >= 0, "a number of targets"),
+}
 _NORM: tuple[Check, str] = (lambda value: _is_number(value) and value >= 0, "a finite number, not negative")
 _COVERS: tuple[Check, str] = (_is_covers, '["weight"], ["bias"] or both')
 
@@ -100,7 +104,8 @@ def check_description(content: Mapping[str, Any], version: int) -> None:
         ValueError: naming the first key that is missing, is not what it should be, or does not belong there.
     """
     check_keys("", content, _TOP)
-    curvature = LaplaceConfig.from_json(content["settings"]).curvature
+    settings = LaplaceConfig.from_json(content["settings"])
+    curvature = settings.curvature
     if curvature not in CURVATURES:
         raise ValueError(
             f"settings.curvature: expected one of {', '.join(CURVATURES)}, got {curvature!r}; import the module that "
@@ -125,6 +130,11 @@ def check_description(content: Mapping[str, Any], version: int) -> None:
             check_keys(f"base_model.tensors.{name}.", tensor, _BASE_TENSOR)
     if version > 2:  # what it holds, Calibration.from_json checks
         check_keys("", content, {"calibration": (optional(is_object), "null or an object")})
+    if version > 3:
+        noisy = settings.likelihood == "regression"
+        of_noise = is_object if noisy else (lambda value: value is None)
+        check_keys("", content, {"noise": (of_noise, "an object" if noisy else "null, as there is none")})
+        check_keys("noise.", content["noise"] or {}, _NOISE if noisy else {})
 
 
 def check_keys(prefix: str, content: Mapping[str, Any], spec: Mapping[str, tuple[Check, str]]) -> None:

@@ -2,6 +2,8 @@
 
     log p(y | X) = log p(y | X, theta) - lambda / 2 ||theta||^2 + P / 2 log lambda - 1 / 2 logdet(F + lambda I)
 
+of a regression with its noise variance in the likelihood and in F.
+
 Source: MacKay 1992, "Bayesian interpolation"; Immer et al. 2021, "Scalable marginal likelihood estimation".
 """
 
@@ -10,11 +12,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bayesian_lora_kernels.posterior.curvature import Curvature
+from bayesian_lora_kernels.posterior.noise import Residuals
 from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.posterior.prior import Prior
 
@@ -29,8 +33,8 @@ class PriorPrecisionWarning(UserWarning):
     """The evidence has no maximum inside the range that was searched."""
 
 
-def log_evidence(log_likelihood: float, posterior: Posterior, square_norms: Mapping[str, Tensor]) -> Tensor:
-    """Log marginal likelihood, 0-d float64, differentiable in the prior precisions.
+def log_evidence(log_likelihood: float | Tensor, posterior: Posterior, square_norms: Mapping[str, Tensor]) -> Tensor:
+    """Log marginal likelihood, 0-d float64, differentiable in the prior precisions and the noise variance.
 
     Args:
         log_likelihood: of the labels at the MAP weights, summed over the data set.
@@ -65,12 +69,14 @@ def effective_parameters(posterior: Posterior) -> dict[str, float]:
         else:
             keys = {name: name if curvature.independent_layers else "" for name in curvature.shapes}
             scaled = {name: prior[name] * factor[key].to(prior[name].device) for name, key in keys.items()}
-        logdet = Posterior(curvature, Prior(scaled)).logdet
+        logdet = replace(posterior, prior=Prior(scaled)).logdet
     (traces,) = torch.autograd.grad(logdet, logs)  # lambda d logdet / d lambda = lambda tr(Sigma)
     return {name: n - trace for (name, n), trace in zip(counts.items(), traces.tolist(), strict=True)}
 
 
-def maximise_evidence(curvature: Curvature, square_norms: Mapping[str, Tensor], per_module: bool) -> Prior:
+def maximise_evidence(
+    curvature: Curvature, square_norms: Mapping[str, Tensor], per_module: bool, noise_variance: float | Tensor = 1.0
+) -> Prior:
     """The prior of the largest evidence, one precision for all layers or one each.
 
     With independent layers or one precision this is a search in one variable over the eigenvalues. Where the curvature
@@ -79,20 +85,76 @@ def maximise_evidence(curvature: Curvature, square_norms: Mapping[str, Tensor], 
     Warns:
         PriorPrecisionWarning: if the maximum lies at the end of the range, for instance because all weights are zero.
     """
-    names = list(curvature.shapes)
+    names, noise = list(curvature.shapes), float(noise_variance)
     if per_module and curvature.independent_layers:
-        return Prior({n: _maximise_shared(*curvature.spectrum([n]), float(square_norms[n]), n) for n in names})
-    total = float(sum(float(norm) for norm in square_norms.values()))
-    shared = _maximise_shared(*curvature.spectrum(), total, "the model")
-    return _climb(curvature, square_norms, dict.fromkeys(names, shared)) if per_module else Prior(shared)
+        spectra = {name: curvature.spectrum([name]) for name in names}
+        return Prior({n: _maximise_shared(*spectra[n], float(square_norms[n]), n, noise) for n in names})
+    shared = _maximise_shared(*curvature.spectrum(), _total(square_norms), "the model", noise)
+    if not per_module:
+        return Prior(shared)
+    return _climb(Posterior(curvature, Prior(shared), noise), square_norms)
 
 
-def _maximise_shared(values: Tensor, multiplicity: Tensor, square_norm: float, where: str) -> float:
+def maximise_with_noise(
+    curvature: Curvature, square_norms: Mapping[str, Tensor], per_module: bool, residuals: Residuals
+) -> tuple[Prior, float]:
+    """The prior and the noise variance of the largest evidence of a regression.
+
+    For a precision r in units of the inverse noise variance (`posterior/noise.py`) the best variance is known: what is
+    left of the targets, and r times what the weights take, per target, `(E + r ||theta||^2) / N`. With it the evidence
+    is a function of r alone, `- N / 2 log(E + r ||theta||^2) + P / 2 log r - 1 / 2 logdet(F + r I)` and constants.
+
+    Raises:
+        ValueError: if the outputs are all of the targets, and all weights zero.
+
+    Warns:
+        PriorPrecisionWarning: as `maximise_evidence`.
+    """
+    error, targets = residuals
+    if error + _total(square_norms) == 0:
+        raise ValueError(
+            "noise_variance: the outputs are the targets and the weights are zero, so that no noise is best"
+        )
+
+    def penalty(taken: Tensor) -> Tensor:
+        return 0.5 * targets * (error + taken).log()
+
+    where = "the model, times the noise variance,"
+    prior = Prior(_maximise_shared(*curvature.spectrum(), _total(square_norms), where, penalty=penalty))
+    if per_module:
+        prior = _climb(Posterior(curvature, prior), square_norms, penalty)
+    noise = (error + float(_taken(prior, square_norms))) / targets
+    return prior.times(torch.tensor(1 / noise, dtype=torch.float64)), noise
+
+
+def _total(square_norms: Mapping[str, Tensor]) -> float:
+    return float(sum(float(norm) for norm in square_norms.values()))
+
+
+def _taken(prior: Prior, square_norms: Mapping[str, Tensor]) -> Tensor:
+    """The sum over layers of `lambda ||theta||^2`, 0-d on the CPU."""
+    return torch.stack([(prior[n].to(norm.device) * norm).cpu() for n, norm in square_norms.items()]).sum()
+
+
+def _half(taken: Tensor) -> Tensor:
+    return 0.5 * taken
+
+
+def _maximise_shared(
+    values: Tensor,
+    multiplicity: Tensor,
+    square_norm: float,
+    where: str,
+    noise: float = 1.0,
+    penalty: Callable[[Tensor], Tensor] = _half,
+) -> float:
+    values = values / noise
+
     def negative(log_precision: Tensor) -> Tensor:
         precision = log_precision.exp().to(values.device)
         # P log(lambda) - logdet = -sum log(1 + eig / lambda)
         logdet = torch.stack([(torch.log1p(values / one) * multiplicity).sum() for one in precision])
-        return (0.5 * precision * square_norm + 0.5 * logdet).cpu()
+        return (penalty(precision * square_norm) + 0.5 * logdet).cpu()
 
     return math.exp(minimise_on_grid(negative, where))
 
@@ -127,23 +189,29 @@ def _warn_at_the_end(log_precision: float, where: str) -> None:
         )
 
 
-def _climb(curvature: Curvature, square_norms: Mapping[str, Tensor], start: Mapping[str, float]) -> Prior:
-    """Quasi-Newton in the log-precisions.
+def _climb(start: Posterior, square_norms: Mapping[str, Tensor], penalty: Callable[[Tensor], Tensor] = _half) -> Prior:
+    """Quasi-Newton in the log-precisions, from a posterior of one.
 
     MacKay's fixed point would need thousands of steps: its convergence is linear, and slow wherever the data determine
     only a small part of a layer.
     """
-    logs = torch.tensor([math.log(value) for value in start.values()], dtype=torch.float64, requires_grad=True)
+    names = list(start.curvature.shapes)
+    values = [math.log(float(start.prior[name])) for name in names]
+    logs = torch.tensor(values, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [logs], max_iter=STEPS, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
 
     def precisions() -> dict[str, Tensor]:
-        return dict(zip(start, logs.clamp(*LOG_RANGE).exp().unbind(), strict=True))
+        return dict(zip(names, logs.clamp(*LOG_RANGE).exp().unbind(), strict=True))
 
     def negative() -> Tensor:
         with torch.enable_grad():
-            value = -log_evidence(0.0, Posterior(curvature, Prior(precisions())), square_norms)
+            prior = Prior(precisions())
+            value = -log_evidence(0.0, replace(start, prior=prior), square_norms)
+            if penalty is not _half:
+                taken = _taken(prior, square_norms).to(value.device)
+                value = value - _half(taken) + penalty(taken)
         (logs.grad,) = torch.autograd.grad(value, logs)
         return value.detach()
 

@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 from bayesian_lora_kernels.config import PriorPrecision
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 
+NAME = "prior_precision"
+
 
 class Prior:
     """Independent Gaussians around zero, all of one precision, or of one precision for each module.
@@ -50,7 +52,7 @@ class Prior:
         numbers = torch.stack([value.detach().to(values[0].device) for value in values])
         _check_positive(numbers)
         same = all(value is given[0] for value in given)
-        if same or (bool((numbers == numbers[0]).all()) and not any(map(_has_derivative, values))):
+        if same or (bool((numbers == numbers[0]).all()) and not any(map(has_derivative, values))):
             self.shared = values[0].clone()
         else:
             self._by_module = {name: value.clone() for name, value in zip(self.modules, values, strict=True)}
@@ -88,6 +90,12 @@ class Prior:
             return Prior(self.shared.detach())
         return Prior({name: value.detach() for name, value in self._by_module.items()})
 
+    def times(self, factor: Tensor) -> Prior:
+        """Every precision times a positive number, 0-d float64."""
+        if self.shared is not None:
+            return Prior(self.shared * factor.to(self.shared.device))
+        return Prior({name: value * factor.to(value.device) for name, value in self._by_module.items()})
+
     def over(self, modules: Collection[str]) -> Prior:
         """The same for modules in this order.
 
@@ -107,7 +115,7 @@ class Prior:
         return list(self._by_module.values()) if self.shared is None else [self.shared]
 
 
-def as_number(value: float | Tensor, device: torch.device | None = None) -> Tensor:
+def as_number(value: float | Tensor, device: torch.device | None = None, name: str = NAME) -> Tensor:
     """A number as a 0-d float64 tensor on `device`; gradients pass through.
 
     Raises:
@@ -118,29 +126,29 @@ def as_number(value: float | Tensor, device: torch.device | None = None) -> Tens
         tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         kind = type(value).__name__
-        raise TypeError(f"prior_precision: expected one positive number, got {kind} {value!r}") from error
+        raise TypeError(f"{name}: expected one positive number, got {kind} {value!r}") from error
     if tensor.numel() != 1:
-        raise ValueError(f"prior_precision: expected one positive number, got a tensor of shape {list(tensor.shape)}")
+        raise ValueError(f"{name}: expected one positive number, got a tensor of shape {list(tensor.shape)}")
     return tensor.reshape(())
 
 
-def as_precision(value: float | Tensor, device: torch.device | None = None) -> Tensor:
-    """A prior precision as a 0-d float64 tensor on `device`; gradients pass through.
+def as_precision(value: float | Tensor, device: torch.device | None = None, name: str = NAME) -> Tensor:
+    """A prior precision, or a noise variance, as a 0-d float64 tensor on `device`; gradients pass through.
 
     Raises:
         TypeError, ValueError: if it is not one finite positive number.
     """
-    tensor = as_number(value, device)
-    _check_positive(tensor.reshape(1))
+    tensor = as_number(value, device, name)
+    _check_positive(tensor.reshape(1), name)
     return tensor
 
 
-def _has_derivative(value: Tensor) -> bool:
+def has_derivative(value: Tensor) -> bool:
     """Whether it is a variable of some derivative, backward or forward; those of `torch.func` are one of these."""
     return value.requires_grad or forward_ad.unpack_dual(value).tangent is not None
 
 
-def _check_positive(numbers: Tensor) -> None:
+def _check_positive(numbers: Tensor, name: str = NAME) -> None:
     good = torch.isfinite(numbers) & (numbers > 0)
     if not good.all():
-        raise ValueError(f"prior_precision: expected a finite positive number, got {numbers[~good][0].item()}")
+        raise ValueError(f"{name}: expected a finite positive number, got {numbers[~good][0].item()}")

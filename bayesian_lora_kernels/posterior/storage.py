@@ -34,7 +34,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = "bayesian_lora_kernels.laplace"
-VERSION = 3
+VERSION = 4
 JSON_NAME = "laplace.json"
 LOCK_NAME = ".laplace.lock"
 JSON_BYTES = 100 * 10**6  # as much as safetensors allows a header
@@ -80,7 +80,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor | Columns], description: M
     os.close(handle)
     try:
         write_tensors(Path(temporary), tensors)
-        digest = _file_digest(Path(temporary))
+        digest = file_digest(Path(temporary))
         target = folder / f"laplace-{digest[:16]}.safetensors"
         _into_place(temporary, target)
     finally:
@@ -91,7 +91,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor | Columns], description: M
         **description,
         "tensors": {"file": target.name, "sha256": digest},
     }
-    content["sha256"] = _content_digest(content)
+    content["sha256"] = content_digest(content)
     write_text(folder / JSON_NAME, json.dumps(content, indent=1) + "\n")
 
 
@@ -129,7 +129,7 @@ def load(folder: str | os.PathLike[str]) -> tuple[TensorFile, dict[str, Any]]:
         try:
             if tensors.exists() and not tensors.is_file():
                 raise ValueError(f"{tensors}: expected a file")
-            if _file_digest(tensors) != content["tensors"]["sha256"]:
+            if file_digest(tensors) != content["tensors"]["sha256"]:
                 raise ValueError(f"{tensors}: damaged or altered, its content does not match its checksum")
             return TensorFile(tensors), content
         except OSError as error:
@@ -152,7 +152,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         text = file.read()
     try:
         content = json.loads(text.decode())
-        digest = _content_digest(content) if isinstance(content, dict) else None
+        digest = content_digest(content) if isinstance(content, dict) else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -301,12 +301,14 @@ def _is_old(path: Path) -> bool:
         return False
 
 
-def _content_digest(content: Mapping[str, Any]) -> str:
+def content_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what a JSON file says, but for its own."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):

@@ -96,6 +96,28 @@ class LabelLikelihood:
         chosen = mean.double().log_softmax(dim=1).gather(1, labels[:, None])
         self.map_log_likelihood += float(chosen.sum())
 
+    def add_pairs(self, mean: Tensor, covariance: Tensor, labels: Tensor, scale: float) -> None:
+        """Look at some pairs of answers, every second of them turned round.
+
+        The likelihood does not see which answer is first; labels that were all of the first would say nothing of a
+        classifier.
+
+        Args:
+            mean: `[N, 2]`.
+            covariance: `[N, 2, 2]`.
+            labels: `[N]`, 1 where the first is better, 0 where it is not.
+            scale: see `add`.
+
+        Raises:
+            ValueError: for other labels.
+        """
+        if ((labels != 0) & (labels != 1)).any():
+            raise ValueError("labels: expected pairs of which one is better, 0 or 1, to calibrate with, got a tie")
+        turned = (torch.arange(len(mean), device=mean.device) + self.n_labels) % 2 == 1
+        mean = torch.where(turned[:, None], mean.flip(1), mean)
+        covariance = torch.where(turned[:, None, None], covariance.flip(1, 2), covariance)
+        self.add(mean, covariance, ((labels == 0) ^ turned).long(), scale)
+
     @in_own_surroundings
     def __add__(self, other: LabelLikelihood) -> LabelLikelihood:
         tables = {name: table + other.log_likelihood[name] for name, table in self.log_likelihood.items()}

@@ -47,6 +47,7 @@ class LogitPosterior:
         differences: whether these are logits less their mean, whose sum is zero and has no variance.
         calibration: what held-out labels said of the level of the probabilities (`LaplaceLoRA.calibrate`), or None.
         notice: what `probs` has to say of a level that no label has seen, or None.
+        noise_variance: of a new observation of a regression around its mean, 0-d; None for all else.
     """
 
     mean: Tensor
@@ -56,11 +57,37 @@ class LogitPosterior:
     differences: bool = False
     calibration: Calibration | None = None
     notice: Notice | None = None
+    noise_variance: Tensor | None = None
 
     @property
     def variance(self) -> Tensor:
         """`[N, C]`, the diagonal of the covariance."""
         return self.covariance.diagonal(dim1=-2, dim2=-1)
+
+    @property
+    def observation_variance(self) -> Tensor:
+        """`[N, C]`, of a new observation of a regression: that of its mean, and the noise.
+
+        Raises:
+            ValueError: where there is no noise.
+        """
+        if self.noise_variance is None:
+            raise ValueError("observation_variance: expected a regression, this posterior has no noise")
+        return self.variance + self.noise_variance.to(self.variance)
+
+    def difference(self, first: int = 0, second: int = 1) -> tuple[Tensor, Tensor]:
+        """Mean and variance, `[N]` each, of one logit less another: of two rewards, the part that data know of.
+
+        Raises:
+            ValueError: if there are no two such logits.
+        """
+        if first == second or not all(0 <= i < self.mean.shape[1] for i in (first, second)):
+            raise ValueError(
+                f"difference: expected two of the logits 0 to {self.mean.shape[1] - 1}, got {first} and {second}"
+            )
+        c = self.covariance
+        variance = c[:, first, first] + c[:, second, second] - c[:, first, second] - c[:, second, first]
+        return self.mean[:, first] - self.mean[:, second], variance.clamp_min(0)
 
     @in_own_surroundings
     def scale_tril(self) -> Tensor:
@@ -115,7 +142,7 @@ class LogitPosterior:
             RuntimeError: if prior or curvature changed since `calibrate` was called.
         """
         if not self.classification:
-            raise ValueError("probs: expected a classification posterior, this one is of a regression")
+            raise ValueError("probs: expected classes, or two answers to compare, got a regression or single rewards")
         if method not in PROBABILITY_METHODS:
             raise ValueError(f"probs: expected a method of {PROBABILITY_METHODS}, got {method!r}")
         if n_samples < 1:

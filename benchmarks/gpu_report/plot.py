@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
+
+from bayesian_lora_kernels.plots.style import COLORS, INK, MARKERS, WIDTH, legend_below, new_figure, save_figure, styled
 
 from .report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAME = "kernels.png"
 
 
 def draw(report: Report) -> str:
     """Write kernels.png beside the report; returns its name, or why there is none."""
     if importlib.util.find_spec("matplotlib") is None:
         return "no plot: matplotlib is not installed; python -m benchmarks.gpu_report --plot DIR draws it elsewhere"
-    import matplotlib
+    figure = roofline(report)
+    if figure is None:
+        return "no plot: nothing was measured"
+    save_figure(figure, report.folder / NAME)
+    return NAME
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
 
+@styled()
+def roofline(report: Report) -> Figure | None:
+    """A mark for each measured case of each provider; None without any."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in report.rows:
         case = report.cases.get(row.case)
@@ -23,19 +36,17 @@ def draw(report: Report) -> str:
             rate = case["flops"] / (row.values["us"] / 1e6)
             points.setdefault(row.provider, []).append((case["flops"] / case["bytes"], rate))
     if not points or not report.roofs:
-        return "no plot: nothing was measured"
+        return None
     bandwidth, most = report.roofs["bytes_per_second"], report.roofs["operations_per_second"]
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = new_figure(WIDTH, 5)
+    axes = figure.subplots()
     intensities = [x for pairs in points.values() for x, _ in pairs]
     low, high = min(*intensities, most / bandwidth) / 2, max(*intensities, most / bandwidth) * 2
-    axes.plot([low, most / bandwidth, high], [low * bandwidth, most, most], color="black", label="roofs of this run")
-    for number, (provider, pairs) in enumerate(points.items()):
-        axes.plot(*zip(*pairs, strict=True), "o^sDvP*X"[number % 8], label=provider, alpha=0.8)
+    axes.plot([low, most / bandwidth, high], [low * bandwidth, most, most], color=INK, label="roofs of this run")
+    for i, (provider, pairs) in enumerate(points.items()):
+        style = {"marker": MARKERS[i % len(MARKERS)], "color": COLORS[i % len(COLORS)], "alpha": 0.8}
+        axes.plot(*zip(*pairs, strict=True), linestyle="none", label=provider, **style)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second")
-    axes.set_title(f"Kernels on {report.environment.get('device', 'an unknown device')}")
-    axes.grid(True, which="both", alpha=0.2)
-    axes.legend(fontsize="small")
-    path = report.folder / "kernels.png"
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path.name
+    axes.set_title(f"kernels on {report.environment.get('device', 'an unknown device')}")
+    legend_below(figure, [axes], 5)
+    return figure

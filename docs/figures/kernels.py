@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from bayesian_lora_kernels.plots.style import INK, ORANGE, new_figure, save_figure, styled
+from bayesian_lora_kernels.plots.style import PALE_GREEN as GREEN
+from bayesian_lora_kernels.plots.style import PALE_GREY as GREY
+from bayesian_lora_kernels.plots.style import SKY as BLUE
+
 HERE = Path(__file__).parent
-# Okabe, Ito 2008: told apart by everyone, and the ground is white in a dark theme too.
-BLUE, ORANGE, GREEN, GREY, INK = "#56B4E9", "#E69F00", "#8FD1B5", "#E4E4E4", "#222222"
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Any]:
     """A figure whose units are tenths of an inch."""
-    figure = Figure(figsize=(width / 10, height / 10), facecolor="white")
+    figure = new_figure(width / 10, height / 10, layout=None)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")
     axes.axis("off")
@@ -167,12 +169,9 @@ def vocabulary() -> Figure:
 
 def main() -> None:
     """Write every figure."""
-    matplotlib.rcParams.update({"svg.hashsalt": "kernels", "mathtext.fontset": "dejavusans"})
     for draw in (outer_product, incremental_svd, jacobian_covariance, vocabulary):
-        path = HERE / f"{draw.__name__.replace('_', '-')}.svg"
-        draw().savefig(path, metadata={"Date": None})
-        path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
-        print(path.name)
+        with styled():
+            save_figure(draw(), HERE / f"{draw.__name__.replace('_', '-')}.svg")
 
 
 if __name__ == "__main__":

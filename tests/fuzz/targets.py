@@ -161,7 +161,7 @@ def seal(folder: Path) -> None:
         tensors = folder / content["tensors"]["file"]
         if tensors.is_file() and folder in tensors.parents:
             content["tensors"]["sha256"] = hashlib.sha256(tensors.read_bytes()[: 2**20]).hexdigest()
-        content["sha256"] = storage._content_digest(content)
+        content["sha256"] = storage.content_digest(content)
         path.write_text(json.dumps(content))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return

@@ -22,6 +22,7 @@ BY_SHARES = (
     checks.check_wrapped,
     checks.check_gathered,
     checks.check_calibration,
+    checks.check_pairs,
 )
 OTHERS = (
     checks.check_subgroup,

@@ -179,6 +179,23 @@ class Moody(nn.Module):
         return self.first(x) + torch.tanh(self.second(2 * x if moody else x))
 
 
+def check_pairs(group: Any, kind: str) -> None:
+    """Pairs of answers below each other, as TRL's collator has them, each with a weight of its own."""
+
+    def collate(pairs: Any, weights: Tensor) -> dict[str, Tensor]:
+        ids = torch.stack([pair[side] for side in (0, 1) for pair in pairs])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "weights": weights}
+
+    case = bert(classes=1)
+    generator = torch.Generator().manual_seed(6)
+    case.examples = list(torch.randint(1, 13, (7, 2, 5), generator=generator))
+    case.labels, case.collate = torch.tensor([2.0, 0.5, 0.0, 1.0, 3.0, 0.1, 1.0]), collate
+    loader, settings = own_loader(case, group, kind), {"likelihood": "bradley-terry"}
+    check_equal(*both(case, loader, group, curvature="ekfac", **settings), case, group)
+    evidences = [float(x.log_marginal_likelihood()) for x in both(case, loader, group, curvature="exact", **settings)]
+    assert evidences[1] == pytest.approx(evidences[0], rel=EXACTLY)
+
+
 def check_moods(group: Any) -> None:
     """Layers that part, or of which one is not called, on one process only."""
     torch.manual_seed(2)

@@ -9,16 +9,30 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from bayesian_lora_kernels.plots.style import (
+    BLUE,
+    GREEN,
+    MARKERS,
+    MUTED,
+    ORANGE,
+    WIDTH,
+    legend_below,
+    new_figure,
+    styled,
+)
 
 from ..scores import HIGHER_IS_BETTER, METRICS
 from ..tables import Difference, difference, number, or_none, paired, table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Record = Mapping[str, Any]
 SPLITS = ("test", "shift")
 REFERENCE, AVERAGED = "temperature", "averaged temperatures"
-DRAWN = {"laplace pairwise": "#0072B2", "laplace scalar": "#E69F00", "laplace pairwise, 2 folds": "#009E73"}
+DRAWN = {"laplace pairwise": BLUE, "laplace scalar": ORANGE, "laplace pairwise, 2 folds": GREEN}
 TITLES = {
     "nll": "NLL",
     "ece": "ECE",
@@ -146,22 +160,19 @@ def as_markdown(records: Sequence[Record], command: str, versions: Mapping[str, 
     return "\n".join(lines) + "\n"
 
 
-def draw(records: Sequence[Record], path: Path) -> None:
+@styled()
+def draw(records: Sequence[Record]) -> Figure:
     """NLL and ECE less those of averaged temperatures with as many labels: means over the models, standard errors.
 
     What is far off (plain fine-tuning, the evidence alone, plain temperature scaling with few labels) is left out.
     """
-    from matplotlib.figure import Figure
-
-    from bayesian_lora_kernels.calibration import save_figure
-
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    figure = new_figure(WIDTH, 6.2)
     axes = figure.subplots(2, len(SPLITS), squeeze=False, sharex=True)
     counts = label_counts(records)
     for row, metric in enumerate(("nll", "ece")):
         for column, split in enumerate(SPLITS):
             panel = axes[row, column]
-            panel.axhline(0, color="#888888", linewidth=1, linestyle="--", label="averaged temperatures")
+            panel.axhline(0, color=MUTED, linewidth=1, linestyle="--", label="averaged temperatures")
             for i, (method, color) in enumerate(DRAWN.items()):
                 found = [compare(records, split, method, n, metric, AVERAGED) for n in counts]
                 places = [n * 1.06 ** (i - 1) for n in counts]
@@ -170,7 +181,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
                     places,
                     [one.mean for one in found],
                     [one.error for one in found],
-                    fmt="o-",
+                    fmt=f"{MARKERS[i]}-",
                     color=color,
                     capsize=3,
                     label=name,
@@ -178,14 +189,13 @@ def draw(records: Sequence[Record], path: Path) -> None:
             panel.set_xscale("log")
             panel.set_xticks(counts, [str(n) for n in counts])
             panel.minorticks_off()
-            panel.set_title(f"{TITLES[metric]}, {split}", fontsize=10)
+            panel.set_title(f"{TITLES[metric]}, {split}")
     for panel in axes[-1]:
         panel.set_xlabel("held-out labels")
     for panel in axes[:, 0]:
         panel.set_ylabel("difference (below 0 is better)")
-    axes[0, 0].legend(fontsize=7.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)
+    legend_below(figure, axes.flat, 2)
+    return figure
 
 
 def record_labels(records: Sequence[Record], method: str) -> bool:

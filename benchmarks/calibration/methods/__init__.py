@@ -39,6 +39,9 @@ Sentiment: movie reviews to train and test on, a third each of Amazon reviews, e
 | ensemble, labels | that average, with a temperature | 100 | 4 |
 | last layer, evidence | exact Laplace over the head (SmolLM2: over LoRA in the last block) and no other layer | | |
 | last layer, labels | the same, with `laplace.calibrate` | 100 | |
+| TFB | Shi et al. 2025: noise on LoRA's A, as much as raises the training loss by 0.3 %, 10 samples | | |
+| Laplace of BayesAdapt | as `bayesadapt.laplace`: K-FAC of LoRA, A divided by examples, evidence, samples | | |
+| the same, scale corrected | A divided by tokens, without padding | | |
 | Laplace as published | Yang et al. 2024: LoRA only, K-FAC of rank 10 without tail, last token, evidence, samples | | |
 | EKFAC, evidence | `curvature="ekfac"` and the package's defaults; the evidence alone | | |
 | EKFAC, folds | the same, with `blk.crossfit` and two folds | | 2 halves |

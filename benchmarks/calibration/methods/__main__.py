@@ -12,10 +12,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.calibration import accuracy, negative_log_likelihood
+from bayesian_lora_kernels.plots import save_figure
 
 from ...workload import environment
 from ..files import write_json, write_text
-from ..tasks import COMPARED, make_task
+from ..tasks import CHOICES, COMPARED, make_task
 from ..tasks.task import MissingPackage, logits_of
 from . import report
 from .case import Case
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for results, and to go on from")
     parser.add_argument("--cache", type=Path, help="folder for models and posteriors (default: OUT/cache)")
     parser.add_argument("--ratings", type=Path, metavar="FILE", help="vaderSentiment-3.3.2.tar.gz, for `sentiment-...`")
-    parser.add_argument("--task", choices=COMPARED, action="append", help="only this one; may be repeated")
+    parser.add_argument("--task", choices=(*COMPARED, CHOICES), action="append", help="only this one; may be repeated")
     parser.add_argument("--method", choices=tuple(METHODS), action="append", help="only this one; may be repeated")
     parser.add_argument("--seeds", type=int, default=5, help="models of each task")
     parser.add_argument("--first-seed", type=int, default=0, help="the others count on from it")
@@ -98,7 +99,7 @@ def write_report(out: Path, runs: Runs) -> None:
         raise StudyError(f"{out}: no finished run to report on")
     write_text(out / "report.md", report.as_markdown(runs.all))
     write_json(out / "report.json", report.summary(runs.all))
-    report.draw(runs.all, out / "report.png")
+    save_figure(report.draw(runs.all), out / "report.png")
     print(out / "report.md")
 
 

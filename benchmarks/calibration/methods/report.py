@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bayesian_lora_kernels.commands.compare import COLUMNS as TITLES
+from bayesian_lora_kernels.plots.style import BLUE, MUTED, VERMILION, WIDTH, legend_below, new_figure, styled
 
 from ..scores import HIGHER_IS_BETTER
 from ..tables import Difference, or_none, paired, table
 from .registry import METHODS, REFERENCE
 from .runs import MEASURED, Run
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 FOREIGN = {"entropy": "foreign: AUROC by entropy", "mutual information": "by mutual information"}
 SECONDS = ("fine-tuning", "fit", "labels", "predict")
 HIGHER = HIGHER_IS_BETTER | {"brier": False, "aurc": False}
-COLORS = {"test": ("#0072B2", "o"), "shift": ("#D55E00", "s")}
+COLORS = {"test": (BLUE, "o"), "shift": (VERMILION, "s")}
 LINEAR = 0.05  # differences of NLL are drawn linearly up to it, then by their logarithm
 
 
@@ -129,20 +132,17 @@ def as_markdown(runs: Sequence[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
+@styled()
+def draw(runs: Sequence[Run]) -> Figure:
     """NLL less that of temperature scaling, for every task: means over models with standard errors."""
-    from matplotlib.figure import Figure
-
-    from bayesian_lora_kernels.calibration import save_figure
-
     tasks = tasks_of(runs)
     names = [name for name in methods_of(runs) if name != REFERENCE]
     rows, columns = math.ceil(len(tasks) / 2), min(2, len(tasks))
-    figure = Figure(figsize=(10, 0.6 + rows * (0.7 + 0.24 * len(names))), layout="constrained")
+    figure = new_figure(WIDTH, 0.9 + rows * (0.6 + 0.22 * len(names)))
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for panel, task in zip(panels.flat, tasks, strict=False):
         own = [run for run in runs if run["task"] == task]
-        panel.axvline(0, color="#666666", linewidth=1, linestyle="--")
+        panel.axvline(0, color=MUTED, linewidth=1, linestyle="--")
         for offset, (split, (color, marker)) in zip((0.17, -0.17), COLORS.items(), strict=True):
             found = [against_reference(own, name, split, "nll") for name in names]
             panel.errorbar(
@@ -157,18 +157,17 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             )
         panel.set_xscale("symlog", linthresh=LINEAR, linscale=1.5)
         ticks = [-0.5, -0.05, -0.025, 0, 0.025, 0.05, 0.5]
-        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=9)
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.minorticks_off()
-        panel.set_yticks(range(len(names)), names[::-1], fontsize=10)
-        panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+        panel.set_yticks(range(len(names)), names[::-1])
         seeds = len({run["seed"] for run in own})
-        panel.set_title(f"{task} ({seeds} model{'s' * (seeds > 1)})", fontsize=11)
+        panel.set_title(f"{task} ({seeds} model{'s' * (seeds > 1)})")
     for panel in [*panels.flat][len(tasks) :]:
         panel.set_axis_off()
-    figure.supxlabel("NLL less that of temperature scaling: left is better; logarithmic beyond ±0.05", fontsize=11)
-    panels[0, 0].legend(fontsize=10, loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)
+    for panel in panels[-1]:
+        panel.set_xlabel("NLL less that of temperature scaling\n(left is better; logarithmic beyond ±0.05)")
+    legend_below(figure, panels.flat)
+    return figure
 
 
 def _means(runs: Sequence[Run], split: str) -> list[str]:

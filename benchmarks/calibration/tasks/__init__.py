@@ -8,22 +8,23 @@ from .cities import Cities
 from .diseases import Diseases
 from .majority import Majority
 from .packages import Packages
-from .sentiment import SentimentEncoder, SentimentLM
+from .sentiment import SentimentChoices, SentimentEncoder, SentimentLM
 from .stdlib import StandardLibrary
 from .task import Example, Splits, Task, Training
 from .tumours import Tumours
 
 NAMES = ("diseases", "packages", "cities", "majority", "majority-noisy", "tumours")  # of the study of labels
 COMPARED = ("stdlib", "sentiment-minilm", "diseases", "sentiment-smollm2")  # of the study of methods
+CHOICES = "choices-smollm2"  # of BayesAdapt's list of methods (`benchmarks/bayes_adapt`)
 
-__all__ = ["COMPARED", "NAMES", "Example", "Splits", "Task", "Training", "make_task"]
+__all__ = ["CHOICES", "COMPARED", "NAMES", "Example", "Splits", "Task", "Training", "make_task"]
 
 
 def make_task(name: str, cache: Path, ratings: Path | None = None) -> Task:
     """The task of that name, which keeps its models in a folder.
 
     Args:
-        name: of `NAMES` or `COMPARED`.
+        name: of `NAMES` or `COMPARED`, or `CHOICES`.
         cache: the folder.
         ratings: the file that rated sentences are in (`demo/ratings.py`), for those tasks.
 
@@ -49,4 +50,6 @@ def make_task(name: str, cache: Path, ratings: Path | None = None) -> Task:
         return SentimentEncoder(cache, ratings)
     if name == "sentiment-smollm2":
         return SentimentLM(cache, ratings)
-    raise ValueError(f"task: expected one of {', '.join(dict.fromkeys((*NAMES, *COMPARED)))}, got {name!r}")
+    if name == CHOICES:
+        return SentimentChoices(cache, ratings)
+    raise ValueError(f"task: expected one of {', '.join(dict.fromkeys((*NAMES, *COMPARED, CHOICES)))}, got {name!r}")

@@ -44,17 +44,17 @@ class Majority(Task):
     def make(self, seed: int) -> Splits:
         rng = random.Random(seed)
         seen: set[tuple[int, ...]] = set()
-        grouping = _grouping(RULES)
+        grouping = groups_of(RULES)
 
         def some(count: int, lengths: tuple[int, int]) -> list[Example]:
             result: list[Example] = []
             while len(result) < count:
-                symbols, label = _sequence(grouping, lengths, rng)
+                symbols, label = draw(grouping, lengths, rng)
                 if symbols not in seen:
                     seen.add(symbols)
                     if rng.random() < self.noise:
                         label = (label + rng.randrange(1, GROUPS)) % GROUPS
-                    result.append(Example(_ids(RULES, symbols), label, " ".join(map(str, symbols))))
+                    result.append(Example(token_ids(RULES, symbols), label, " ".join(map(str, symbols))))
             return result
 
         return Splits(some(TRAIN, LENGTHS), some(HELD_OUT, LENGTHS), some(TEST, LENGTHS), some(SHIFT, LONG))
@@ -71,14 +71,14 @@ class Majority(Task):
         return self.llama.adapted(self.base, seed, ["q_proj", "v_proj", "o_proj", "down_proj"], rank=8)
 
 
-def _grouping(rule: int) -> list[int]:
+def groups_of(rule: int) -> list[int]:
     """The group of each symbol, as many in each."""
     groups = [symbol % GROUPS for symbol in range(SYMBOLS)]
     random.Random(f"rule {rule}").shuffle(groups)
     return groups
 
 
-def _sequence(grouping: Sequence[int], lengths: tuple[int, int], rng: random.Random) -> tuple[tuple[int, ...], int]:
+def draw(grouping: Sequence[int], lengths: tuple[int, int], rng: random.Random) -> tuple[tuple[int, ...], int]:
     """Random symbols of which one group has most, and that group."""
     while True:
         symbols = tuple(rng.randrange(SYMBOLS) for _ in range(rng.randint(*lengths)))
@@ -87,14 +87,14 @@ def _sequence(grouping: Sequence[int], lengths: tuple[int, int], rng: random.Ran
             return symbols, first
 
 
-def _ids(rule: int, symbols: Sequence[int]) -> tuple[int, ...]:
+def token_ids(rule: int, symbols: Sequence[int]) -> tuple[int, ...]:
     return (FIRST_RULE + rule, *(FIRST_SYMBOL + symbol for symbol in symbols), ASK)
 
 
 def _base_texts() -> Iterator[Sequence[int]]:
     rng = random.Random(0)
-    groupings = [_grouping(rule) for rule in range(RULES)]
+    groupings = [groups_of(rule) for rule in range(RULES)]
     while True:
         rule = rng.randrange(RULES)
-        symbols, label = _sequence(groupings[rule], BASE_LENGTHS, rng)
-        yield (*_ids(rule, symbols), FIRST_ANSWER + label)
+        symbols, label = draw(groupings[rule], BASE_LENGTHS, rng)
+        yield (*token_ids(rule, symbols), FIRST_ANSWER + label)

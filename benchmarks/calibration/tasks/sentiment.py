@@ -104,10 +104,14 @@ class SentimentLM(Sentiment, NextToken):
     def tokens(self, examples: list[Example]) -> list[Any]:  # type: ignore[override]
         tokenizer = self.pretrained[1]
         texts = [
-            tokenizer.apply_chat_template(prompt(one.content, chat=True), add_generation_prompt=True, tokenize=False)
+            tokenizer.apply_chat_template(self.question(one.content), add_generation_prompt=True, tokenize=False)
             for one in examples
         ]
         return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+    def question(self, sentence: str) -> Any:
+        """As messages of a chat."""
+        return prompt(sentence, chat=True)
 
     def build(self, seed: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
@@ -116,3 +120,21 @@ class SentimentLM(Sentiment, NextToken):
         torch.manual_seed(seed)
         config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         return get_peft_model(base, config)
+
+
+class SentimentChoices(SentimentLM):
+    """The same model, asked as BayesAdapt asks: lettered choices, and the letter as the answer."""
+
+    name = "choices-smollm2"
+    training = Training(epochs=3, learning_rate=1e-3, batch_size=8, weight_decay=0.0)
+    train, held_out, test, shift, foreign = 96, 60, 120, 12, 12
+    letters = ("A", "B")
+
+    @property
+    def class_token_ids(self) -> list[int]:  # type: ignore[override]
+        return [self.pretrained[1].encode(letter, add_special_tokens=False)[0] for letter in self.letters]
+
+    def question(self, sentence: str) -> list[dict[str, str]]:
+        choices = "\n".join(f"{letter}) {label}" for letter, label in zip(self.letters, LABELS, strict=True))
+        text = f"Which choice describes the sentence? Reply with its letter only.\n{sentence}\nChoices:\n{choices}"
+        return [{"role": "user", "content": text}]

@@ -1,0 +1,1 @@
+"""What each training example does to the loss of others."""

@@ -1,0 +1,1 @@
+"""Influence against retraining, and and beside kronfluence and bergson."""
