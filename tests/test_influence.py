@@ -14,6 +14,8 @@ from test_joint import KINDS, fitted, precision
 from torch import Tensor
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.attribution import scores
+from bayesian_lora_kernels.model.dry_run import LiveBytes
 
 
 def loss_gradients(case: models.Case) -> Tensor:
@@ -56,6 +58,40 @@ def test_queries_that_do_not_fit_go_in_blocks():
     assert dense.relative(blk.influence(laplace, case.loader(2), case.loader(4), progress=False), expected) < 1e-12
     with pytest.raises(ValueError, match="train_loader: the queries do not fit the memory at once"):
         blk.influence(laplace, iter(case.loader(2)), case.loader(4), progress=False)
+
+
+def test_memory_is_that_of_the_budget(monkeypatch):
+    """Gradients and solved queries that live at once."""
+    case = models.llama(lengths=[4] * 10, hidden=32, dtype=torch.float32)
+    budget = 2**14
+    laplace = fitted(case, memory_budget=budget)
+    p = sum(laplace.posterior.curvature.n_parameters.values())
+    assert 10 * p * 4 > budget  # neither the queries nor the training data would fit
+    expected = blk.influence(fitted(case), case.loader(10), case.loader(10), progress=False)
+    live, blocks, original = LiveBytes(), [], scores._blocks
+
+    def counted(*args):
+        for block in original(*args):
+            blocks.append(len(next(iter(block.values()))))
+            for tensor in block.values():
+                live.add(tensor, lambda: "queries")
+            yield block
+
+    def measured(passes, recorded, **kwargs):
+        for part, found in backward(passes, recorded, **kwargs):
+            for tensor in found.values():
+                live.add(tensor, lambda: "gradients")
+            yield part, found
+
+    backward = scores.Passes.backward
+    monkeypatch.setattr(scores, "_blocks", counted)
+    monkeypatch.setattr(scores.Passes, "backward", measured)
+    found = blk.influence(laplace, case.loader(10), case.loader(10), progress=False)
+    assert dense.relative(found, expected) < 1e-5
+    assert sum(blocks) == 10
+    assert len(blocks) > 1
+    (peak,) = live.peak.values()
+    assert 4 * p <= sum(peak.values()) <= budget
 
 
 def test_positions_add_up():

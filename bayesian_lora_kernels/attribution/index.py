@@ -48,7 +48,7 @@ class TruncatedScores(NamedTuple):
 
     Attributes:
         values: `[Q, N]` float64, as `influence` gives them, but for what truncation leaves out.
-        bound: `[Q, N]` float64, which the error of a value does not exceed.
+        bound: `[Q, N]` float64, which the error of a value does not exceed, but for rounding.
     """
 
     values: Tensor

@@ -18,8 +18,9 @@ import torch
 
 from ..workload import environment
 from . import ours, problem, report, retraining
-from .worker import METHODS, OURS, PEERS
+from .worker import BATCH, METHODS, OURS, PEERS
 
+RANKS = (16, 64, 128, 240)  # of indexes
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -84,7 +85,11 @@ def evaluate(work: Path, subsets: int, starts: int, peers: bool) -> dict[str, An
     with torch.no_grad():
         now = [problem.losses(model, data) for data in (problem.train_data(), problem.query_data())]
     start = torch.load(work / "start.pt")
-    unpreconditioned = ours.gradients_only(model, 50)
+    unpreconditioned = ours.gradients_only(model, BATCH)
+    indexes = {
+        curvature: ours.from_indexes(ours.fitted(model, curvature, BATCH), BATCH, RANKS)
+        for curvature in ("ekfac", "exact")
+    }
     members, losses = retraining.retrain(model, start, subsets, work / "subsets.jsonl", starts)
     truth = losses.double().mean(dim=0)
     every, methods = {}, {}
@@ -112,11 +117,21 @@ def evaluate(work: Path, subsets: int, starts: int, peers: bool) -> dict[str, An
             for name, one in controls.items()
         },
         "differences": {
-            f"{name} less {other}, {key}": report.mean_and_error(every[name][key] - every[other][key])
+            f"{name} less {other}, {key}": report.mean_and_error(
+                report.best(every[name], key) - report.best(every[other], key)
+            )
             for other in every
             if other in PEERS and other.endswith("EKFAC")
             for name in OURS
-            for key in ("0.1", "1.0", "10.0")
+            for key in ("own", "1.0", "best")
+        },
+        "indexes": {
+            f"{curvature}, rank {rank}": {
+                "kept": kept,
+                "lds": report.mean_and_error(report.datamodelling_scores(one, members, truth)),
+            }
+            for curvature, found in indexes.items()
+            for rank, (kept, one) in found.items()
         },
     }
     if starts > 1:

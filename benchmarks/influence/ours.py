@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +38,17 @@ def scores(laplace: blk.LaplaceLoRA, damping: float, size: int) -> Tensor:
     """With a damping on the scale of sums."""
     train, queries = problem.train_data(), problem.query_data()
     return blk.influence(laplace, batches(train, size), batches(queries, size), damping=damping, progress=False)
+
+
+def from_indexes(laplace: blk.LaplaceLoRA, size: int, ranks: Sequence[int]) -> dict[int, tuple[float, Tensor]]:
+    """For each rank of an index, the share of the squares that it keeps, and its scores."""
+    found = {}
+    for rank in ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            train = batches(problem.train_data(), size)
+            index = blk.InfluenceIndex.build(laplace, train, Path(folder) / "index", rank, progress=False)
+            found[rank] = index.kept, index.influence(batches(problem.query_data(), size)).values
+    return found
 
 
 def gradients_only(model: nn.Module, size: int) -> Tensor:

@@ -109,7 +109,7 @@ class Bergson:
             shutil.copytree(self.folder / "run" / part, self.folder / "again" / part)
         self._run("again", damping, True)
         found = load_scores(self.folder / "again" / "scores")[:]
-        return -torch.from_numpy(found.copy()).float().mT
+        return -torch.from_numpy(found.copy()).float().mT / problem.TRAIN
 
     def _run(self, name: str, damping: float | None, resume: bool) -> None:
         from bergson import DataConfig, IndexConfig, PreprocessConfig, QuerySetConfig, ScoreConfig
