@@ -41,7 +41,7 @@ NUMBER = re.compile(r"(?<![\w.-])-?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?(?![\w.])")
 def files(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the commands read. The demo takes long: tests/test_cli.py has one, here its numbers are others."""
     document = {"command": "demo", "numbers": [i / 8 for i in range(8)]}
-    monkeypatch.setattr(demo, "run_demo", lambda *_: (document, " ".join(map(str, document["numbers"]))))
+    monkeypatch.setattr(demo, "run_demo", lambda *_: (document, [" ".join(map(str, document["numbers"]))]))
     for name in ("held", "test"):
         (fitted / f"{name}.jsonl").write_text((fitted / "data.jsonl").read_text())
     (fitted / "text.txt").write_text("red fish Answer : A")

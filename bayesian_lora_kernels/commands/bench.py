@@ -179,17 +179,7 @@ def timed(call: Callable[[], object], device: torch.device) -> dict[str, float]:
     return {"median": fifths[4], "p20": fifths[1], "p80": fifths[7]}
 
 
-@dataclass(frozen=True)
-class Timings(Table):
-    """On a terminal a table; as plain text `text`."""
-
-    text: str = ""
-
-    def __str__(self) -> str:
-        return self.text
-
-
-def timings(rows: Iterable[dict[str, Any]]) -> Timings:
+def timings(rows: Iterable[dict[str, Any]]) -> Table:
     """The same to read."""
     cells = [("operation", "shape", "implementation", "median", "p20 to p80", "error")]
     lines = [f"{'operation':<29}{'implementation':<16}{'median':>10}{'p20 to p80':>20}{'error':>9}  shape"]
@@ -204,4 +194,4 @@ def timings(rows: Iterable[dict[str, Any]]) -> Timings:
         error, middle = f"{row['error']:.0e}", f"{median:.3g} ms"
         lines.append(f"{start}{middle:>10}{spread:>20}{error:>9}  {row['shape']}")
         cells.append((row["operation"], row["shape"], row["implementation"], middle, spread, error))
-    return Timings(cells, left=3, text="\n".join(lines))
+    return Table(cells, left=3, plain="\n".join(lines))
