@@ -14,6 +14,7 @@ from models import Case, bert, mlp
 from torch import Tensor
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.posterior import storage
 
 CURVATURES = ("kfac", "ekfac", "exact")
 
@@ -237,3 +238,47 @@ def test_what_has_no_noise():
         laplace.optimize_prior_precision(noise=True)
     with pytest.raises(ValueError, match="noise: expected method='marglik'"):
         laplace.optimize_prior_precision("nll", val_loader=case.loader(3), noise=True)
+
+
+def rewritten(folder: Path, change: Any) -> None:
+    """The JSON file with a change, and a checksum that fits."""
+    path = folder / storage.JSON_NAME
+    content = json.loads(path.read_text())
+    content.pop("sha256")
+    change(content)
+    path.write_text(json.dumps({**content, "sha256": storage.content_digest(content)}))
+
+
+def test_files_of_format_3_have_unit_noise(tmp_path: Path):
+    case = regression()
+    laplace = fitted(case)
+    laplace.save_pretrained(tmp_path)
+
+    def older(content: dict[str, Any]) -> None:
+        content["version"] = 3
+        del content["noise"]
+
+    rewritten(tmp_path, older)
+    again = blk.LaplaceLoRA.from_pretrained(case.model, tmp_path)
+    assert float(again.log_marginal_likelihood()) == float(laplace.log_marginal_likelihood())
+    with pytest.raises(RuntimeError, match="saved before the number of its targets was; fit again"):
+        again.log_marginal_likelihood(1.0, 0.5)
+    with pytest.raises(RuntimeError, match="saved before the number of its targets was; fit again"):
+        again.optimize_prior_precision(noise=True)
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        (None, "noise: expected an object, got None"),
+        ({"targets": 24.0}, "noise.variance: missing"),
+        ({"variance": -1.0, "targets": 24.0}, "noise.variance: expected a finite positive number"),
+        ({"variance": 1.0, "targets": "many"}, "noise.targets: expected a number of targets"),
+    ],
+)
+def test_what_is_no_noise_in_a_file(noise: Any, message: str, tmp_path: Path):
+    case = regression()
+    fitted(case).save_pretrained(tmp_path)
+    rewritten(tmp_path, lambda content: content.update(noise=noise))
+    with pytest.raises(ValueError, match=message):
+        blk.LaplaceLoRA.from_pretrained(case.model, tmp_path)
