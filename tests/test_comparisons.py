@@ -300,6 +300,28 @@ def test_calibration_of_pairs_is_that_of_classes():
     assert float(laplace.prior_precision) == pytest.approx(float(classes.prior_precision), rel=1e-6)
 
 
+def test_influence_and_choice_of_pairs():
+    model, examples = reward_model().eval(), texts("pairs")
+    laplace = blk.LaplaceLoRA(model, likelihood="bradley-terry", curvature="exact").fit([below(examples)], False)
+    truth = Truth(model, examples, [lambda r: pair(r, 1.0, 0.0)] * 4)
+    joint = laplace.joint(lists(examples, extra=1), lists(examples))
+    jacobian = flat(truth.jacobian).flatten(0, 1)
+    sigma = torch.linalg.inv(truth.curvature + torch.eye(len(truth.theta), **DOUBLE))
+    assert relative(joint, jacobian @ sigma @ jacobian.T) < 1e-7
+    slopes = [torch.autograd.functional.jacobian(lambda r: -pair(r, 1.0, 0.0), r) for r in truth.rewards]
+    losses = torch.einsum("nc,ncp->np", torch.stack(slopes), flat(truth.jacobian))
+    found = blk.influence(laplace, [beside(examples)], [below(examples, extra=2)], progress=False)
+    assert relative(found, -losses @ sigma @ losses.T) < 1e-7
+    gain = blk.select_batch(laplace, lists(examples), 1)[1]
+    p = (truth.rewards[:, 0] - truth.rewards[:, 1]).sigmoid()
+    variance = laplace.predict(lists(examples)).difference()[1]
+    assert float(gain[0]) == pytest.approx(float(0.5 * torch.log1p(p * (1 - p) * variance).max()), rel=1e-6)
+    with pytest.raises(ValueError, match="likelihood: bradley-terry expects the rewards of two answers"):
+        blk.select_batch(laplace, below(examples), 1)
+    with pytest.raises(ValueError, match="train_loader: batch 0 has weights, and influence is of one unit"):
+        blk.influence(laplace, [{**beside(examples), "weights": torch.ones(4)}], [below(examples)], progress=False)
+
+
 def test_it_is_saved_verified_and_estimated(tmp_path: Any):
     model, examples = reward_model().eval(), texts("pairs")
     laplace = blk.LaplaceLoRA(model, likelihood="bradley-terry").fit([beside(examples)], False)
