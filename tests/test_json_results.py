@@ -30,6 +30,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "compare": ["adapter", "data.jsonl", "held.jsonl", "test.jsonl", *JOB, "--methods", "kfac"],
     "predict": ["adapter", "data.jsonl", *JOB],
     "score": ["adapter", "text.txt", "--device", "cpu"],
+    "influence": ["adapter", "data.jsonl", "test.jsonl", *JOB],
     "inspect": ["adapter"],
 }
 # What is worked out for the reader from what the document has.

@@ -28,12 +28,13 @@ FILES = {
     "evaluate": ["test.jsonl"],
     "compare": ["data.jsonl", "held.jsonl", "test.jsonl"],
     "predict": ["data.jsonl"],
+    "influence": ["data.jsonl", "test.jsonl"],
     "score": ["text.txt"],
     "doctor": ["data.jsonl"],
 }
-LABELLED = ("fit", "calibrate", "evaluate", "compare")
+LABELLED = ("fit", "calibrate", "evaluate", "compare", "influence")
 JSONL = (*LABELLED, "predict")
-FITTED = ("calibrate", "evaluate", "predict", "score")
+FITTED = ("calibrate", "evaluate", "predict", "score", "influence")
 ADAPTER = "adapter/adapter_model.safetensors"
 
 

@@ -108,7 +108,7 @@ def verify_adapter(args: Namespace) -> Verification:
     examples = read_examples(args.data, None, labelled=False, pairs=task.pairs)[:EXAMPLES]
     inputs = load_inputs(folder, task, examples, args.device, args.dtype)
     with as_input_errors():
-        laplace = LaplaceLoRA(inputs.model, task.forward, inputs.token_ids)
+        laplace = LaplaceLoRA(inputs.model, None, inputs.token_ids, likelihood=task.likelihood)
         return laplace.verify(batches(inputs.ids, EXAMPLES, inputs.pad_id)[0])
 
 

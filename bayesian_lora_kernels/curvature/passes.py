@@ -288,11 +288,15 @@ class Passes:
             self.likelihood.shifted(logits.detach(), labels, recorded.batch.inputs),
             mask,
             labels,
-            recorded.batch.weights,
+            self._example_weights(recorded),
             fisher=self.config.fisher,
             samples=self.config.fisher_samples,
             generator=self._generator(logits.device),
         )
+
+    def _example_weights(self, recorded: Capture) -> Tensor | None:
+        """By whose roots the columns of the examples are multiplied."""
+        return recorded.batch.weights
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """Of the columns that are drawn."""
