@@ -26,10 +26,8 @@ PICTURES = (".png", ".pdf", ".svg")
 SOURCES = {
     "data": "the file of examples",
     "held_out": "the file of held-out examples",
-    "queries": "the file of queries",
     "test": "the file of test examples",
     "text": "the text",
-    "queries": "the file of queries",
     "shift": "a file of examples",
 }
 MODEL_FILES = (".safetensors", ".bin", "laplace.json", "config.json", "tokenizer.json", "tokenizer_config.json")
