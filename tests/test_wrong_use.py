@@ -254,6 +254,10 @@ def test_it_is_refused(place: Path, capsys: pytest.CaptureFixture[str], name: st
         (["demo", "--model", "x", "--data", "data.jsonl", *JOB], "data.jsonl: expected at least 60 lines"),
         (["doctor", "--data", "data.jsonl"], "--data: expected with --adapter FOLDER"),
         (["doctor", "--adapter", "adapter"], "--data: expected a file of JSON lines"),
+        (
+            ["influence", "adapter", "data.jsonl", "test.jsonl", *JOB, "--json", "test.jsonl"],
+            "this is the file of queries",
+        ),
         (["compare", "adapter", "data.jsonl", "data.jsonl", "test.jsonl", *JOB], "data.jsonl: the same file as"),
         (["compare", "adapter", *FILES["compare"], "--methods", "kfac", "kfac"], "--methods: 'kfac' is there twice"),
     ],

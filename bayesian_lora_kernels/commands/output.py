@@ -27,6 +27,7 @@ SOURCES = {
     "data": "the file of examples",
     "held_out": "the file of held-out examples",
     "test": "the file of test examples",
+    "queries": "the file of queries",
     "text": "the text",
     "shift": "a file of examples",
 }
