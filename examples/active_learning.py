@@ -51,7 +51,8 @@ if arguments.data:
     with open(arguments.data) as file:
         rows = [json.loads(line) for line in file]
     random.shuffle(rows)
-    pool, test = rows[:400], rows[400:800]
+    half = min(len(rows) // 2, 400)
+    pool, test = rows[:half], rows[half : 2 * half]
 else:  # what is rare in the pool counts in the test
     pool, test = [made_up(rare=0.1) for _ in range(400)], [made_up(rare=0.67) for _ in range(400)]
 labels = sorted({row["label"] for row in pool})
