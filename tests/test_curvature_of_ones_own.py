@@ -117,6 +117,13 @@ def test_evidence_and_predictions_are_the_dense_ones(case, per_module):
     assert all(value.shape[0] == 4 for value in moved.values())
 
 
+def test_what_needs_a_root_says_so(case):
+    laplace = fitted(case, curvature="diagonal")
+    for call in (lambda: laplace.joint(case.batch()), lambda: blk.influence(laplace, case.loader(2), case.loader(2))):
+        with pytest.raises(NotImplementedError, match="DiagonalCurvature: expected a method root"):
+            call()
+
+
 def test_the_covariance_is_that_of_the_linearised_logits(case):
     laplace = fitted(case, curvature="diagonal", prior_precision=0.3)
     batch = case.batch()

@@ -14,6 +14,8 @@ from test_joint import KINDS, fitted, precision
 from torch import Tensor
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.attribution import scores
+from bayesian_lora_kernels.model.dry_run import LiveBytes
 
 
 def loss_gradients(case: models.Case) -> Tensor:
@@ -56,6 +58,40 @@ def test_queries_that_do_not_fit_go_in_blocks():
     assert dense.relative(blk.influence(laplace, case.loader(2), case.loader(4), progress=False), expected) < 1e-12
     with pytest.raises(ValueError, match="train_loader: the queries do not fit the memory at once"):
         blk.influence(laplace, iter(case.loader(2)), case.loader(4), progress=False)
+
+
+def test_memory_is_that_of_the_budget(monkeypatch):
+    """Gradients and solved queries that live at once."""
+    case = models.llama(lengths=[4] * 10, hidden=32, dtype=torch.float32)
+    budget = 2**14
+    laplace = fitted(case, memory_budget=budget)
+    p = sum(laplace.posterior.curvature.n_parameters.values())
+    assert 10 * p * 4 > budget  # neither the queries nor the training data would fit
+    expected = blk.influence(fitted(case), case.loader(10), case.loader(10), progress=False)
+    live, blocks, original = LiveBytes(), [], scores._blocks
+
+    def counted(*args):
+        for block in original(*args):
+            blocks.append(len(next(iter(block.values()))))
+            for tensor in block.values():
+                live.add(tensor, lambda: "queries")
+            yield block
+
+    def measured(passes, recorded, **kwargs):
+        for part, found in backward(passes, recorded, **kwargs):
+            for tensor in found.values():
+                live.add(tensor, lambda: "gradients")
+            yield part, found
+
+    backward = scores.Passes.backward
+    monkeypatch.setattr(scores, "_blocks", counted)
+    monkeypatch.setattr(scores.Passes, "backward", measured)
+    found = blk.influence(laplace, case.loader(10), case.loader(10), progress=False)
+    assert dense.relative(found, expected) < 1e-5
+    assert sum(blocks) == 10
+    assert len(blocks) > 1
+    (peak,) = live.peak.values()
+    assert 4 * p <= sum(peak.values()) <= budget
 
 
 def test_positions_add_up():
@@ -118,6 +154,37 @@ def test_the_sign_and_scale_are_those_of_more_weight():
     laplace.fit([(x, y)], progress=False)
     found = blk.influence(laplace, [(x, y)], [(x, y)], progress=False)
     assert dense.relative(found, torch.stack(expected, dim=1)) < 1e-6
+
+
+def test_weights_and_noise_are_those_of_the_data():
+    """A linear regression: the derivative of what is found in closed form, with respect to the weights."""
+    generator = torch.Generator().manual_seed(0)
+    n, d, c, prior, noise = 9, 4, 2, 0.6, 0.3
+    x, y = (torch.randn(n, k, dtype=torch.float64, generator=generator) for k in (d, c))
+    weights = torch.rand(n, dtype=torch.float64, generator=generator) + 0.5
+
+    def minimum(weights: Tensor) -> Tensor:
+        gram = (x * weights[:, None]).mT @ x / noise + prior * torch.eye(d, dtype=torch.float64)
+        return torch.linalg.solve(gram, (x * weights[:, None]).mT @ y / noise)
+
+    def losses(weights: Tensor) -> Tensor:
+        return 0.5 * (y - x @ minimum(weights)).square().sum(dim=1) / noise
+
+    model = torch.nn.Linear(d, c, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(minimum(weights).mT)
+    data = [{"x": x[rows], "labels": y[rows], "weights": weights[rows]} for rows in (slice(0, 5), slice(5, None))]
+    for curvature in ("exact", "kfac"):
+        laplace = blk.LaplaceLoRA(
+            model,
+            lambda model, batch: model(batch["x"]),
+            likelihood="regression",
+            curvature=curvature,
+            prior_precision=prior,
+            noise_variance=noise,
+        ).fit(data, progress=False)
+        found = blk.influence(laplace, data, data, progress=False)
+        assert dense.relative(found, torch.autograd.functional.jacobian(losses, weights)) < 1e-10
 
 
 @pytest.mark.parametrize("curvature", KINDS)

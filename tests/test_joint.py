@@ -108,6 +108,20 @@ def test_the_batch_that_tells_most():
     assert sum(found.gains.tolist()) == pytest.approx(worth(chosen), rel=1e-8)
 
 
+def test_noise_is_in_the_covariance_and_in_what_labels_tell():
+    generator = torch.Generator().manual_seed(0)
+    x, prior, noise = torch.randn(7, 4, dtype=torch.float64, generator=generator), 0.5, 0.2
+    model = torch.nn.Linear(4, 1, bias=False, dtype=torch.float64)
+    arguments = {"likelihood": "regression", "prior_precision": prior, "noise_variance": noise}
+    laplace = blk.LaplaceLoRA(model, curvature="exact", **arguments).fit([(x[:3], x[:3, :1])], progress=False)
+    base = x[:3].mT @ x[:3] / noise + prior * torch.eye(4, dtype=torch.float64)
+    assert dense.relative(laplace.joint(x), x @ torch.linalg.solve(base, x.mT)) < 1e-10
+    found = blk.select_batch(laplace, x, 2)
+    more = base + x[found.indices].mT @ x[found.indices] / noise
+    gain = 0.5 * float(torch.linalg.slogdet(more)[1] - torch.linalg.slogdet(base)[1])
+    assert float(found.gains.sum()) == pytest.approx(gain, rel=1e-10)
+
+
 def test_memory_is_that_of_the_budget(monkeypatch):
     """The rows that live at once: bounded by the budget however many examples there are."""
     case = models.llama(lengths=[4] * 10, hidden=32, dtype=torch.float32)

@@ -13,7 +13,19 @@ from bayesian_lora_kernels.curvature import CURVATURES
 from bayesian_lora_kernels.predictive.calibrate import METHODS
 from bayesian_lora_kernels.predictive.distribution import PROBABILITY_METHODS
 
-COMMANDS = ("demo", "doctor", "bench", "fit", "calibrate", "evaluate", "compare", "predict", "score", "inspect")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "bench",
+    "fit",
+    "calibrate",
+    "evaluate",
+    "compare",
+    "predict",
+    "score",
+    "influence",
+    "inspect",
+)
 WITHOUT_TORCH = """
 import sys
 sys.modules.update(dict.fromkeys(("torch", "transformers", "numpy")))  # importing one raises ImportError

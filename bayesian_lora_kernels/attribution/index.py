@@ -48,7 +48,7 @@ class TruncatedScores(NamedTuple):
 
     Attributes:
         values: `[Q, N]` float64, as `influence` gives them, but for what truncation leaves out.
-        bound: `[Q, N]` float64, which the error of a value does not exceed.
+        bound: `[Q, N]` float64, which the error of a value does not exceed, but for rounding.
     """
 
     values: Tensor
@@ -206,7 +206,7 @@ def _rooted(
     laplace: LaplaceLoRA, loader: Iterable[Any], name: str, posterior: Posterior, progress: bool
 ) -> Iterator[Tensor]:
     """`B^T grad l [n, P]` of some examples at a time, in the dtype of their gradients."""
-    for piece in gradients(laplace, loader, name, progress, share=16):
+    for piece in gradients(laplace, posterior, loader, name, progress, share=16):
         dtype = piece[laplace.layers[0].name].dtype
         found = posterior.root(piece, transpose=True)
         flat = [found[layer.name].flatten(1) for layer in laplace.layers]

@@ -22,6 +22,7 @@ from torch import Tensor
 from bayesian_lora_kernels.config import PriorPrecision
 from bayesian_lora_kernels.curvature.factor_sums import Rows, checked_square_sums, not_finite
 from bayesian_lora_kernels.curvature.passes import Passes
+from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.forward import model_device
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.memory import default_budget
@@ -82,9 +83,16 @@ def influence(
                     "train_loader: the queries do not fit the memory at once, so that it is gone over more than once: "
                     "expected a DataLoader or a list, got an iterator; or raise memory_budget"
                 )
-            parts = gradients(laplace, train_loader, "train_loader", progress)
+            parts = gradients(laplace, posterior, train_loader, "train_loader", progress)
             rows.append(torch.cat([-products(solved, part) for part in parts], dim=1))
     return torch.cat(rows)
+
+
+class _Losses(Passes):
+    """The loss of each example itself, whatever its weight in the data."""
+
+    def _example_weights(self, recorded: Capture) -> Tensor | None:
+        return None
 
 
 def damped(laplace: LaplaceLoRA, damping: PriorPrecision | None) -> Posterior:
@@ -97,7 +105,8 @@ def damped(laplace: LaplaceLoRA, damping: PriorPrecision | None) -> Posterior:
     not_sharded(laplace.model, "influence")
     if damping is None:
         return laplace._gaussian()
-    return Posterior(curvature, Prior(damping).over([layer.name for layer in laplace.layers]).detached())
+    prior = Prior(damping).over([layer.name for layer in laplace.layers])
+    return Posterior(curvature, prior.detached(), laplace.noise_variance.detach())
 
 
 def budget_of(laplace: LaplaceLoRA) -> int:
@@ -106,7 +115,12 @@ def budget_of(laplace: LaplaceLoRA) -> int:
 
 
 def gradients(
-    laplace: LaplaceLoRA, loader: Iterable[Any], name: str, progress: bool, share: int = SHARE
+    laplace: LaplaceLoRA,
+    posterior: Posterior,
+    loader: Iterable[Any],
+    name: str,
+    progress: bool,
+    share: int = SHARE,
 ) -> Iterator[dict[str, Tensor]]:
     """Gradients `{layer: [n, d_out, d_in]}` of the log-likelihood of each example, some examples at a time.
 
@@ -114,6 +128,7 @@ def gradients(
 
     Args:
         laplace: whose model it is.
+        posterior: whose noise variance counts.
         loader: labelled batches.
         name: of that argument.
         progress: whether to show a progress bar.
@@ -123,8 +138,8 @@ def gradients(
         ValueError: for a batch without labels, and gradients that are not finite; the batch is named.
     """
     config = replace(laplace.config, fisher="empirical", memory_budget=max(1, budget_of(laplace) // share))
-    passes = Passes(laplace.model, laplace.layers, laplace._forward, loader, config, progress)
-    names = [layer.name for layer in laplace.layers]
+    passes = _Losses(laplace.model, laplace.layers, laplace._forward, loader, config, progress)
+    names, noise = [layer.name for layer in laplace.layers], float(posterior.noise_variance)
     for index, recorded in passes.captures(name, weight_gradients=True):
         if recorded.result.labels is None:
             raise ValueError(f"{name}: batch {index} has no labels, and influence is of their losses")
@@ -133,7 +148,7 @@ def gradients(
             rows: dict[Hashable, Rows] = {layer: (found[layer].flatten(start_dim=1), None) for layer in names}
             error = functools.partial(not_finite, what="gradient", where=f" in batch {index} of {name}")
             checked_square_sums(rows, passes.checks, error)
-            yield {layer: found[layer] for layer in names}
+            yield {layer: found[layer] if noise == 1 else found[layer] / noise for layer in names}
 
 
 def products(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
@@ -149,7 +164,7 @@ def _blocks(
     held: list[dict[str, Tensor]] = []
     free = room
     # Solving takes the gradients in float64, twice.
-    for piece in gradients(laplace, queries, "queries", False, share=4 * SHARE):
+    for piece in gradients(laplace, posterior, queries, "queries", False, share=4 * SHARE):
         size = sum(gradient.nbytes for gradient in piece.values())
         if held and size > free:
             yield _joined(held)

@@ -15,8 +15,7 @@ from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.dataset import Example, read_examples
 from bayesian_lora_kernels.commands.errors import InputError, as_input_errors
 from bayesian_lora_kernels.commands.evaluate import diagrams, metrics_of, save_diagrams
-from bayesian_lora_kernels.commands.inputs import load_inputs
-from bayesian_lora_kernels.commands.job import FEW_LABELS, Job, check_classes, open_task
+from bayesian_lora_kernels.commands.job import FEW_LABELS, Job, check_classes, load_parts, open_task
 from bayesian_lora_kernels.commands.parts import Table
 from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.predictive.calibrate import LabelLikelihood
@@ -107,15 +106,7 @@ def _load(args: Namespace) -> Data:
         check_classes(path, task, parts[-1], 2 if i == 1 else 1)
     if len(parts[1]) < FEW_LABELS:
         output.warn(f"{args.held_out}: {len(parts[1])} labels say little; {FEW_LABELS} do, a hundred are good")
-    inputs = load_inputs(
-        folder, task, [one for part in parts for one in part], args.device, args.dtype, args.max_length
-    )
-    jobs, start = [], 0
-    for part in parts:
-        ids = inputs.ids[start : start + len(part)]
-        jobs.append(Job(folder.base, task, part, replace(inputs, ids=ids), args.batch_size))
-        start += len(part)
-    return Data(*jobs)
+    return Data(*load_parts(args, folder, task, parts))
 
 
 def _outcomes(data: Data, methods: Sequence[str], seed: int) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:

@@ -26,6 +26,7 @@ PICTURES = (".png", ".pdf", ".svg")
 SOURCES = {
     "data": "the file of examples",
     "held_out": "the file of held-out examples",
+    "queries": "the file of queries",
     "test": "the file of test examples",
     "text": "the text",
     "shift": "a file of examples",

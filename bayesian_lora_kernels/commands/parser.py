@@ -24,11 +24,13 @@ from bayesian_lora_kernels.commands.options import (
     add_settings,
     path,
     positive,
+    precision,
     seed,
 )
 
 TINY = "tiny"
 SHELLS = ("bash", "zsh", "tcsh")
+FOLDERS = ("ADAPTER", "FOLDER", "DIR")  # of the metavars
 
 
 class Parser(ArgumentParser):
@@ -47,7 +49,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--print-completion", action=_PrintCompletion, choices=SHELLS, help="a script that completes blk in this shell"
     )
-    for add in (_demo, _doctor, _bench, _fit, _calibrate, _evaluate, _compare, _predict, _score, _inspect):
+    for add in (_demo, _doctor, _bench, _fit, _calibrate, _evaluate, _compare, _predict, _score, _influence, _inspect):
         add(subparsers)
     return parser
 
@@ -64,7 +66,7 @@ class _PrintCompletion(Action):
         for command in dict(commands.choices or {}).values():
             for action in command._actions:
                 if action.type is path:
-                    action.complete = shtab.FILE
+                    action.complete = shtab.DIRECTORY if action.metavar in FOLDERS else shtab.FILE
         print(shtab.complete(parser, shell=values))
         parser.exit()
 
@@ -233,7 +235,7 @@ def _predict(subparsers: Subparsers) -> None:
     add_probabilities(parser)
     parser.add_argument(
         "--plot",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="also draw the Gaussians of the logits of the first lines, six at most, answers marked, PNG, PDF or SVG",
     )
@@ -272,6 +274,26 @@ def _score(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--plot", type=path, metavar="FILE", help="the same as a picture, PNG, PDF or SVG")
     add_json(parser, "also write the results to this file, as JSON")
+
+
+def _influence(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "influence",
+        help="which training examples a loss comes from",
+        description="For every line of QUERIES.jsonl, what each line of TRAIN.jsonl does to the loss of its label: how "
+        "much that loss would change if the training example counted once more, to first order, by the posterior that "
+        "blk fit wrote of these training examples. Negative: the example helps.",
+    )
+    add_job_options(parser, labelled=True, data="TRAIN.jsonl", texts=True)
+    parser.add_argument("queries", type=path, metavar="QUERIES.jsonl", help="lines of the same kind, to ask about")
+    add_posterior(parser)
+    parser.add_argument(
+        "--damping", type=precision, metavar="X", help="in place of the prior precision, on the scale of sums"
+    )
+    parser.add_argument(
+        "--top", type=positive, default=3, metavar="N", help="training examples to show of each kind; default: 3"
+    )
+    add_json(parser, "also write all scores to this file, as JSON")
 
 
 def _inspect(subparsers: Subparsers) -> None:

@@ -44,7 +44,7 @@ def select_batch(laplace: LaplaceLoRA, pool: Any, count: int) -> Selection:
 
     Raises:
         TypeError: if `count` is not an int.
-        ValueError: if it is not between 1 and N.
+        ValueError: if it is not between 1 and N; for ranked lists, whose Fisher depends on the labels.
         RuntimeError, ValueError, TypeError: as `laplace.joint`.
     """
     inputs = laplace._inputs(pool)
@@ -52,9 +52,14 @@ def select_batch(laplace: LaplaceLoRA, pool: Any, count: int) -> Selection:
         raise TypeError(f"count: expected an int, got {count!r}")
     if not 1 <= count <= inputs.size:
         raise ValueError(f"count: expected 1 to {inputs.size}, the examples of the pool, got {count}")
+    if laplace.likelihood == "plackett-luce":
+        raise ValueError("select_batch: not for likelihood='plackett-luce', whose Fisher needs the ranking")
+    likelihood = LIKELIHOODS[laplace.likelihood]()
     mean, covariance = laplace._joint_predictor().gaussian(inputs)
     n, c = mean.shape
-    columns = LIKELIHOODS[laplace.likelihood]().exact_columns(mean.double())  # [N, C, m]
+    likelihood.check_logits(mean)
+    logits = likelihood.shifted(mean.double(), None, inputs.inputs)
+    columns = likelihood.exact_columns(logits) / laplace.noise_variance.detach().sqrt().to(mean.device)  # [N, C, m]
     m = columns.shape[2]
     kernel = torch.einsum("acm,acx->amx", columns, covariance.reshape(n, c, n * c)).reshape(n, m, n, c)
     kernel = torch.einsum("ambc,bck->ambk", kernel, columns)

@@ -1,1 +1,1 @@
-"""Influence against retraining, and beside kronfluence and bergson: `python -m benchmarks.influence --help`."""
+"""Influence against retraining, and and beside kronfluence and bergson."""
