@@ -55,8 +55,11 @@ def posterior_diagram(
     """
     curvature = posterior.curvature
     factors, layers = curvature.factors is not None, curvature.independent_layers
-    rows = [[*(("a", "s") if factors else ())], ["spectrum", *(("evidence",) if evidence is not None else ())]]
-    rows = [row for row in [*rows, ["layers"] if layers else []] if row]
+    rows = [["spectrum"] if evidence is None else ["spectrum", "evidence"]]
+    if factors:
+        rows.insert(0, ["a", "s"])
+    if layers:
+        rows.append(["layers"])
     wide = max(map(len, rows))
     figure = new_figure(WIDTH if wide > 1 else 0.7 * WIDTH, 2.7 * len(rows) + 0.5)
     axes: dict[str, Any] = figure.subplot_mosaic([row * (wide // len(row)) for row in rows])
@@ -266,7 +269,7 @@ def _draw_layers(axes: Any, effective: Mapping[str, float], colors: Mapping[str,
         blocks[key] = None
         of_module = sums.setdefault(_module(kind), {})
         of_module[key] = of_module.get(key, 0.0) + value
-    total, places = sum(effective.values()), list(range(len(blocks)))
+    total, places = max(sum(effective.values()), 1e-12), list(range(len(blocks)))
     bottom = [0.0] * len(blocks)
     for module, by_block in sums.items():
         heights = [by_block.get(block, 0.0) for block in blocks]
