@@ -249,6 +249,16 @@ def test_bad_data(place: Path, capsys: Any) -> None:
     assert ":1: chosen and rejected are the same within 4 tokens (--max-length)" in message
 
 
+def test_memory_is_that_of_pairs(made: Path, place: Path) -> None:
+    options = ["--batch-size", "4", "--length", "6", "--outputs", "1", "--budget", "1GB", "--json", "d.json"]
+    assert main(["doctor", "--adapter", "adapter", *options]) == 0
+    estimate = json.loads(Path("d.json").read_text())["memory"]
+    laplace = LaplaceLoRA(reward_model(made), likelihood="bradley-terry", memory_budget=10**9)
+    ids = torch.ones(8, 6, dtype=torch.long)
+    truth = laplace.memory_estimate({"input_ids": ids, "attention_mask": ids})
+    assert sum(estimate["fit"].values()) == pytest.approx(sum(truth.fit.values()), rel=0.02)
+
+
 def test_bad_use(made: Path, place: Path, capsys: Any) -> None:
     message = error_of(capsys, "fit", "--choices", "A", "B")
     assert "adapter is a reward model, which chooses between 'chosen' 'rejected', got 'A' 'B'" in message

@@ -91,8 +91,9 @@ def _asked(folder: AdapterFolder, args: Namespace, budget: int) -> tuple[Laplace
     settings: dict[str, Any] = {"curvature": args.curvature, "memory_budget": budget}
     if args.outputs == VOCABULARY:
         batch["labels"] = batch["input_ids"]
-    elif args.outputs == 1:
-        batch["labels"], settings["likelihood"] = torch.zeros(args.batch_size, 1), "regression"
+    elif args.outputs == 1:  # a reward model, of which pairs are asked
+        batch = {key: x[:, None].repeat(1, 2, 1) for key, x in batch.items()}
+        settings["likelihood"] = "bradley-terry"
     else:
         batch["labels"] = torch.zeros(args.batch_size, dtype=torch.long)
     if folder.task == CAUSAL_LM and args.outputs != VOCABULARY:
