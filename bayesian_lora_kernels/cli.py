@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,9 @@ INTERRUPTED = 130  # as a shell says of Ctrl-C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0 for success, 1 for failure, 2 for bad use, 130 after Ctrl-C)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: the next file would be opened in its place
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     args = build_parser().parse_args(arguments)
     with warnings.catch_warnings(), _logged_warnings():
         warnings.showwarning = _show  # without a place in the source, which says nothing to who runs a command

@@ -132,7 +132,8 @@ class LaplaceLoRA:
         """Measure the curvature at the current weights; on several processes, of the data of all of them.
 
         Args:
-            loader: batches: mappings (`input_ids`, `attention_mask`, `labels`, ...) or tuples `(inputs, labels)`.
+            loader: batches: mappings (`input_ids`, `attention_mask`, `labels`, ...) or tuples `(inputs, labels)`;
+                docs/batches.md has pairs of answers, and weights of examples.
                 Labels are needed for the evidence and for the empirical Fisher only. EKFAC goes over the loader twice.
             progress: whether to show a progress bar; of a group, only rank 0 does.
             group: a `torch.distributed` process group, all of whose processes call this, each with the batches of its
@@ -743,7 +744,7 @@ class LaplaceLoRA:
         return JointPredictor(self.model, self.layers, self._forward, self._gaussian(), self.config.memory_budget)
 
     def _inputs(self, batch: Any) -> Batch:
-        return Batch.of(batch, model_device(self.model), labels=False)
+        return self._forward.read(batch, model_device(self.model), labels=False)
 
     def _sampler(self, what: str) -> HiddenSampler:
         self._fitted(what)

@@ -76,12 +76,17 @@ class Verification:
         """What JSON can hold."""
         return {"ok": self.ok, "agreements": [{**asdict(one), "ok": one.ok} for one in self.agreements]}
 
-    def __str__(self) -> str:
-        rows = [("", "error", "limit", "what", "where")]
+    def rows(self) -> list[tuple[str, ...]]:
+        """The same as a table of words, the first row its header."""
+        rows: list[tuple[str, ...]] = [("", "error", "limit", "what", "where")]
         for one in self.agreements:
             error = "-" if one.error is None else f"{one.error:.1e}"
             word = "not compared" if one.error is None else "agrees" if one.ok else "DIFFERS"
             rows.append((word, error, f"{one.limit:.0e}", one.what, one.where or one.note))
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.rows()
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return "\n".join("  ".join([*map(str.ljust, row, widths), row[4]]).rstrip() for row in rows)
 

@@ -55,8 +55,15 @@ HEIGHTS = {
     "token_gram_kernel": ("C_", "O_"),
     "product_kernel": ("BV",),
     "squares_kernel": ("BV",),
+    "attention_kernel": ("M_",),
+    "tangents_kernel": ("M_",),
 }
-OF_FLOAT32 = {"product_kernel", "squares_kernel"}  # any matrix instruction will do, in tf32x3
+OF_FLOAT32 = {
+    "product_kernel",
+    "squares_kernel",
+    "attention_kernel",
+    "tangents_kernel",
+}  # any matrix instruction will do, in tf32x3
 _CONSUMER = ("sm_86", "sm_89", "sm_120")
 # Kernel, constants, and why bytes on the stack are accepted, per architecture or on all.
 STACK: tuple[tuple[str, dict[str, Any], dict[str, str]], ...] = (

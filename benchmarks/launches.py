@@ -201,8 +201,23 @@ def other_vocabularies() -> None:
     vocabularies(width=4100)
 
 
+def attentions(
+    widths: Sequence[int] = (16, 32, 48, 64, 112, 128, 240, 256),
+    dtypes: Sequence[torch.dtype] = (BF16, FP32),
+    tokens: int = 500,
+) -> None:
+    """Causal, with an additive mask, columns that a tile has too many of; float16 compiles to what bfloat16 does."""
+    from bayesian_lora_kernels.ops.attention import kernel_launch
+
+    for dtype, width in itertools.product(dtypes, widths):
+        q, kv = _empty(2, 4, tokens, width, dtype=dtype), _empty(2, 2, tokens, width, dtype=dtype)
+        changes = [_empty(3, *one.shape, dtype=dtype) for one in (q, kv, kv)]
+        mask = _empty(2, 1, tokens, tokens, dtype=dtype).expand(2, 4, tokens, tokens)
+        kernel_launch.attention_jvp(q, torch.empty_like(changes[0]), q, kv, kv, *changes, mask, True, 0.1)
+
+
 PROBLEMS: tuple[Callable[[], None], ...] = (
     *(outer_products, split_outer_products, mirrored, square_sums, weight_gradients, masked_gradients),
     *(incremental_svds, jacobians, jacobians_of_wide_bases, jacobians_of_few_tokens, jacobians_through_tokens),
-    *(vocabularies, other_vocabularies),
+    *(vocabularies, other_vocabularies, attentions),
 )

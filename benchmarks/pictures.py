@@ -1,7 +1,8 @@
 """The docs' pictures that come from committed results: `make pictures`, or `python -m benchmarks.pictures`.
 
-Speed and memory, the kernels' estimated and measured times, the soak, the two studies of calibration. The same results
-make the same files. A GPU's measurements are taken where `benchmarks.gpu_report` left them: results/*/kernels.json.
+Speed and memory, the kernels' estimated and measured times, the soak, the two studies of calibration, BayesAdapt's
+Laplace. The same results make the same files. A GPU's measurements are taken where `benchmarks.gpu_report` left them:
+results/*/kernels.json.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from bayesian_lora_kernels.plots.style import (
 )
 
 from . import soak
+from .bayes_adapt import report as bayes_adapt
 from .calibration.labels import report as labels
 from .calibration.methods import report as methods
 from .calibration.methods.runs import Runs
@@ -140,9 +142,10 @@ def main() -> None:
     save_figure(speed_and_memory(read("smollm2.json")), docs / "speed-and-memory.svg")
     estimated = json.loads((RESULTS / "roofline.json").read_text(encoding="utf-8"))["cases"]
     save_figure(kernel_times(estimated, measured_times("H100"), "H100"), docs / "kernel-times.svg")
-    soak.plot(read("soak.json")["readings"], docs / "soak.svg")
-    labels.draw(read("calibration-study-exact.json"), docs / "calibration-study.svg")
-    methods.draw(Runs(CPU / "calibration-methods.jsonl").all, docs / "calibration-methods.svg")
+    save_figure(soak.draw(read("soak.json")["readings"]), docs / "soak.svg")
+    save_figure(labels.draw(read("calibration-study-exact.json")), docs / "calibration-study.svg")
+    save_figure(methods.draw(Runs(CPU / "calibration-methods.jsonl").all), docs / "calibration-methods.svg")
+    save_figure(bayes_adapt.draw(read("bayes-adapt.json")["points"]), docs / "bayes-adapt.svg")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
@@ -27,6 +27,9 @@ from bayesian_lora_kernels import LaplaceLoRA
 from bayesian_lora_kernels.plots.style import BLUE, WIDTH, new_figure, save_figure, styled
 
 from .peak_memory import reset_peak
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FITS, PREDICTIONS = 200, 10_000
 READINGS = 100
@@ -102,7 +105,7 @@ def growth(readings: list[dict[str, int]]) -> float:
 
 
 @styled()
-def plot(readings: list[dict[str, int]], path: Path) -> None:
+def draw(readings: list[dict[str, int]]) -> Figure:
     figure = new_figure(WIDTH, 2.8)
     calls, resident = [one["predictions"] for one in readings], [one["resident"] / 1e6 for one in readings]
     whole, above = figure.subplots(1, 2)
@@ -112,7 +115,7 @@ def plot(readings: list[dict[str, int]], path: Path) -> None:
     above.set(ylabel="more than after the first fit, MB")
     for axes in (whole, above):
         axes.set(xlabel=f"predictions ({calls[-1] // readings[-1]['fits']} for each fit)")
-    save_figure(figure, path)
+    return figure
 
 
 def main() -> None:
@@ -134,7 +137,7 @@ def main() -> None:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if arguments.plot is not None:
-        plot(readings, arguments.plot)
+        save_figure(draw(readings), arguments.plot)
     sys.exit(grown > LIMIT)
 
 

@@ -59,7 +59,9 @@ sphinx_argparse_cli._logic._HELP_SUBSTITUTIONS[:] = [
 
 # Files outside this folder that have pages here, which include them.
 HERE = Path(__file__).parent
-OUTSIDE = re.compile(r"\((?:\.\./)+(?:benchmarks/(results)/(?:[\w-]+/)?([\w-]+)|(CONTRIBUTING|CHANGELOG))\.md")
+OUTSIDE = re.compile(
+    r"\((?:\.\./)+(?:benchmarks/(results)/(?:[\w-]+/)?([\w-]+)|(CONTRIBUTING|CHANGELOG)|(examples)/README)\.md"
+)
 
 
 def _make_results(app: Sphinx) -> None:
@@ -76,7 +78,7 @@ def _make_results(app: Sphinx) -> None:
 def _link_inside(app: Sphinx, docname: str, source: list[str]) -> None:
     """A link to such a file, which is right on GitHub, becomes one to its page."""
     up = "../" * docname.count("/")
-    source[0] = OUTSIDE.sub(lambda x: f"({up}{f'results/{x[2]}' if x[1] else x[3].lower()}.md", source[0])
+    source[0] = OUTSIDE.sub(lambda x: f"({up}{f'results/{x[2]}' if x[1] else (x[3] or x[4]).lower()}.md", source[0])
 
 
 def _as_rst(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

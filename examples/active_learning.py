@@ -12,7 +12,6 @@ import json
 import random
 
 import torch
-from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -120,15 +119,19 @@ def learn(informed: bool, seed: int) -> list[float]:
     return curve
 
 
-figure = Figure(figsize=(5, 3.2), layout="constrained")
-axes = figure.subplots()
+curves = {}
 print(f"{'accuracy with':20}" + "".join(f"{f'{count} labels':>16}" for count in COUNTS))
-for name, informed, style in (("random choice", False, "o--"), ("mutual information", True, "s-")):
-    curves = torch.tensor([learn(informed, seed) for seed in range(arguments.seeds)])
-    mean, error = curves.mean(dim=0), curves.std(dim=0) / arguments.seeds**0.5
+for name, informed in (("random choice", False), ("mutual information", True)):
+    curve = torch.tensor([learn(informed, seed) for seed in range(arguments.seeds)])
+    curves[name] = mean, error = curve.mean(dim=0), curve.std(dim=0) / arguments.seeds**0.5
     print(f"{name:20}" + "".join(f"{f'{m:.3f} ± {e:.3f}':>16}" for m, e in zip(mean, error, strict=True)))
-    axes.errorbar(COUNTS, mean, error, fmt=style, capsize=3, label=name)
-axes.set(xlabel="labels", ylabel="accuracy on the test set", xticks=COUNTS)
-axes.legend(frameon=False, loc="lower right")
-figure.savefig("active-learning.png", dpi=100)
 print(f"mean and standard error of {arguments.seeds} runs; the curve is in active-learning.png")
+
+figure = blk.plots.curve_diagram(
+    COUNTS,
+    {name: mean for name, (mean, _) in curves.items()},
+    errors={name: error for name, (_, error) in curves.items()},
+    x_label="labels",
+    y_label="accuracy on the test set",
+)
+blk.plots.save_figure(figure, "active-learning.png")

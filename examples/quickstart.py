@@ -1,24 +1,39 @@
-"""Fine-tunes a small language model with LoRA and asks how sure it is. Runs as it stands, and downloads nothing.
+"""Fine-tunes a small language model with LoRA and asks how sure it is.
 
-With a model of your own, change `base` and `batches`, as examples/sentiment.py does.
+    python examples/quickstart.py                # a small model made here
+    python examples/quickstart.py --model NAME   # a pretrained one, by its name or folder
+
+Runs as it stands, and downloads nothing.
 """
 
+import argparse
 import tempfile
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import bayesian_lora_kernels as blk
 
-# Stands for your own model and data: which word occurs more often, 2 or 3? The answer is the token 4 or 5.
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", help="a causal language model; without it, a small one made here")
+name = parser.parse_args().model
+
+# Of which word are there more, cat or dog? The answer is one of the two.
 torch.manual_seed(0)
-sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-base = LlamaForCausalLM(LlamaConfig(vocab_size=8, initializer_range=0.1, **sizes))
-model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
-answers = [4, 5]
-texts = torch.randint(2, 4, (320, 9))
-labels = ((texts == 3).sum(1) > 4).long()  # indices into answers
+if name:
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    words = " cat", " dog", " bird", " fish"
+    cat, dog, bird, fish = (tokenizer.encode(word, add_special_tokens=False)[0] for word in words)
+else:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=8, initializer_range=0.1, **sizes))
+    cat, dog, bird, fish = 4, 5, 6, 7
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = get_peft_model(base.to(device), LoraConfig(r=8, task_type="CAUSAL_LM"))
+answers = [cat, dog]
+texts = torch.tensor(answers, device=device)[torch.randint(2, (320, 9), device=device)]
+labels = ((texts == dog).sum(1) > 4).long()  # indices into answers
 batches = [
     {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": y}
     for x, y in zip(texts.split(32), labels.split(32), strict=True)
@@ -26,8 +41,8 @@ batches = [
 batches, held_out = batches[:8], batches[8:]
 
 # Fine-tuning, as ever.
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-for step in range(150):
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.002 if name else 0.02)
+for step in range(40 if name else 150):
     batch = batches[step % len(batches)]
     logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, -1, answers]
     loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
@@ -42,7 +57,7 @@ laplace.optimize_prior_precision()  # by the marginal likelihood
 laplace.calibrate(held_out, progress=False)  # the level of the probabilities, by labels that it was not trained on
 
 # A clear case, a close one, and words that were in no example.
-questions = torch.tensor([[2, 2, 2, 2, 2, 2, 2, 2, 2], [2, 3, 2, 3, 2, 3, 2, 3, 2], [6, 7, 0, 6, 7, 0, 6, 7, 1]])
+questions = torch.tensor([[cat] * 9, [cat, dog] * 4 + [dog], [bird, fish] * 4 + [bird]], device=device)
 batch = {"input_ids": questions, "attention_mask": torch.ones_like(questions)}
 prediction = laplace.predict(batch)
 print("plain     ", prediction.probs("map"))

@@ -69,40 +69,31 @@ model = get_peft_model(base.to(device), LoraConfig(r=8, task_type="SEQ_CLS"))
 
 
 def collate(pairs: list[dict[str, str]]) -> dict[str, torch.Tensor]:
-    """The columns of a preference data set as TRL collates it, and labels: the first is the better one."""
-    batch = {"labels": torch.zeros(len(pairs), dtype=torch.long, device=device)}
+    batch = {}
     for side in ("chosen", "rejected"):
         texts = tokenizer([pair[side] for pair in pairs], padding=True, truncation=True, return_tensors="pt").to(device)
         batch |= {f"{name}_{side}": texts[name] for name in ("input_ids", "attention_mask")}
     return batch
 
 
-def rewards(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`[N, 2]`: of the chosen and of the rejected answer. Their softmax is the model of Bradley and Terry."""
-    sides = [
-        model(input_ids=batch[f"input_ids_{side}"], attention_mask=batch[f"attention_mask_{side}"]).logits
-        for side in ("chosen", "rejected")
-    ]
-    return torch.cat(sides, dim=1)
-
-
 # Fine-tuning, as ever.
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3 if arguments.model else 1e-2)
 for _ in range(3 if arguments.model else 12):
     for batch in DataLoader(train, batch_size=32, shuffle=True, collate_fn=collate):
-        loss = torch.nn.functional.cross_entropy(rewards(model, batch), batch["labels"])
+        chosen = model(batch["input_ids_chosen"], batch["attention_mask_chosen"]).logits
+        rejected = model(batch["input_ids_rejected"], batch["attention_mask_rejected"]).logits
+        loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-laplace = blk.LaplaceLoRA(model, forward=rewards, curvature="ekfac")
+laplace = blk.LaplaceLoRA(model, likelihood="bradley-terry", curvature="ekfac")
 laplace.fit(DataLoader(train, batch_size=32, collate_fn=collate), progress=False)
 laplace.optimize_prior_precision()
 
 questions = {"held out": held_out[:32], "words that it was not trained on": [made_up(UNSEEN) for _ in range(32)]}
 for name, pairs in questions.items():
-    prediction = laplace.predict(collate(pairs), differences=True)  # only the difference of two rewards means anything
-    contrast = torch.tensor([1.0, -1.0], dtype=prediction.mean.dtype, device=device)
-    deviation = torch.einsum("i,nij,j->n", contrast, prediction.covariance, contrast).sqrt()
-    print(f"{name}: P(chosen is better) {prediction.probs()[:, 0].mean():.3f}, of the difference of rewards")
-    print(f"  the mean is {(prediction.mean @ contrast).mean():.2f}, its standard deviation {deviation.mean():.2f}")
+    prediction = laplace.predict(collate(pairs))  # of two rewards only the difference means anything
+    mean, variance = prediction.difference()
+    print(f"{name}: P(chosen is better) {prediction.probs()[:, 0].mean():.3f}; the difference of the rewards")
+    print(f"  is {mean.mean():.2f}, with a standard deviation of {variance.sqrt().mean():.2f}")

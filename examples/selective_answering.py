@@ -115,4 +115,4 @@ for name, probs in methods.items():
     print(f"{name:20}{expected}{curve.area:>7.3f}")
 print("first as the probabilities say, then as counted")
 
-calibration.save_figure(calibration.risk_coverage_diagram(methods, truth), "risk-coverage.png", dpi=100)
+blk.plots.save_figure(blk.plots.risk_coverage_diagram(methods, truth), "risk-coverage.png")

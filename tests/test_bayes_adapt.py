@@ -76,8 +76,8 @@ def test_the_sweep_goes_on_and_reports(task, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "out" / sweep.RESULTS).read_text())["points"]
     assert report.statistic(found, 16, 16, THERE, "nll") == (1.5, pytest.approx(0.5))
     page = (tmp_path / "out" / "lengths.md").read_text()
-    assert f"| {THERE} | – | – | – | 0.5000 ± 0.0000 | 1.5000 ± 0.5000 | – | – |" in page
-    assert "## 16 tokens, padded to 32 columns" in page
+    assert "## NLL\n\n| tokens, in columns of a batch if there is padding | 16 | 16 in 32 |" in page
+    assert f"| {THERE} | 1.500 ± 0.500 | 1.500 ± 0.500 |" in page
     assert (tmp_path / "out" / "lengths.svg").stat().st_size > 1000
 
 

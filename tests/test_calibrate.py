@@ -298,7 +298,7 @@ def test_bad_calls():
     with pytest.raises(ValueError, match="calibrate: expected labels, there are none"):
         laplace.calibrate(LabelLikelihood())
     regression = mlp(n=24, classes=1)
-    with pytest.raises(ValueError, match="expected likelihood='classification', got 'regression'"):
+    with pytest.raises(ValueError, match="expected likelihood='classification', or 'bradley-terry', got 'regression'"):
         fitted(regression).calibrate(regression.loader(7))
 
 

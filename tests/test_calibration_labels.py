@@ -257,8 +257,21 @@ def test_report(tmp_path):
     numbers = json.loads(json.dumps(report.summary(RECORDS), allow_nan=False))
     assert numbers["tasks"]["b"]["test"]["calibrated"]["100"]["nll"]["mean"] == pytest.approx(1.15)
     assert numbers["all"]["test"]["temperature"]["10"]["nll"]["difference"]["mean"] == 0
-    report.draw(RECORDS, tmp_path / "report.png")
-    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_picture(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "DRAWN", {"calibrated": "#000000"})
+    monkeypatch.setattr(report, "AVERAGED", "temperature")
+    panel = report.draw(RECORDS).axes[0]
+    assert panel.get_title() == "NLL, test"
+    handles, names = panel.get_legend_handles_labels()
+    line, _, bars = handles[names.index("calibrated")]
+    found = [report.compare(RECORDS, "test", "calibrated", n, "nll") for n in report.label_counts(RECORDS)]
+    assert line.get_ydata() == pytest.approx([one.mean for one in found])
+    lengths = [segment[1, 1] - segment[0, 1] for segment in bars[0].get_segments()]
+    assert lengths == pytest.approx([2 * one.error for one in found])
+    assert line.get_ydata()[-1] == pytest.approx((-0.2 - 0.1 + 0 + 0.3) / 4)
 
 
 def test_run_and_go_on(tiny, tmp_path, monkeypatch, capsys):

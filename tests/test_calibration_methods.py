@@ -178,7 +178,7 @@ def test_tfb_s_noise_has_one_scale_behind_b_and_is_gone_afterwards(case):
 
 
 def test_tfb_takes_the_largest_noise_that_the_loss_tolerates(case):
-    assert tfb.bisect(lambda sigma: sigma < 0.0123) == pytest.approx(0.0123, rel=0.02)
+    assert tfb.bisect(lambda sigma: sigma < 0.0123) == pytest.approx(0.0123, rel=0.08)
     sigma = tfb.largest_tolerated(case.task, case.model, case.splits.train, 0)
     labels = torch.tensor([example.label for example in case.splits.train])
 
@@ -188,7 +188,7 @@ def test_tfb_takes_the_largest_noise_that_the_loss_tolerates(case):
     plain = loss(plain_logits(case, case.model, "train").softmax(1))
     changes = [
         abs(loss(tfb.sampled(case.task, case.model, case.splits.train, each, 0).mean(0)) / plain - 1)
-        for each in (sigma, 1.05 * sigma)
+        for each in (sigma, 1.08 * sigma)
     ]
     assert changes[0] <= tfb.TOLERANCE < changes[1]
     outcome = METHODS["TFB"].run(case)
@@ -385,5 +385,20 @@ def test_report(tmp_path):
     assert own["seconds"]["fit"]["mean"] == 2.5
     assert numbers["tasks"]["a"]["MAP"]["test"]["nll"]["standard_error"] is None
     assert list(numbers["all"]) == ["MAP", REFERENCE, "exact, labels"]
-    report.draw(LINES, tmp_path / "report.png")
-    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_picture():
+    pytest.importorskip("matplotlib")
+    first, second = report.draw(LINES).axes
+    assert (first.get_title(), second.get_title()) == ("a (2 models)", "b (2 models)")
+    handles, names = first.get_legend_handles_labels()
+    assert names == ["test", "shift"]
+    for (line, _, bars), split in zip(handles, names, strict=True):
+        drawn = dict(zip([text.get_text() for text in first.get_yticklabels()][::-1], line.get_xdata(), strict=True))
+        own = [one for one in LINES if one["task"] == "a"]
+        wanted = {name: report.against_reference(own, name, split, "nll").mean for name in ("MAP", "exact, labels")}
+        assert drawn == pytest.approx(wanted)
+        error = report.against_reference(own, "exact, labels", split, "nll").error
+        (segments,) = (one.get_segments() for one in bars)
+        assert segments[1][1, 0] - segments[1][0, 0] == pytest.approx(2 * error)
+    assert drawn["exact, labels"] == pytest.approx(-0.15)

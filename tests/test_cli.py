@@ -183,8 +183,3 @@ def test_bench_shows_no_time_of_what_is_wrong(capsys, monkeypatch):
     monkeypatch.setattr(reference, "grouped_square_sum", wrong)
     assert cli.main(["bench", "--device", "cpu", "--quick"]) == 1
     assert "wrong: relative error 1.0e-02" in capsys.readouterr().out
-
-
-def test_bench_on_a_device_that_is_not_there(capsys):
-    assert cli.main(["bench", "--quick", "--device", "nowhere"]) == 2
-    assert capsys.readouterr().err.startswith("blk bench: --device nowhere: ")

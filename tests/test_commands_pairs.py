@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from test_commands_classifier import MODEL, bad, blk, error_of, make
 
 from bayesian_lora_kernels import LaplaceLoRA, calibration
 from bayesian_lora_kernels.cli import main
-from bayesian_lora_kernels.commands.task import pair_scores
+from bayesian_lora_kernels.commands.job import Job
 
 PAIRS = [
     ("red fish", " bird", " tree tree"),
@@ -183,11 +184,13 @@ def test_a_tie_is_half_right(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     write(Path("data.jsonl"), PAIRS[:10])
     assert blk("fit") == 0
 
-    def same(model: Any, batch: Any) -> torch.Tensor:
-        scores = pair_scores(model, batch)
-        return scores - scores
+    predict = Job.predict
 
-    monkeypatch.setattr("bayesian_lora_kernels.commands.task.pair_scores", same)
+    def same(job: Job, laplace: LaplaceLoRA) -> Any:
+        found = predict(job, laplace)
+        return replace(found, mean=torch.zeros_like(found.mean))
+
+    monkeypatch.setattr(Job, "predict", same)
     assert blk("evaluate", "--json", "e.json") == 0
     assert json.loads(Path("e.json").read_text())["map"]["accuracy"] == 0.5
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from test_reward_pairs import reward_model
 from torch import Tensor, nn
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.curvature import shares, takeover
 from bayesian_lora_kernels.curvature.likelihood import BradleyTerry, PlackettLuce
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
@@ -298,6 +300,28 @@ def test_calibration_of_pairs_is_that_of_classes():
     assert float(laplace.prior_precision) == pytest.approx(float(classes.prior_precision), rel=1e-6)
 
 
+def test_influence_and_choice_of_pairs():
+    model, examples = reward_model().eval(), texts("pairs")
+    laplace = blk.LaplaceLoRA(model, likelihood="bradley-terry", curvature="exact").fit([below(examples)], False)
+    truth = Truth(model, examples, [lambda r: pair(r, 1.0, 0.0)] * 4)
+    joint = laplace.joint(lists(examples, extra=1), lists(examples))
+    jacobian = flat(truth.jacobian).flatten(0, 1)
+    sigma = torch.linalg.inv(truth.curvature + torch.eye(len(truth.theta), **DOUBLE))
+    assert relative(joint, jacobian @ sigma @ jacobian.T) < 1e-7
+    slopes = [torch.autograd.functional.jacobian(lambda r: -pair(r, 1.0, 0.0), r) for r in truth.rewards]
+    losses = torch.einsum("nc,ncp->np", torch.stack(slopes), flat(truth.jacobian))
+    found = blk.influence(laplace, [beside(examples)], [below(examples, extra=2)], progress=False)
+    assert relative(found, -losses @ sigma @ losses.T) < 1e-7
+    gain = blk.select_batch(laplace, lists(examples), 1)[1]
+    p = (truth.rewards[:, 0] - truth.rewards[:, 1]).sigmoid()
+    variance = laplace.predict(lists(examples)).difference()[1]
+    assert float(gain[0]) == pytest.approx(float(0.5 * torch.log1p(p * (1 - p) * variance).max()), rel=1e-6)
+    with pytest.raises(ValueError, match="likelihood: bradley-terry expects the rewards of two answers"):
+        blk.select_batch(laplace, below(examples), 1)
+    with pytest.raises(ValueError, match="train_loader: batch 0 has weights, and influence is of one unit"):
+        blk.influence(laplace, [{**beside(examples), "weights": torch.ones(4)}], [below(examples)], progress=False)
+
+
 def test_it_is_saved_verified_and_estimated(tmp_path: Any):
     model, examples = reward_model().eval(), texts("pairs")
     laplace = blk.LaplaceLoRA(model, likelihood="bradley-terry").fit([beside(examples)], False)
@@ -325,6 +349,28 @@ def test_a_pair_by_itself_must_score_as_in_the_batch():
     model.base_model.model.forward = counts_padding
     with pytest.raises(ValueError, match=r"example \d of the batch has other logits among padding"):
         blk.LaplaceLoRA(model, likelihood="bradley-terry").fit([beside(texts("pairs"))], False)
+
+
+def test_examples_are_pairs_wherever_they_are_told_apart():
+    """Digests of checkpoints, what is left of a batch without some, and shares that repeat some."""
+    forward = blk.LaplaceLoRA(reward_model(), likelihood="bradley-terry")._forward
+    examples, margin = texts("pairs"), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    batch = {**below(examples), "margin": margin}
+    digests = takeover.example_digests(batch, forward.read)
+    assert digests is not None
+    other = {**beside(examples[::-1], side="left", extra=3), "margin": margin.flip(0)}
+    again = takeover.example_digests(other, forward.read)
+    assert again is not None
+    assert torch.equal(again.flip(0), digests)
+    left = [*takeover.uncounted(batch, digests, takeover.counter(digests[1:2]), forward.read)]
+    found = [forward.read(part).given for part, _ in left]
+    assert [part["margin"].tolist() for part in found] == [margin[:1].tolist(), margin[2:].tolist()]
+    whole = forward.read(batch).given["input_ids"]
+    assert all(torch.equal(part["input_ids"], whole[rows]) for part, rows in zip(found, ([0], [2, 3]), strict=True))
+    shared = shares.WithoutRepeats(SimpleNamespace(batch_sampler=None), [(4, 3)], forward.read)
+    shared.loader = [batch]
+    (cut,) = shared
+    assert torch.equal(forward.read(cut).given["input_ids"], whole[:3])
 
 
 EMPTY = torch.tensor([[[1, 1], [0, 0]]])

@@ -16,7 +16,7 @@ from bayesian_lora_kernels.commands.doctor import TOLERANCE, examine, format_rep
 from bayesian_lora_kernels.demo import sentences
 from bayesian_lora_kernels.demo.methods import NAMES, Outcome, compare_methods
 from bayesian_lora_kernels.demo.problem import NO_ANSWER, Example, make_batch, shuffled
-from bayesian_lora_kernels.demo.report import conclusions, format_differences, format_table
+from bayesian_lora_kernels.demo.report import conclusions, difference_tables, tables
 from bayesian_lora_kernels.demo.results import Run, Statistic, differences, make_run, measure
 from bayesian_lora_kernels.demo.sentences import Module, read_standard_library, words
 from bayesian_lora_kernels.demo.settings import CLASSES, FOREIGN, DemoSettings, quick_settings
@@ -265,7 +265,7 @@ def test_differences_are_paired():
     assert found.standard_error == pytest.approx(0.05)
     assert (found.share_lower, found.n) == (0, 2)
     assert "temperature" not in differences(results)["test"]
-    table = format_differences(results)
+    table = "\n\n".join(map(str, difference_tables(results)))
     assert "+0.150 ±0.050 (0/2)" in table
     assert "test, less temperature scaling" in table
 
@@ -276,11 +276,11 @@ def test_table_has_means_and_errors():
     mean, error = results["test"]["map"]["ece"].mean, results["test"]["map"]["ece"].standard_error
     assert mean == pytest.approx((0.9 - 2 / 3 + 0.7 - 2 / 3) / 2)
     assert error == pytest.approx(0.1)
-    table = format_table(results, TITLES)
+    table = "\n\n".join(map(str, tables(results, TITLES)))
     assert f"{mean:.3f} ±0.100" in table
     assert all(name in table for name in NAMES.values())
     assert Statistic((1.0,)).standard_error is None
-    assert "±" not in format_table(measure([constant_run(0, low)]), TITLES)
+    assert "±" not in "".join(map(str, tables(measure([constant_run(0, low)]), TITLES)))
 
 
 def test_run_keeps_labels(task):

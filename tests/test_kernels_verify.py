@@ -117,6 +117,18 @@ def random_weight_gradient(draw):
     return [torch.empty(2, *size) for size in sizes], gs, inputs, masks
 
 
+def random_attention_jvp(draw):
+    dtype, mask = draw.choice([torch.float32, torch.float16]), draw.choice([None, torch.bool, torch.float32])
+    width, values = draw.choice([8, 20, 40, 64, 100, 128, 200, 256]), draw.choice([8, 64, 128])
+    heads, queries, keys = draw.choice([1, 4]), draw.choice([1, 40, 300]), draw.choice([1, 40, 300])
+    shapes = [(2, heads, queries, width), (2, 1, keys, width), (2, 1, keys, values)]
+    primals = [torch.empty(shape, dtype=dtype) for shape in shapes]
+    changes = [draw.choice([None, torch.empty(2, *shape, dtype=dtype)]) for shape in shapes]
+    mask = None if mask is None else torch.empty(2, 1, queries, keys, dtype=mask).expand(2, heads, queries, keys)
+    out = torch.empty(2, heads, queries, values, dtype=dtype)
+    return out, torch.empty(2, *out.shape, dtype=dtype), *primals, *changes, mask, draw.random() < 0.5, 1.0
+
+
 CALLS = {
     "grouped_outer_product": random_outer_product,
     "grouped_square_sum": random_square_sum,
@@ -176,7 +188,11 @@ def random_vocabulary(draw):
     return torch.empty(examples, tokens), weight, hidden, bias, softcap, mirrored, known, None
 
 
-NEAR = {"grouped_jacobian_covariance": random_jacobian, "vocabulary_probs": random_vocabulary}
+NEAR = {
+    "attention_jvp": random_attention_jvp,
+    "grouped_jacobian_covariance": random_jacobian,
+    "vocabulary_probs": random_vocabulary,
+}
 
 
 @pytest.mark.parametrize(("operation", "make"), NEAR.items(), ids=NEAR)

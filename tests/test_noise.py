@@ -14,6 +14,7 @@ from models import Case, bert, mlp
 from torch import Tensor
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.posterior import storage
 
 CURVATURES = ("kfac", "ekfac", "exact")
 
@@ -97,6 +98,24 @@ def test_samples_at_a_noise(curvature: str):
     variance = laplace.predict(case.batch()).variance
     spread = (moves.square().mean(dim=0) / variance - 1).abs() * (n / 2) ** 0.5
     assert spread.max() < 5
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_what_is_made_of_a_root_sees_the_noise(curvature: str):
+    """Joint covariances, influence and the choice of a batch."""
+    case = regression(n=5)
+    laplace = fitted(case, curvature=curvature, noise_variance=0.2, prior_precision=0.7)
+    joint = laplace.joint(case.batch()).unflatten(0, (5, 2)).unflatten(2, (5, 2))
+    own = torch.stack([joint[i, :, i] for i in range(5)])
+    assert relative(own, laplace.predict(case.batch()).covariance) < 1e-8
+    means, _ = jacobians(case)
+    slope = (means - case.labels) / 0.2  # of the losses in the outputs
+    expected = -torch.einsum("nc,ncmd,md->nm", slope, joint, slope)
+    found = blk.influence(laplace, case.loader(2), [case.batch()], progress=False)
+    assert relative(found, expected) < 1e-8
+    gain = blk.select_batch(laplace, case.batch(), 1)[1]
+    each = 0.5 * torch.linalg.slogdet(torch.eye(2, dtype=torch.float64) + own / 0.2)[1]
+    assert float(gain[0]) == pytest.approx(float(each.max()), rel=1e-8)
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -219,3 +238,47 @@ def test_what_has_no_noise():
         laplace.optimize_prior_precision(noise=True)
     with pytest.raises(ValueError, match="noise: expected method='marglik'"):
         laplace.optimize_prior_precision("nll", val_loader=case.loader(3), noise=True)
+
+
+def rewritten(folder: Path, change: Any) -> None:
+    """The JSON file with a change, and a checksum that fits."""
+    path = folder / storage.JSON_NAME
+    content = json.loads(path.read_text())
+    content.pop("sha256")
+    change(content)
+    path.write_text(json.dumps({**content, "sha256": storage.content_digest(content)}))
+
+
+def test_files_of_format_3_have_unit_noise(tmp_path: Path):
+    case = regression()
+    laplace = fitted(case)
+    laplace.save_pretrained(tmp_path)
+
+    def older(content: dict[str, Any]) -> None:
+        content["version"] = 3
+        del content["noise"]
+
+    rewritten(tmp_path, older)
+    again = blk.LaplaceLoRA.from_pretrained(case.model, tmp_path)
+    assert float(again.log_marginal_likelihood()) == float(laplace.log_marginal_likelihood())
+    with pytest.raises(RuntimeError, match="saved before the number of its targets was; fit again"):
+        again.log_marginal_likelihood(1.0, 0.5)
+    with pytest.raises(RuntimeError, match="saved before the number of its targets was; fit again"):
+        again.optimize_prior_precision(noise=True)
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        (None, "noise: expected an object, got None"),
+        ({"targets": 24.0}, "noise.variance: missing"),
+        ({"variance": -1.0, "targets": 24.0}, "noise.variance: expected a finite positive number"),
+        ({"variance": 1.0, "targets": "many"}, "noise.targets: expected a number of targets"),
+    ],
+)
+def test_what_is_no_noise_in_a_file(noise: Any, message: str, tmp_path: Path):
+    case = regression()
+    fitted(case).save_pretrained(tmp_path)
+    rewritten(tmp_path, lambda content: content.update(noise=noise))
+    with pytest.raises(ValueError, match=message):
+        blk.LaplaceLoRA.from_pretrained(case.model, tmp_path)

@@ -17,10 +17,10 @@ LOWEST = torch.finfo(F32).min  # what models put where a key is masked
 IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.interpret)]
 # Examples, heads, heads of keys, queries, keys, width, width of values, tangents.
 SHAPES = {
-    "ragged": (2, 2, 2, 37, 37, 20, 20, 3),
-    "grouped": (1, 4, 2, 20, 70, 32, 32, 2),
-    "one group, wide values": (2, 3, 1, 70, 5, 16, 48, 1),
-    "one query": (1, 2, 2, 1, 40, 80, 80, 2),
+    "ragged": (1, 2, 2, 37, 37, 20, 20, 3),
+    "grouped": (2, 2, 1, 20, 40, 32, 32, 2),
+    "one group, wide values": (1, 3, 1, 70, 5, 16, 48, 1),
+    "one query": (1, 2, 2, 1, 40, 48, 48, 2),
     "one of each": (1, 1, 1, 1, 1, 1, 1, 1),
     "a wide head": (1, 1, 1, 40, 33, 130, 130, 2),
 }
@@ -112,9 +112,13 @@ def assert_close(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], 
         assert (one.double() - true).abs().max() <= tolerance * size, (one.double() - true).abs().max() / size
 
 
+# Every mask at one shape, and two at the others.
+CALLS = [("grouped", kind) for kind in MASKS]
+CALLS += [(name, kind) for name in SHAPES if name != "grouped" for kind in ("causal", "padding")]
+
+
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "kind"), CALLS)
 def test_against_the_derivative_of_the_definition(name, kind, impl):
     shape = SHAPES[name]
     for dtype in (F32, F16) if impl == "triton" else (F64,):
@@ -169,10 +173,10 @@ def test_nothing(shape, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", ["padding", "added", "lowest", "rows without a key"])
+@pytest.mark.parametrize("kind", ["lowest", "rows without a key"])
 def test_the_value_is_pytorchs(kind, impl):
-    inputs, mask = drawn(SHAPES["ragged"], F32), mask_of(kind, SHAPES["ragged"], F32)
-    expected = scaled_dot_product_attention(*inputs[:3], mask)
+    inputs, mask = drawn(SHAPES["grouped"], F32), mask_of(kind, SHAPES["grouped"], F32)
+    expected = scaled_dot_product_attention(*inputs[:3], mask, enable_gqa=True)
     torch.testing.assert_close(ops.attention_jvp(*inputs, mask=mask, impl=impl)[0], expected, rtol=1e-5, atol=1e-5)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.ops import native
 
 KINDS = {
     "random": lambda n: torch.randn(n, n),
@@ -18,7 +19,7 @@ KINDS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", [1, 2, 7, 33, 74])
+@pytest.mark.parametrize("n", [1, 2, 7, 33, 74, 129, 256])
 def test_decomposition(kind, n, dtype):
     matrices = torch.stack([KINDS[kind](n).double() * scale for scale in (1.0, 1e-8, 1e8)])
     matrices = ((matrices + matrices.mT) / 2).to(dtype)
@@ -35,6 +36,16 @@ def test_decomposition(kind, n, dtype):
     assert ((rebuilt - wide).abs() <= tolerance * size).all()
     truth = torch.linalg.eigvalsh(wide).flip(-1)
     assert ((wide_values - truth).abs() <= tolerance * size[..., 0]).all()
+
+
+@pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
+def test_beyond_the_native_solver_s_size_auto_is_lapack_and_native_says_no():
+    matrices = torch.randn(2, 129, 129)
+    matrices = matrices + matrices.mT
+    for found, expected in zip(ops.small_eigh(matrices), torch.linalg.eigh(matrices), strict=True):
+        assert torch.equal(found.flip(-1), expected)
+    with pytest.raises(RuntimeError, match=r"cannot run: it takes matrices up to n = 128, these have n = 129"):
+        ops.small_eigh(matrices, impl="native")
 
 
 def test_layouts_and_empty_batches():

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib")
+from benchmarks import pictures, soak
+from benchmarks.gpu_report.plot import roofline
+from benchmarks.gpu_report.report import Report, Row
 
-from benchmarks import pictures
+pytest.importorskip("matplotlib")
 
 
 def labelled(axes: Any) -> dict[str, Any]:
@@ -77,3 +79,32 @@ def test_without_measurements_the_picture_says_so() -> None:
     axes = pictures.kernel_times(ESTIMATED, {}, "A100").axes[0]
     assert "nothing measured yet" in axes.get_title()
     assert set(labelled(axes)) == {"estimate", "estimate, ± 30%"}  # floors and targets are of the H100
+
+
+def test_the_soak() -> None:
+    readings = [{"fits": n, "predictions": 50 * n, "resident": 10**8 + n * 10**5} for n in (1, 3, 5)]
+    whole, above = (axes.lines[0] for axes in soak.draw(readings).axes)
+    assert list(whole.get_xdata()) == list(above.get_xdata()) == [50, 150, 250]
+    assert list(whole.get_ydata()) == pytest.approx([100.1, 100.3, 100.5])
+    assert list(above.get_ydata()) == pytest.approx([0.0, 0.2, 0.4])
+
+
+def test_a_roofline_has_the_rates_of_what_was_measured(tmp_path: Path) -> None:
+    report = Report(tmp_path, "kernels", environment={"device": "a GPU"}, until=0.0)
+    report.roofs = {"bytes_per_second": 1e12, "operations_per_second": 1e14}
+    report.cases = {"small": {"flops": 1e9, "bytes": 1e8}, "large": {"flops": 1e12, "bytes": 1e9}}
+    shares = {"matmul_share": 0.5}
+    report.rows = [
+        Row("small", "triton", "measured", values={"us": 200.0, **shares}),
+        Row("large", "triton", "measured", values={"us": 20000.0, **shares}),
+        Row("large", "addmm", "red"),
+    ]
+    (axes,) = roofline(report).axes
+    marks = labelled(axes)
+    points = list(zip(marks["triton"].get_xdata(), marks["triton"].get_ydata(), strict=True))
+    assert points == [pytest.approx((10, 5e12)), pytest.approx((1000, 5e13))]
+    roof = marks["roofs of this run"]
+    assert (roof.get_xdata()[1], roof.get_ydata()[1]) == pytest.approx((100, 1e14))
+    assert set(marks) == {"triton", "roofs of this run"}
+    report.rows = report.rows[2:]
+    assert roofline(report) is None

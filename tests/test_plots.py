@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from bayesian_lora_kernels import LaplaceLoRA, plots
+from bayesian_lora_kernels import LaplaceLoRA, calibration, plots
 from bayesian_lora_kernels.model.names import place
 from bayesian_lora_kernels.plots import style
 from bayesian_lora_kernels.posterior.evidence import effective_parameters
@@ -304,3 +304,27 @@ def test_no_other_file_has_colours_of_its_own() -> None:
     color = re.compile(r"[\"']#[0-9A-Fa-f]{6}[\"']")
     found = [str(file.relative_to(root)) for file in files if color.search(file.read_text(encoding="utf-8"))]
     assert found == ["bayesian_lora_kernels/plots/style.py"]
+
+
+def test_curves_and_their_errors() -> None:
+    curves = {"random": torch.tensor([0.5, 0.7, 0.8]), "informed": torch.tensor([0.5, 0.8, 0.9])}
+    errors = {"informed": torch.tensor([0.1, 0.05, 0.02])}
+    figure = plots.curve_diagram([16, 28, 40], curves, x_label="labels", y_label="accuracy", errors=errors)
+    drawn = labelled(figure.axes[0])
+    for name, values in curves.items():
+        line, _, bars = drawn[name]
+        assert (list(line.get_xdata()), list(line.get_ydata())) == ([16, 28, 40], pytest.approx(values.tolist()))
+        lengths = [segment[1, 1] - segment[0, 1] for one in bars for segment in one.get_segments()]
+        assert lengths == (pytest.approx((2 * errors[name]).tolist()) if name in errors else [])
+    assert not overlaps(figure)
+    with pytest.raises(ValueError, match=r"informed: expected \[2\] numbers, as x has, got \[3\]"):
+        plots.curve_diagram([1, 2], {"informed": curves["informed"]}, x_label="x", y_label="y")
+    with pytest.raises(ValueError, match="errors: expected methods of"):
+        plots.curve_diagram([1, 2, 3], {"informed": curves["informed"]}, x_label="x", y_label="y", errors=curves)
+
+
+def test_diagrams_have_their_old_names_too() -> None:
+    assert calibration.reliability_diagram is plots.reliability_diagram
+    assert calibration.save_figure is plots.save_figure
+    with pytest.raises(AttributeError, match="no attribute 'pie_chart'"):
+        calibration.pie_chart  # noqa: B018

@@ -170,7 +170,10 @@ def test_killed_and_in_bounded_memory(fitted: Path) -> None:
     _, err = second.communicate(timeout=300)
     assert second.returncode == 0, err
     assert "lines are there already" in err
-    assert [row["line"] for row in read_lines("p.jsonl")] == list(range(1, 30 * len(PROMPTS) + 1))
+    rows = read_lines("p.jsonl")
+    assert [row["line"] for row in rows] == list(range(1, 30 * len(PROMPTS) + 1))
+    for row in rows:  # those before the kill and those after it
+        assert row["laplace"] == pytest.approx(rows[(row["line"] - 1) % len(PROMPTS)]["laplace"], abs=1e-5)
     peak = int(err.split()[-1]) * 1024
     short = subprocess.run(
         [*command[:4], "adapter", "data.jsonl", *command[6:]], capture_output=True, text=True, check=True

@@ -17,6 +17,7 @@ CODE = re.compile(r"\x1b\[([\d;]*)m")
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*3\d(?:;\d+)*m")
 
 TABLE = Table([["", "", "Laplace (pairwise,"], ["", "MAP", "uncalibrated)"], ["accuracy [red]", "0.5", "0.625"]], 1, 2)
+MANY = Table([["", *(f"figure {i}" for i in range(9))], ["temperature scaling", *(f"0.{i}00{i}" for i in range(9))]])
 FACTS = Facts([("folder", "adapter"), ("log evidence", "-1117.54; of one precision for all modules the best is 3.582")])
 WIDE = Groups(
     [["line", "label"], ["1", "A"], ["20", "B"]],
@@ -32,6 +33,11 @@ PLAIN: dict[str, tuple[Part, str]] = {
         "                     Laplace (pairwise,\n"
         "                MAP       uncalibrated)\n"
         "accuracy [red]  0.5               0.625\n",
+    ),
+    "many": (
+        MANY,
+        f"{'':19}{''.join(f'  figure {i}' for i in range(9))}\n"
+        f"temperature scaling{''.join(f'    0.{i}00{i}' for i in range(9))}\n",
     ),
     "facts": (
         FACTS,
@@ -86,7 +92,7 @@ def test_a_terminal_has_the_same_words(monkeypatch: pytest.MonkeyPatch, name: st
     part, plain = PLAIN[name]
     styled = shown(monkeypatch, part, columns=120)
     assert CODE.search(styled)
-    assert sorted(re.sub("─", "", CODE.sub("", styled)).split()) == sorted(plain.split())
+    assert sorted(re.sub("─", "", CODE.sub("", styled)).split()) == sorted(plain.split()), "and nothing is folded"
 
 
 def test_colours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +104,7 @@ def test_colours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("columns", [30, 45, 80])
-@pytest.mark.parametrize("name", ["table", "facts", "groups"])
+@pytest.mark.parametrize("name", ["table", "many", "facts", "groups"])
 def test_narrow_terminals(monkeypatch: pytest.MonkeyPatch, name: str, columns: int) -> None:
     pytest.importorskip("rich")
     part, plain = PLAIN[name]

@@ -21,6 +21,7 @@ from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.adapter import choose_device
 from bayesian_lora_kernels.commands.errors import FAILED, as_failures
+from bayesian_lora_kernels.commands.parts import Table
 from bayesian_lora_kernels.ops.dispatch import IMPLEMENTATIONS
 from bayesian_lora_kernels.posterior.kronecker import Blocks, KroneckerPosterior
 
@@ -39,7 +40,7 @@ def run(args: Namespace) -> int:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     result = {"command": "bench", "device": name, "torch": torch.__version__, "dtype": args.dtype, "rows": rows}
     output.write_json(args.json, result)
-    output.show(args, f"{name}, PyTorch {torch.__version__}, inputs {args.dtype}", "", format_rows(rows))
+    output.show(args, f"{name}, PyTorch {torch.__version__}, inputs {args.dtype}", "", timings(rows))
     return FAILED if any(row["error"] is not None and row["seconds"] is None for row in rows) else 0
 
 
@@ -178,15 +179,19 @@ def timed(call: Callable[[], object], device: torch.device) -> dict[str, float]:
     return {"median": fifths[4], "p20": fifths[1], "p80": fifths[7]}
 
 
-def format_rows(rows: Iterable[dict[str, Any]]) -> str:
+def timings(rows: Iterable[dict[str, Any]]) -> Table:
     """The same to read."""
+    cells = [("operation", "shape", "implementation", "median", "p20 to p80", "error")]
     lines = [f"{'operation':<29}{'implementation':<16}{'median':>10}{'p20 to p80':>20}{'error':>9}  shape"]
     for row in rows:
         start = f"{row['operation']:<29}{row['implementation']:<16}"
         if row["seconds"] is None:
             lines.append(f"{start}-  {row['reason']}")
+            cells.append((row["operation"], row["shape"], f"{row['implementation']}: {row['reason']}", "-", "-", "-"))
             continue
         median, p20, p80 = (1e3 * row["seconds"][key] for key in ("median", "p20", "p80"))
         spread = f"{p20:.3g} to {p80:.3g} ms"
-        lines.append(f"{start}{f'{median:.3g} ms':>10}{spread:>20}{row['error']:>9.0e}  {row['shape']}")
-    return "\n".join(lines)
+        error, middle = f"{row['error']:.0e}", f"{median:.3g} ms"
+        lines.append(f"{start}{middle:>10}{spread:>20}{error:>9}  {row['shape']}")
+        cells.append((row["operation"], row["shape"], row["implementation"], middle, spread, error))
+    return Table(cells, left=3, plain="\n".join(lines))

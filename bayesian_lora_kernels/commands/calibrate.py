@@ -29,7 +29,7 @@ def run(args: Namespace) -> int:
     job = load_job(args, labelled=True, posterior=folder, classes=2)
     if len(job.labels) < FEW_LABELS:
         output.warn(f"{args.data}: {len(job.labels)} labels say little; {FEW_LABELS} do, a hundred are good")
-    laplace = load_posterior(job.inputs.model, job.task, folder)
+    laplace = load_posterior(job.inputs.model, folder)
     logits, labels = job.judged(laplace)
     evidence = LabelLikelihood()
     with as_input_errors():

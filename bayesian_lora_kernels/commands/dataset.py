@@ -104,8 +104,10 @@ def _object(line: bytes, where: str, kind: str) -> dict[str, Any]:
         raise InputError(f"{where}not UTF-8 text: {undecodable(error)}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{where}not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of brackets
-        raise InputError(f"{where}not JSON that can be read: {error}") from None
+    except ValueError:
+        raise InputError(f"{where}not JSON that can be read: a number of thousands of digits") from None
+    except RecursionError:
+        raise InputError(f"{where}not JSON that can be read: brackets within a thousand brackets") from None
     if not isinstance(content, dict):
         raise InputError(f"{where}expected an object {{{_KEYS[kind]}}}, got {_json(content)}")
     return content

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from bayesian_lora_kernels.commands import output
 from bayesian_lora_kernels.commands.errors import InputError, as_failures
 from bayesian_lora_kernels.commands.parser import TINY
+from bayesian_lora_kernels.commands.parts import Table
 
 OF_OTHERS = ("data", "choices", "shift", "cache", "device", "dtype")  # options that the tiny model has no use for
 
@@ -39,7 +40,7 @@ def run(args: Namespace) -> int:
     if args.cache is not None:
         output.check_folder(args.cache, "--cache ")
     with as_failures(ImportError, RuntimeError, ValueError), few_threads() if tiny else nullcontext():
-        content, text = run_demo(problem, args.seeds, args.seed, args.out, progress)
+        content, report = run_demo(problem, args.seeds, args.seed, args.out, progress)
     output.write_json(args.json, content)
-    output.show(args, text)
+    output.show(args, *(one if isinstance(one, str) else Table(one.rows(), plain=str(one)) for one in report))
     return 0

@@ -18,7 +18,7 @@ from bayesian_lora_kernels.commands.errors import FAILED, InputError, as_input_e
 from bayesian_lora_kernels.commands.inputs import load_inputs
 from bayesian_lora_kernels.commands.kernels import format_kernels, verify_kernels
 from bayesian_lora_kernels.commands.memory import estimate
-from bayesian_lora_kernels.commands.parts import Part
+from bayesian_lora_kernels.commands.parts import Part, Table
 from bayesian_lora_kernels.commands.task import task_of
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.ops import native
@@ -50,7 +50,7 @@ def run(args: Namespace) -> int:
         report |= {"memory": found, "ok": report["ok"] and all(found["fits"].values())}
     if args.adapter is not None and (args.data is not None or not asked):
         verified = verify_adapter(args)
-        parts += ["", str(args.adapter), str(verified)]
+        parts += ["", str(args.adapter), Table(verified.rows(), left=5)]
         report |= {"model": verified.as_dict(), "ok": report["ok"] and verified.ok}
     output.write_json(args.json, report)
     output.show(args, *parts)
@@ -108,7 +108,7 @@ def verify_adapter(args: Namespace) -> Verification:
     examples = read_examples(args.data, None, labelled=False, pairs=task.pairs)[:EXAMPLES]
     inputs = load_inputs(folder, task, examples, args.device, args.dtype)
     with as_input_errors():
-        laplace = LaplaceLoRA(inputs.model, task.forward, inputs.token_ids)
+        laplace = LaplaceLoRA(inputs.model, None, inputs.token_ids, likelihood=task.likelihood)
         return laplace.verify(batches(inputs.ids, EXAMPLES, inputs.pad_id)[0])
 
 

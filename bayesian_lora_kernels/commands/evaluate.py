@@ -39,7 +39,7 @@ def run(args: Namespace) -> int:
     """
     folder = args.posterior or args.adapter
     job = load_job(args, labelled=True, posterior=folder)
-    logits, labels = job.judged(load_posterior(job.inputs.model, job.task, folder))
+    logits, labels = job.judged(load_posterior(job.inputs.model, folder))
     name, laplace, calibration = laplace_probs(logits, args)
     hint_at_calibration(logits.calibration, args, folder)
     probs = {"MAP": logits.probs("map"), name: laplace}

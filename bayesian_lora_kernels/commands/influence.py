@@ -29,7 +29,7 @@ def run(args: Namespace) -> int:
         if not part:
             raise InputError(f"{path}: expected at least one example, got none")
     train, queries = load_parts(args, folder, task, parts, posterior)
-    laplace = load_posterior(train.inputs.model, task, posterior)
+    laplace = load_posterior(train.inputs.model, posterior)
     if laplace.n_examples != len(parts[0]):
         output.warn(
             f"{args.data}: {len(parts[0])} {task.examples}, but the posterior was fitted to {laplace.n_examples}; "

@@ -143,7 +143,7 @@ def _check_same_task(folder: Path, task: Task, tokenizer: Any, token_ids: Sequen
     except (OSError, ValueError, KeyError, TypeError):
         return
     if token_ids is None:
-        if fitted is not None or own != task.pairs or likelihood != "classification":
+        if fitted is not None or own or likelihood != task.likelihood:
             raise InputError(f"{folder}: its posterior was not fitted to {task.kind} by blk fit; run it again")
         return
     if fitted is None:

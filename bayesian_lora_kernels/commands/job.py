@@ -58,7 +58,8 @@ class Job:
     def batches(self) -> list[dict[str, Tensor]]:
         """Labelled batches, in the order of the file; the labels of a text are its own tokens."""
         if not self.task.texts:
-            return batches(self.inputs.ids, self.batch_size, self.inputs.pad_id, self.labels)
+            labels = None if self.task.pairs else self.labels  # the chosen one comes first
+            return batches(self.inputs.ids, self.batch_size, self.inputs.pad_id, labels)
         made = batches(self.inputs.ids, self.batch_size, self.inputs.pad_id)
         for batch in made:
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
@@ -66,7 +67,8 @@ class Job:
 
     def laplace(self, config: LaplaceConfig) -> LaplaceLoRA:
         """Before the fit."""
-        return LaplaceLoRA(self.inputs.model, self.task.forward, self.inputs.token_ids, config=config)
+        config = replace(config, likelihood=self.task.likelihood)
+        return LaplaceLoRA(self.inputs.model, None, self.inputs.token_ids, config=config)
 
     def predict(self, laplace: LaplaceLoRA, differences: bool = True, progress: bool = True) -> LogitPosterior:
         """The Gaussian over the choices' logits less their mean, of all examples in the order of the file, on the CPU.
@@ -170,14 +172,14 @@ def load_parts(
     return jobs
 
 
-def load_posterior(model: Any, task: Task, folder: Path) -> LaplaceLoRA:
+def load_posterior(model: Any, folder: Path) -> LaplaceLoRA:
     """The posterior that `blk fit` wrote for this adapter.
 
     Raises:
         InputError: if it is damaged, or of other weights.
     """
     with as_input_errors():
-        return LaplaceLoRA.from_pretrained(model, folder, task.forward)
+        return LaplaceLoRA.from_pretrained(model, folder)
 
 
 def how_to_calibrate(args: Namespace, folder: Path) -> str:

@@ -51,7 +51,8 @@ def estimate(args: Namespace) -> tuple[str, dict[str, Any]]:
         f"{args.batch_size} texts of {args.length} tokens, curvature {args.curvature}, {args.outputs} logits\n{found}\n"
         f"{device} has {readable(free)} free: {verdict}"
     )
-    return text, {**found.as_dict(), "free": {str(device): free}, "fits": fits}
+    asked = {name: getattr(args, name) for name in ("batch_size", "length", "curvature", "outputs")}
+    return text, {**asked, **found.as_dict(), "free": {str(device): free}, "fits": fits}
 
 
 def model_without_weights(folder: AdapterFolder, dtype: str, outputs: int | str) -> nn.Module:

@@ -30,6 +30,7 @@ from bayesian_lora_kernels.commands.options import (
 
 TINY = "tiny"
 SHELLS = ("bash", "zsh", "tcsh")
+FOLDERS = ("ADAPTER", "FOLDER", "DIR")  # of the metavars
 
 
 class Parser(ArgumentParser):
@@ -65,7 +66,7 @@ class _PrintCompletion(Action):
         for command in dict(commands.choices or {}).values():
             for action in command._actions:
                 if action.type is path:
-                    action.complete = shtab.FILE
+                    action.complete = shtab.DIRECTORY if action.metavar in FOLDERS else shtab.FILE
         print(shtab.complete(parser, shell=values))
         parser.exit()
 
@@ -234,7 +235,7 @@ def _predict(subparsers: Subparsers) -> None:
     add_probabilities(parser)
     parser.add_argument(
         "--plot",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="also draw the Gaussians of the logits of the first lines, six at most, answers marked, PNG, PDF or SVG",
     )

@@ -17,13 +17,17 @@ class Table:
         rows: of equal length.
         left: how many columns are aligned to the left; the others are to the right.
         header: how many of the rows are titles.
+        plain: the plain text, if it is laid out otherwise.
     """
 
     rows: Sequence[Sequence[str]]
     left: int = 1
     header: int = 1
+    plain: str = ""
 
     def __str__(self) -> str:
+        if self.plain:
+            return self.plain
         widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
         lines = []
         for row in self.rows:

@@ -58,7 +58,7 @@ def run(args: Namespace) -> int:
         if results.done:
             output.hint(f"{results.done} of {total} lines are there already")
         loaded = load_model(adapter, task, args.device, args.dtype, args.max_length, folder)
-        posterior = load_posterior(loaded.model, task, folder)
+        posterior = load_posterior(loaded.model, folder)
         truncated, examples = 0, islice(read(), results.done, None)
         table, first = _Table(task, last), results.first(MOST_QUESTIONS)
         name = name_of(args.method, calibration_used(posterior.calibration, args))

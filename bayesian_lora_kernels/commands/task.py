@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import torch
-from torch import Tensor, nn
 
 from bayesian_lora_kernels.commands.adapter import CAUSAL_LM, AdapterFolder
 from bayesian_lora_kernels.commands.classifier import classifier_config
 from bayesian_lora_kernels.commands.dataset import SIDES
 from bayesian_lora_kernels.commands.errors import InputError
-from bayesian_lora_kernels.model.forward import ForwardFunction
+from bayesian_lora_kernels.config import LikelihoodName
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,9 @@ class Task:
         return self.kind if self.pairs or self.texts else "prompts"
 
     @property
-    def forward(self) -> ForwardFunction | None:
-        """From a batch to logits; None for the default."""
-        return pair_scores if self.pairs else None
+    def likelihood(self) -> LikelihoodName:
+        """What the logits mean: of a pair, two scores that are compared."""
+        return "bradley-terry" if self.pairs else "classification"
 
 
 def task_of(
@@ -90,20 +87,6 @@ def task_of(
             f"--choices: leave them out; {folder.folder} is {what} {_listed(task.names)}, got {_listed(choices)}"
         )
     return task
-
-
-def pair_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Scores `[N, 2]` of the chosen and the rejected of every pair, by a model that gives a text one.
-
-    A softmax over them is the model of Bradley and Terry: the chosen one is better with probability
-    `1 / (1 + exp(rejected - chosen))`. As two logits of one example, they have a covariance, and so has their
-    difference a variance. Source: Bradley and Terry 1952, "Rank analysis of incomplete block designs".
-    """
-    scores = [
-        model(input_ids=batch[f"input_ids_{side}"], attention_mask=batch[f"attention_mask_{side}"]).logits
-        for side in SIDES
-    ]
-    return torch.cat(scores, dim=1)
 
 
 def _listed(names: Sequence[str], limit: int = 8) -> str:

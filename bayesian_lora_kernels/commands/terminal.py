@@ -12,9 +12,11 @@ from bayesian_lora_kernels.commands import parts
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Of lines of `blk doctor`: a name may stand before.
-GOOD = r"(?m)^  (?:\w+ +)?(?:pass|can run)\b|^agrees\b"
-BAD = r"(?m)^  (?:\w+ +)?(?:FAIL|cannot run)\b|^DIFFERS\b|\bDOES NOT FIT\b"
+GAP = 2  # between columns
+# What is good and what is not, in lines of `blk doctor` (a name may stand before), and in its tables.
+GOOD, BAD = "green", "bold red"
+LINES = {GOOD: r"(?m)^  (?:\w+ +)?(?:pass|can run)\b", BAD: r"(?m)^  (?:\w+ +)?(?:FAIL|cannot run)\b|\bDOES NOT FIT\b"}
+STATES = {"agrees": GOOD, "passed": GOOD, "DIFFERS": BAD, "failed": BAD}
 
 
 def text_of(part: parts.Part, stream: TextIO) -> str | None:
@@ -24,7 +26,7 @@ def text_of(part: parts.Part, stream: TextIO) -> str | None:
         return None
     with console.capture() as captured:
         for renderable in _renderables(part, console):
-            console.print(renderable, soft_wrap=isinstance(part, parts.Groups | parts.Advice))
+            console.print(renderable, soft_wrap=getattr(renderable, "no_wrap", False))
     return "".join(f"{line.rstrip()}\n" for line in captured.get().split("\n")[:-1])
 
 
@@ -62,20 +64,20 @@ def _renderables(part: parts.Part, console: Console) -> Iterator[Any]:
             grid.add_row(Text(name), Text(value))
         yield grid
     elif isinstance(part, parts.Table):
-        yield _table(part, console.width)
+        yield from (_table(piece, console.width) for piece in _pieces(part, console.width))
     elif isinstance(part, parts.Groups):
         for some in _screens(part, console.width, console.height):
             lines = some.lines()
             if some.header:
-                yield Text("\n".join(lines[: some.height]), "bold")
-            yield Text("\n".join(lines[some.height :]))
+                yield Text("\n".join(lines[: some.height]), "bold", no_wrap=True)
+            yield Text("\n".join(lines[some.height :]), no_wrap=True)
     elif isinstance(part, parts.Advice):
         yield Text(f"{part.text}:")
-        yield Text(f"  {part.command}", "bold")
+        yield Text(f"  {part.command}", "bold", no_wrap=True)
     else:
         text = Text(part)
-        text.highlight_regex(GOOD, "green")
-        text.highlight_regex(BAD, "bold red")
+        for style, pattern in LINES.items():
+            text.highlight_regex(pattern, style)
         yield text
 
 
@@ -86,19 +88,46 @@ def _table(part: parts.Table, width: int) -> Any:
 
     titles, rows = part.rows[: part.header], part.rows[part.header :]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
-    for i, title in enumerate(zip(*titles, strict=True)):
+    for i, (title, wide) in enumerate(zip(zip(*titles, strict=True), _widths(part, width), strict=True)):
         justify: Any = "left" if i < part.left else "right"
-        widest = max((len(row[i]) for row in rows), default=0)
-        least = min(widest, width // 3) if i < part.left else widest  # of numbers only the title is folded
-        heading = Text("\n".join(title).lstrip("\n"))
-        table.add_column(heading, justify=justify, vertical="bottom", min_width=least, overflow="fold")
+        table.add_column(Text("\n".join(title)), justify=justify, width=wide, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(cell, STATES.get(cell, "")) for cell in row))
     return table
 
 
+def _pieces(part: parts.Table, width: int) -> Iterator[parts.Table]:
+    """As it is where its numbers fit; else as many columns of them as do, beside the words, and the others below."""
+    least, chosen = _least(part, width), list(range(part.left))
+    for i in range(part.left, len(least)):
+        if len(chosen) > part.left and sum(least[j] + GAP for j in chosen) + least[i] > width:
+            yield replace(part, rows=[[row[j] for j in chosen] for row in part.rows])
+            chosen = chosen[: part.left]
+        chosen.append(i)
+    yield replace(part, rows=[[row[j] for j in chosen] for row in part.rows])
+
+
+def _least(part: parts.Table, width: int) -> list[int]:
+    """How narrow a column may be: titles fold between words, words within a quarter of the width, numbers never."""
+    found = []
+    for i, column in enumerate(zip(*part.rows, strict=True)):
+        title, cells = " ".join(column[: part.header]), column[part.header :]
+        widest = max(map(len, cells), default=1)
+        found.append(max(*map(len, title.split()), 1, min(widest, width // 4) if i < part.left else widest))
+    return found
+
+
+def _widths(part: parts.Table, width: int) -> list[int]:
+    """Of the columns, so that they fit: the widest give way first."""
+    widths = [max(map(len, column)) for column in zip(*part.rows, strict=True)]
+    for least in (_least(part, width), [1] * len(widths)):
+        while sum(widths) + GAP * (len(widths) - 1) > width and any(map(int.__gt__, widths, least)):
+            widths[max((i for i, one in enumerate(widths) if one > least[i]), key=widths.__getitem__)] -= 1
+    return widths
+
+
 def _screens(part: parts.Groups, width: int, height: int) -> Iterator[parts.Groups]:
-    """As it is where it fits; else groups below each other, of so few rows that each stays together on the parts."""
+    """As it is where it fits; else groups below each other, of so few rows that each stays together on the screen."""
     bands = list(_bands(part, width))
     if len(bands) == 1:
         yield part

@@ -198,7 +198,7 @@ class Passes:
     def _batches(self, what: str, sums: Sequence[Stateful] | None, totals: Totals) -> Iterable[tuple[int, Any]]:
         """Those that are not counted yet, and their numbers."""
         if self.checkpoint is None:
-            return enumerate(tqdm(self.loader, desc=what, unit="batch", disable=not self.progress))
+            return enumerate(tqdm(self.loader, desc=what, unit="batch", leave=None, disable=not self.progress))
         if sums is None:
             raise ValueError(
                 f"checkpoint: curvature={self.config.curvature!r} does not say what to keep of its sums; pass objects "
@@ -207,7 +207,9 @@ class Passes:
         length = len(self.loader) if isinstance(self.loader, Sized) else None
 
         def show(batches: Iterator[Any], counted: int) -> Iterable[Any]:
-            return tqdm(batches, desc=what, unit="batch", disable=not self.progress, total=length, initial=counted)
+            return tqdm(
+                batches, desc=what, unit="batch", leave=None, disable=not self.progress, total=length, initial=counted
+            )
 
         return self.checkpoint.batches(what, self.loader, show, [totals, *sums], self)
 

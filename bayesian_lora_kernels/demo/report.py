@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,23 +20,43 @@ LAST = {"ood_auroc": "OOD AUROC"}
 POOR_AUROC = 0.7  # what does not reach this tells foreign from own badly
 
 
-def format_table(results: Results, titles: Mapping[str, str]) -> str:
+@dataclass(frozen=True)
+class Block:
+    """A table under a title, as text; `cells` of each method."""
+
+    title: str
+    columns: Sequence[str]
+    cells: Mapping[str, Sequence[str]]
+
+    def __str__(self) -> str:
+        first = max(map(len, NAMES.values())) + 2
+        wide = max(len(text) for row in (self.columns, *self.cells.values()) for text in row)
+        rows = {"": self.columns, **{NAMES[method]: row for method, row in self.cells.items()}}
+        lines = [name.ljust(first) + "  ".join(cell.rjust(wide) for cell in row) for name, row in rows.items()]
+        return "\n".join([self.title, *lines])
+
+    def rows(self) -> list[Sequence[str]]:
+        """Its cells, with the title before the columns."""
+        return [(self.title, *self.columns), *((NAMES[method], *row) for method, row in self.cells.items())]
+
+
+def tables(results: Results, titles: Mapping[str, str]) -> list[Block]:
     """One block for each set, one row for each method; with several runs, mean and standard error."""
     blocks = []
     for name, methods in results.items():
         columns = {key: title for key, title in (COLUMNS | LAST).items() if key in methods["map"]}
         cells = {method: [_cell(row[metric]) for metric in columns] for method, row in methods.items()}
-        blocks.append(_block(titles[name], list(columns.values()), cells))
-    return "\n\n".join(blocks)
+        blocks.append(Block(titles[name], list(columns.values()), cells))
+    return blocks
 
 
-def format_differences(results: Results) -> str:
+def difference_tables(results: Results) -> list[Block]:
     """Differences to temperature scaling, run by run: mean, standard error, and in how many runs it is lower."""
     blocks = []
     for name, methods in differences(results).items():
         cells = {method: [_difference(row.get(metric)) for metric in COMPARED] for method, row in methods.items()}
-        blocks.append(_block(f"{name}, less temperature scaling (lower in)", [COLUMNS[m] for m in COMPARED], cells))
-    return "\n\n".join(blocks)
+        blocks.append(Block(f"{name}, less temperature scaling (lower in)", [COLUMNS[m] for m in COMPARED], cells))
+    return blocks
 
 
 def conclusions(results: Results, labels: int) -> list[str]:
@@ -114,14 +134,6 @@ def as_json(runs: Sequence[Run], results: Results, problem: Problem, seconds: Ma
         "settings": problem.as_json(),
         "seconds": {**seconds, **{m: sum(run.outcomes[m].seconds for run in runs) for m in NAMES}},
     }
-
-
-def _block(title: str, columns: Sequence[str], cells: Mapping[str, Sequence[str]]) -> str:
-    first = max(map(len, NAMES.values())) + 2
-    wide = max(len(text) for row in (columns, *cells.values()) for text in row)
-    lines = [title, " " * first + "  ".join(column.rjust(wide) for column in columns)]
-    lines += [NAMES[method].ljust(first) + "  ".join(cell.rjust(wide) for cell in row) for method, row in cells.items()]
-    return "\n".join(lines)
 
 
 def _numbers(row: Mapping[str, Statistic]) -> str:

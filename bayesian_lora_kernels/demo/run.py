@@ -12,7 +12,7 @@ import torch
 
 from bayesian_lora_kernels.demo.methods import NAMES, compare_methods
 from bayesian_lora_kernels.demo.problem import Problem
-from bayesian_lora_kernels.demo.report import as_json, conclusions, format_differences, format_table
+from bayesian_lora_kernels.demo.report import Block, as_json, conclusions, difference_tables, tables
 from bayesian_lora_kernels.demo.results import Run, make_run, measure
 from bayesian_lora_kernels.plots import reliability_diagrams, risk_coverage_diagram, save_figure
 from bayesian_lora_kernels.posterior.storage import write_text
@@ -23,7 +23,7 @@ JSON_NAME, PLOT_NAME, RISK_NAME = "results.json", "reliability.png", "risk-cover
 
 def run_demo(
     make_problem: Callable[[], Problem], seeds: int, seed: int, out: Path, progress: bool = True
-) -> tuple[dict[str, Any], str]:
+) -> tuple[dict[str, Any], list[str | Block]]:
     """Fine-tune, compare, report.
 
     One base model serves all runs; each run draws its own sets, and fine-tunes anew.
@@ -36,7 +36,7 @@ def run_demo(
         progress: whether to show progress bars.
 
     Returns:
-        What `results.json` holds, and the same to read.
+        What `results.json` holds, and the same to read, in parts.
 
     Raises:
         ValueError: if `seeds` is not positive.
@@ -60,12 +60,12 @@ def run_demo(
     write_text(out / JSON_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     titles = {name: f"{problem.titles[name]} ({len(labels)} examples)" for name, labels in runs[0].labels.items()}
-    text = [_heading(problem, runs), format_table(results, titles), ""]
-    if seeds > 1:
-        text += [format_differences(results), ""]
-    text += conclusions(results, runs[0].held_out)
-    text += ["", f"{out / PLOT_NAME}, {out / RISK_NAME}, {out / JSON_NAME}; {seconds['total']:.0f} s"]
-    return content, "\n".join(text)
+    report: list[str | Block] = [_heading(problem, runs)]
+    for block in (*tables(results, titles), *(difference_tables(results) if seeds > 1 else ())):
+        report += [block, ""]
+    report += conclusions(results, runs[0].held_out)
+    report += ["", f"{out / PLOT_NAME}, {out / RISK_NAME}, {out / JSON_NAME}; {seconds['total']:.0f} s"]
+    return content, report
 
 
 def check_packages() -> None:

@@ -18,6 +18,7 @@ from bayesian_lora_kernels.model.masks import MASK
 from bayesian_lora_kernels.model.reading import ROW_KEYS, SHAPES, has_names
 
 SIDES = ("chosen", "rejected")
+COLUMNS = sorted(ROW_KEYS)  # in an order that is the same in every process
 BESIDE = ("margin",)  # what belongs to a pair, and not to the model
 
 
@@ -42,7 +43,7 @@ def grouped(batch: Any, *, pairs: bool, labelled: bool, pad: int | None) -> Any:
             f"{type(batch).__name__}; or pass forward=callable(model, batch) -> rewards [N, K]"
         )
     items = {key: value for key, value in items_of(batch).items() if labelled or key not in BESIDE}
-    sides = {key: names for key in ROW_KEYS if (names := _names(items, key)) is not None}
+    sides = {key: names for key in COLUMNS if (names := _names(items, key)) is not None}
     if not sides:
         key = next((key for key in SHAPES if items.get(key) is not None), None)
         if key is None:
@@ -63,17 +64,24 @@ def grouped(batch: Any, *, pairs: bool, labelled: bool, pad: int | None) -> Any:
         items = {key: value for key, value in items.items() if not any(key in names for names in sides.values())}
         items |= {key: torch.stack([part[key] for part in filled], dim=1) for key in sides}
     _check_masks(items.get(MASK))
+    items = {key: items[key] for key in (*(key for key in COLUMNS if key in items), *items)}
     return rebuilt(batch, items) if isinstance(batch, Mapping) else items
 
 
 def below_each_other(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
     """Columns `[N, K, T]` as the model takes them, `[N K, T]`, and K; of single answers as they are, and None."""
-    kept = {key: value for key, value in inputs.items() if key not in BESIDE}
-    key = next((key for key in SHAPES if isinstance(kept.get(key), Tensor)), None)
-    if key is None or kept[key].ndim == SHAPES[key].count(",") + 1:
+    kept, count = {key: value for key, value in inputs.items() if key not in BESIDE}, answers_in(inputs)
+    if count is None:
         return kept, None
     rows = {name: x.flatten(0, 1) for name, x in kept.items() if name in ROW_KEYS and isinstance(x, Tensor)}
-    return {**kept, **rows}, kept[key].shape[1]
+    return {**kept, **rows}, count
+
+
+def answers_in(inputs: Mapping[str, Any]) -> int | None:
+    """K, of columns `[N, K, T]`; None for single answers."""
+    key = next((key for key in SHAPES if isinstance(inputs.get(key), Tensor)), None)
+    several = key is not None and inputs[key].ndim == SHAPES[key].count(",") + 2
+    return inputs[key].shape[1] if several and key is not None else None
 
 
 def each_answer(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -125,7 +133,7 @@ def _unstacked(items: Mapping[Any, Any], key: str, rows: int) -> dict[str, Tenso
         raise ValueError(
             f"{key}: expected an even number of rows, the chosen answers and then the rejected, got {rows}"
         )
-    found = {name: _tensor(name, items[name]) for name in ROW_KEYS if items.get(name) is not None}
+    found = {name: _tensor(name, items[name]) for name in COLUMNS if items.get(name) is not None}
     for name, value in found.items():
         if len(value) != rows:
             raise ValueError(f"{name}: expected a row for each of the {rows} of {key}, got {len(value)}")

@@ -1,5 +1,6 @@
 """Pictures, for a README or a paper: PNG, SVG or PDF. matplotlib is imported when one is drawn."""
 
+from bayesian_lora_kernels.plots.curves import curve_diagram
 from bayesian_lora_kernels.plots.logits import logit_diagram
 from bayesian_lora_kernels.plots.posterior import (
     evidence_diagram,
@@ -17,6 +18,7 @@ from bayesian_lora_kernels.plots.reliability import (
 from bayesian_lora_kernels.plots.style import save_figure
 
 __all__ = [
+    "curve_diagram",
     "draw_reliability",
     "evidence_diagram",
     "factor_diagram",

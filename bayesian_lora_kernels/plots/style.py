@@ -56,6 +56,7 @@ STYLE: Final = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "mathtext.fontset": "dejavusans",
+    "svg.fonttype": "none",  # words stay words
     "svg.hashsalt": "bayesian_lora_kernels",  # names inside a file do not change from one time to the next
 }
 UNDATED: Final = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}

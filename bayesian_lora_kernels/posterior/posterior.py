@@ -88,14 +88,16 @@ class Posterior(Mapping[str, KroneckerPosterior]):
     @in_own_surroundings
     def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Zero-mean samples of the weights' deviations from the MAP, `{module: [n, d_out, d_in]}`."""
-        samples = self.curvature.sample(n, self._scaled, self.prepared, generator)
-        noise = self._noise
-        return samples if noise is None else {name: x * noise.sqrt().to(x) for name, x in samples.items()}
+        return self._noisy(self.curvature.sample(n, self._scaled, self.prepared, generator))
 
     @in_own_surroundings
     def root(self, vectors: Mapping[str, Tensor], transpose: bool = False) -> dict[str, Tensor]:
         """`B v`, or `B^T v`, for a square root B of Sigma, `B B^T = Sigma`; see `Curvature.root`."""
-        found, noise = self.curvature.root(vectors, self._scaled, self.prepared, transpose), self._noise
+        return self._noisy(self.curvature.root(vectors, self._scaled, self.prepared, transpose))
+
+    def _noisy(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of the posterior at unit noise, times the root of the noise variance."""
+        noise = self._noise
         return found if noise is None else {name: x * noise.sqrt().to(x) for name, x in found.items()}
 
     def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:

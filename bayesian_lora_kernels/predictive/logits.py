@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from bayesian_lora_kernels.model.answers import answers_in
 from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.deferred import Deferred
@@ -57,6 +58,8 @@ class LogitPredictor:
         """How many examples of a batch run together."""
         count = outputs if isinstance(outputs, int) else None
         count = outputs.shape[-1] if isinstance(outputs, Tensor) and outputs.ndim else count
+        if self.forward.answers is not None:
+            count = count or answers_in(batch.inputs) or 1
         count = count or self.forward.n_logits or UNKNOWN_LOGITS
         step = examples_within(self.memory_budget, batch, self.layers, outputs=count, weight_gradients=self.whole)
         # The exact curvature goes over all of its rows for every piece.

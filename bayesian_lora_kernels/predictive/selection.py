@@ -57,6 +57,7 @@ def select_batch(laplace: LaplaceLoRA, pool: Any, count: int) -> Selection:
     likelihood = LIKELIHOODS[laplace.likelihood]()
     mean, covariance = laplace._joint_predictor().gaussian(inputs)
     n, c = mean.shape
+    likelihood.check_logits(mean)
     logits = likelihood.shifted(mean.double(), None, inputs.inputs)
     columns = likelihood.exact_columns(logits) / laplace.noise_variance.detach().sqrt().to(mean.device)  # [N, C, m]
     m = columns.shape[2]

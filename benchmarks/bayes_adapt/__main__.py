@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from bayesian_lora_kernels.plots import save_figure
+
 from ..calibration.files import write_json, write_text
 from ..workload import environment
 from . import report
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{path}: no finished point to report on", file=sys.stderr)
         return 1
     write_text(options.out / "lengths.md", report.as_markdown(found["points"]))
-    report.draw(found["points"], options.out / "lengths.svg")
+    save_figure(report.draw(found["points"]), options.out / "lengths.svg")
     print(options.out / "lengths.md")
     return 0
 

@@ -4,31 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from bayesian_lora_kernels.plots.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    MUTED,
+    ORANGE,
+    SKY,
+    VERMILION,
+    WIDTH,
+    legend_below,
+    new_figure,
+    styled,
+)
 
 from ..calibration.tables import paired, table
 from .points import CORRECTED, EXACT, LABELS, OWN, THERE
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 COLUMNS = {
-    "trace / exact": "trace / exact",
-    "prior precision": "prior precision",
-    "variance": "variance of a logit",
+    "trace / exact": "Trace of the curvature over the exact one",
+    "prior precision": "Prior precision",
+    "variance": "Variance of a logit",
     "accuracy": "ACC",
     "nll": "NLL",
     "ece": "ECE",
     "brier": "Brier",
 }
-DIGITS = {"trace / exact": 2, "prior precision": 2, "variance": 3}
-# Colours that the colour-blind can tell apart, and a marker and a line for each.
-STYLES = {
-    "MAP": ("#000000", "x", ":"),
-    "temperature scaling": ("#999999", "+", ":"),
-    OWN: ("#E69F00", "D", "None"),
-    THERE: ("#D55E00", "s", "-"),
-    CORRECTED: ("#56B4E9", "^", "-"),
-    EXACT: ("#0072B2", "o", "-"),
-    LABELS: ("#009E73", "v", "--"),
+DIGITS = {"trace / exact": 2, "prior precision": 2, "variance": 2}
+STYLES = {  # of a method: colour, marker, line
+    "MAP": (BLACK, "x", ":"),
+    "temperature scaling": (MUTED, "+", ":"),
+    OWN: (ORANGE, "D", "None"),
+    THERE: (VERMILION, "s", "-"),
+    CORRECTED: (SKY, "^", "-"),
+    EXACT: (BLUE, "o", "-"),
+    LABELS: (GREEN, "v", "--"),
 }
 PANELS = (
     ("trace / exact", "trace / exact one"),
@@ -61,25 +76,26 @@ def as_markdown(points: Sequence[Found]) -> str:
         "# Length of the prompt, padding, and the scale of the curvature",
         "",
         f"Written by `python -m benchmarks.bayes_adapt --out FOLDER`; means of "
-        f"{len({one['seed'] for one in points})} models ± standard error. What it is, docs/bayes-adapt.md says.",
+        f"{len({one['seed'] for one in points})} models ± standard error. What was done is in docs/bayes-adapt.md.",
     ]
-    for tokens, columns in places(points):
-        title = f"{tokens} tokens" + (f", padded to {columns} columns" if columns > tokens else "")
-        rows = [
-            [name, *(_number(*statistic(points, tokens, columns, name, c), DIGITS.get(c, 4)) for c in COLUMNS)]
-            for name in methods(points)
-        ]
-        lines += ["", f"## {title}", "", *table(["method", *COLUMNS.values()], rows)]
+    where = places(points)
+    head = [str(tokens) if tokens == columns else f"{tokens} in {columns}" for tokens, columns in where]
+    for name, title in COLUMNS.items():
+        rows = []
+        for method in methods(points):
+            found = [statistic(points, *place, method, name) for place in where]
+            if not all(math.isnan(mean) for mean, _ in found):
+                rows.append([method, *(_number(*one, DIGITS.get(name, 3)) for one in found)])
+        lines += ["", f"## {title}", "", *table(["tokens, in columns of a batch if there is padding", *head], rows)]
     return "\n".join(lines) + "\n"
 
 
-def draw(points: Sequence[Found], path: Path) -> None:
+@styled()
+def draw(points: Sequence[Found]) -> Figure:
     """Scale, prior and NLL against the length of the prompt (above) and against padding (below)."""
-    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
-    from bayesian_lora_kernels.calibration import save_figure
-
-    figure = Figure(figsize=(11, 6.6), layout="constrained")
+    figure = new_figure(WIDTH, 5.6)
     panels = figure.subplots(2, len(PANELS), squeeze=False)
     plain = [place for place in places(points) if place[0] == place[1]]
     wide = [place for place in places(points) if any(place[0] == one[0] != one[1] for one in places(points))]
@@ -97,22 +113,22 @@ def draw(points: Sequence[Found], path: Path) -> None:
                         color=color,
                         marker=marker,
                         linestyle=line,
-                        markersize=5,
+                        markersize=9 if method == OWN else 5,
+                        fillstyle="none" if method == OWN else "full",
                         capsize=2,
                         label=method,
                     )
             panel.set_xscale("log", base=2)
             panel.set_xticks([columns for _, columns in where], [str(columns) for _, columns in where])
-            panel.minorticks_off()
             if name != "nll":
                 panel.set_yscale("log")
-            panel.set_title(title, fontsize=11)
-            panel.set_xlabel(label, fontsize=10)
-            panel.grid(color="#dddddd", linewidth=0.6)
-    handles, names = panels[0, -1].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)
+                panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.yaxis.set_major_formatter("{x:g}")
+            panel.minorticks_off()
+            panel.set_title(title)
+            panel.set_xlabel(label)
+    legend_below(figure, panels.flat)
+    return figure
 
 
 def _number(mean: float, error: float, digits: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bayesian_lora_kernels.plots.style import COLORS, INK, MARKERS, WIDTH, legend_below, new_figure, save_figure, styled
@@ -20,6 +19,16 @@ def draw(report: Report) -> str:
     """Write kernels.png beside the report; returns its name, or why there is none."""
     if importlib.util.find_spec("matplotlib") is None:
         return "no plot: matplotlib is not installed; python -m benchmarks.gpu_report --plot DIR draws it elsewhere"
+    figure = roofline(report)
+    if figure is None:
+        return "no plot: nothing was measured"
+    save_figure(figure, report.folder / NAME)
+    return NAME
+
+
+@styled()
+def roofline(report: Report) -> Figure | None:
+    """A mark for each measured case of each provider; None without any."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in report.rows:
         case = report.cases.get(row.case)
@@ -27,13 +36,7 @@ def draw(report: Report) -> str:
             rate = case["flops"] / (row.values["us"] / 1e6)
             points.setdefault(row.provider, []).append((case["flops"] / case["bytes"], rate))
     if not points or not report.roofs:
-        return "no plot: nothing was measured"
-    with styled():
-        save_figure(_roofline(report, points), report.folder / NAME)
-    return NAME
-
-
-def _roofline(report: Report, points: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+        return None
     bandwidth, most = report.roofs["bytes_per_second"], report.roofs["operations_per_second"]
     figure = new_figure(WIDTH, 5)
     axes = figure.subplots()

@@ -44,11 +44,11 @@ class Likelihood(ABC):
         """Labels of a batch that has none, where the order of its answers says it; else None."""
         return None
 
-    def shifted(self, logits: Tensor, labels: Tensor | None, inputs: Any, checks: AtOnce = AT_ONCE) -> Tensor:
+    def shifted(self, logits: Tensor, labels: Tensor | None, inputs: Any, checks: AtOnce | None = None) -> Tensor:
         """The logits that the labels are of, from those of the model and the columns of a batch.
 
         Raises:
-            ValueError: for a column that cannot be.
+            ValueError: for a column of another shape; when `checks` look, if there are any, for what it cannot be.
         """
         return logits
 

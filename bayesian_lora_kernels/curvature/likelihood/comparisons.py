@@ -58,21 +58,22 @@ class BradleyTerry(Likelihood):
         )
         return labels.double()
 
-    def shifted(self, logits: Tensor, labels: Tensor | None, inputs: Any, checks: AtOnce = AT_ONCE) -> Tensor:
+    def shifted(self, logits: Tensor, labels: Tensor | None, inputs: Any, checks: AtOnce | None = None) -> Tensor:
         """The rewards, that of the first answer less the margin."""
         margin = column(inputs, MARGIN, len(logits))
         if margin is None:
             return logits
-        wrong = ~torch.isfinite(margin)
-        if labels is not None:
-            wrong |= (margin != 0) & (labels != 1)
-        checks.add(
-            wrong.any().reshape(1),
-            lambda _: ValueError(
-                "margin: expected finite numbers, and 0 where the label is not 1: a margin is by how much the first "
-                "answer is better"
-            ),
-        )
+        if checks is not None:
+            wrong = ~torch.isfinite(margin)
+            if labels is not None:
+                wrong |= (margin != 0) & (labels != 1)
+            checks.add(
+                wrong.any().reshape(1),
+                lambda _: ValueError(
+                    "margin: expected finite numbers, and 0 where the label is not 1: a margin is by how much the "
+                    "first answer is better"
+                ),
+            )
         return torch.stack([logits[:, 0] - margin.to(logits), logits[:, 1]], dim=1)
 
     def log_likelihood(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
@@ -140,7 +141,7 @@ class PlackettLuce(Likelihood):
         )
         return labels
 
-    def shifted(self, logits: Tensor, labels: Tensor | None, inputs: Any, checks: AtOnce = AT_ONCE) -> Tensor:
+    def shifted(self, logits: Tensor, labels: Tensor | None, inputs: Any, checks: AtOnce | None = None) -> Tensor:
         """The rewards.
 
         Raises:
@@ -158,6 +159,10 @@ class PlackettLuce(Likelihood):
     def exact_rank(self, n_logits: int) -> int:
         """See `Likelihood.exact_rank`."""
         return n_logits - 1
+
+    def choose_fisher(self, fisher: str, logits: Tensor) -> str:
+        """`auto` is exact for lists of any length: those of one fit may differ, and should not mix the two."""
+        return "exact" if fisher == "auto" else fisher
 
     def exact_columns(self, logits: Tensor, labels: Tensor | None = None) -> Tensor:
         """K - 1 columns from the eigendecomposition of the Hessian, which knows nothing of what all rewards share."""

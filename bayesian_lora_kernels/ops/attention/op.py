@@ -12,6 +12,7 @@ from ..checks import FLOATS, check_device, check_tensor, describe
 from ..device import triton_refuses
 from ..dispatch import Implementation, check_impl, choose, register
 from ..registration import custom_op
+from ..verify.verifier import Evidence
 
 _FOLDER = "bayesian_lora_kernels.ops.attention"
 _WIDEST = 256  # a head, in the kernels
@@ -28,7 +29,9 @@ def _on_gpu(out: Tensor, *others: Any) -> bool:
 
 
 _NAME = "attention_jvp"
+_EVIDENCE = Evidence(f"{_FOLDER}.problems:SUITE", f"{_FOLDER}.variants:variants")
 register(_NAME, "reference", Implementation(f"{_FOLDER}.reference", _NAME))
+register(_NAME, "triton", Implementation(f"{_FOLDER}.kernel_launch", _NAME, _refuses, _on_gpu, _EVIDENCE))
 
 
 def attention_jvp(

@@ -59,8 +59,8 @@ def small_eigh(matrices: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]
 
     Args:
         matrices: ``[L, n, n]``, symmetric (only the lower triangle is read), float32 or float64, any strides;
-            L or n may be 0. Meant for n up to 128; the reference takes any n, a kernel says so if it does
-            not.
+            L or n may be 0. The native solver takes n up to 128; beyond it ``"auto"`` is ``torch.linalg.eigh``
+            (docs/performance.md says why).
         impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"native"``.
 
     Returns:
@@ -73,8 +73,9 @@ def small_eigh(matrices: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]
             unknown ``impl``.
         RuntimeError: an explicit ``impl`` cannot run; the message says why.
 
-    Source: ``torch.linalg.eigh`` (LAPACK) for the reference; see ``ops.native.small_eigh`` for the Jacobi solver, which
-    is also accurate relative to the small eigenvalues of graded matrices.
+    Source: ``torch.linalg.eigh`` (LAPACK, or cuSOLVER) for the reference, accurate relative to the largest eigenvalue;
+    see ``ops.native.small_eigh`` for the Jacobi solver, which is also accurate relative to the small eigenvalues of
+    graded matrices.
     """
     check_impl("small_eigh", impl)
     _validate(matrices)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bayesian_lora_kernels.calibration import accuracy, negative_log_likelihood
+from bayesian_lora_kernels.plots import save_figure
 
 from ...workload import environment
 from ..files import write_json, write_tensors, write_text
@@ -144,7 +145,7 @@ def write_report(out: Path, command: str) -> None:
     versions = {name: environment()[name] for name in ("python", "torch", "transformers", "peft")}
     write_text(out / "report.md", report.as_markdown(records, command, versions))
     write_json(out / "report.json", report.summary(records))
-    report.draw(records, out / "report.png")
+    save_figure(report.draw(records), out / "report.png")
     print(out / "report.md")
 
 

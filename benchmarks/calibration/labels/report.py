@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bayesian_lora_kernels.plots import save_figure
 from bayesian_lora_kernels.plots.style import (
     BLUE,
     GREEN,
@@ -27,6 +25,9 @@ from bayesian_lora_kernels.plots.style import (
 
 from ..scores import HIGHER_IS_BETTER, METRICS
 from ..tables import Difference, difference, number, or_none, paired, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
 SPLITS = ("test", "shift")
@@ -160,7 +161,7 @@ def as_markdown(records: Sequence[Record], command: str, versions: Mapping[str, 
 
 
 @styled()
-def draw(records: Sequence[Record], path: Path) -> None:
+def draw(records: Sequence[Record]) -> Figure:
     """NLL and ECE less those of averaged temperatures with as many labels: means over the models, standard errors.
 
     What is far off (plain fine-tuning, the evidence alone, plain temperature scaling with few labels) is left out.
@@ -194,8 +195,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     for panel in axes[:, 0]:
         panel.set_ylabel("difference (below 0 is better)")
     legend_below(figure, axes.flat, 2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)
+    return figure
 
 
 def record_labels(records: Sequence[Record], method: str) -> bool:

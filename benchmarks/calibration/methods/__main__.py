@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from bayesian_lora_kernels.calibration import accuracy, negative_log_likelihood
+from bayesian_lora_kernels.plots import save_figure
 
 from ...workload import environment
 from ..files import write_json, write_text
@@ -98,7 +99,7 @@ def write_report(out: Path, runs: Runs) -> None:
         raise StudyError(f"{out}: no finished run to report on")
     write_text(out / "report.md", report.as_markdown(runs.all))
     write_json(out / "report.json", report.summary(runs.all))
-    report.draw(runs.all, out / "report.png")
+    save_figure(report.draw(runs.all), out / "report.png")
     print(out / "report.md")
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bayesian_lora_kernels.commands.compare import COLUMNS as TITLES
-from bayesian_lora_kernels.plots import save_figure
 from bayesian_lora_kernels.plots.style import BLUE, MUTED, VERMILION, WIDTH, legend_below, new_figure, styled
 
 from ..scores import HIGHER_IS_BETTER
 from ..tables import Difference, or_none, paired, table
 from .registry import METHODS, REFERENCE
 from .runs import MEASURED, Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FOREIGN = {"entropy": "foreign: AUROC by entropy", "mutual information": "by mutual information"}
 SECONDS = ("fine-tuning", "fit", "labels", "predict")
@@ -132,7 +133,7 @@ def as_markdown(runs: Sequence[Run]) -> str:
 
 
 @styled()
-def draw(runs: Sequence[Run], path: Path) -> None:
+def draw(runs: Sequence[Run]) -> Figure:
     """NLL less that of temperature scaling, for every task: means over models with standard errors."""
     tasks = tasks_of(runs)
     names = [name for name in methods_of(runs) if name != REFERENCE]
@@ -166,8 +167,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("NLL less that of temperature scaling\n(left is better; logarithmic beyond ±0.05)")
     legend_below(figure, panels.flat)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)
+    return figure
 
 
 def _means(runs: Sequence[Run], split: str) -> list[str]:

@@ -22,7 +22,7 @@ from ..tasks.task import logits_of
 from .case import SETS, Case, Outcome, measured, mutual_information
 
 TOLERANCE = 0.003  # of the loss, relative: that of BayesAdapt
-LOWEST, HIGHEST, STEPS = 1e-4, 1.0, 10
+LOWEST, HIGHEST, STEPS = 1e-4, 1.0, 7  # to 8 %
 SAMPLES = 10
 TINY = 1e-6  # beside singular values
 
