@@ -269,7 +269,9 @@ def _write(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any]
         write_tensors(temporary / TENSORS_NAME, tensors)
         content = {**description, "tensors_sha256": storage.file_digest(temporary / TENSORS_NAME)}
         content["sha256"] = storage.content_digest(content)
-        (temporary / JSON_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with open(temporary / TENSORS_NAME, "rb") as file:
+            os.fsync(file.fileno())
+        storage.write_text(temporary / JSON_NAME, json.dumps(content, indent=1) + "\n")
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # a temporary folder starts out private

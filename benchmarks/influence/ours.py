@@ -22,12 +22,13 @@ def batches(data: problem.Data, size: int) -> list[dict[str, Tensor]]:
     ]
 
 
-def fitted(model: nn.Module, curvature: str, size: int) -> blk.LaplaceLoRA:
+def fitted(model: nn.Module, curvature: str, size: int, fisher: str = "auto") -> blk.LaplaceLoRA:
     """The posterior of the training data, with full factors."""
     laplace = blk.LaplaceLoRA(
         model,
         lambda model, batch: problem.answer_logits(model, batch["input_ids"]),
         curvature=curvature,
+        fisher=fisher,
         rank=None,
         prior_precision=problem.PRIOR,
     )

@@ -23,7 +23,13 @@ from .peers import Bergson, Kronfluence
 BATCH = 50
 # Times the prior's precision.
 DAMPINGS = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-OURS = {"exact": "exact", "EKFAC": "ekfac", "K-FAC": "kfac"}
+# Curvature and Fisher; the last draws a label for each example, as the peers do.
+OURS = {
+    "exact": ("exact", "auto"),
+    "EKFAC": ("ekfac", "auto"),
+    "K-FAC": ("kfac", "auto"),
+    "EKFAC drawn": ("ekfac", "mc"),
+}
 PEERS = ("kronfluence EKFAC", "kronfluence K-FAC", "bergson EKFAC", "bergson K-FAC")
 METHODS = (*OURS, *PEERS)
 
@@ -31,11 +37,11 @@ METHODS = (*OURS, *PEERS)
 class _Ours:
     """This package, with the two steps of the peers."""
 
-    def __init__(self, saved: Path, curvature: str):
-        self.model, self.curvature = problem.load(saved), curvature
+    def __init__(self, saved: Path, curvature: str, fisher: str):
+        self.model, self.curvature, self.fisher = problem.load(saved), curvature, fisher
 
     def fit(self) -> None:
-        self.laplace = ours.fitted(self.model, self.curvature, BATCH)
+        self.laplace = ours.fitted(self.model, self.curvature, BATCH, self.fisher)
 
     def scores(self, damping: float | None) -> Tensor:
         return ours.scores(self.laplace, problem.PRIOR if damping is None else damping, BATCH)
@@ -44,7 +50,7 @@ class _Ours:
 def made(method: str, saved: Path, folder: Path) -> Any:
     """An object with `fit()` and `scores(damping)`."""
     if method in OURS:
-        return _Ours(saved, OURS[method])
+        return _Ours(saved, *OURS[method])
     strategy = method.split()[1].replace("-", "").lower()
     if method.startswith("kronfluence"):
         return Kronfluence(problem.load(saved), strategy, folder, BATCH)
