@@ -2,8 +2,8 @@
 
 A random Llama (width 256, 8 heads, 4 layers), one text, 32 samples. Attention with tangents in tiles, as it is, and as
 PyTorch's math kernel, which keeps a matrix of T x T of every head and sample. Each case runs in a process of its own,
-which scores a short text first. Peaks are above the loaded model and its posterior; *hidden* is what of a peak must
-grow with the tokens, the hidden states of 16 samples (each serves with its mirror image).
+which scores a short text first; seconds are of processor time. Peaks are above the loaded model and its posterior;
+*hidden* is what of a peak must grow with the tokens, the hidden states of 16 samples (each has a mirror image).
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def measure(kind: str, tokens: int) -> dict[str, Any]:
     batch, few = workload.batches(1)[0], short.batches(1)[0]
     with attending(kind):
         laplace.score({"input_ids": few["input_ids"]}, n_samples=SAMPLES)
-        started = time.perf_counter()
+        started = time.process_time()
         peak = peak_bytes(lambda: laplace.score({"input_ids": batch["input_ids"]}, n_samples=SAMPLES))
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
     hidden = SAMPLES // 2 * tokens * workload.width * 4
     sizes = {"peak_mib": round(peak / MIB, 1), "hidden_mib": round(hidden / MIB, 1)}
     return {"attention": kind, "tokens": tokens, **sizes, "seconds": round(seconds, 1)}
@@ -63,7 +63,7 @@ def measure(kind: str, tokens: int) -> dict[str, Any]:
 
 def in_fresh_process(kind: str, tokens: int) -> dict[str, Any]:
     command = [sys.executable, "-m", __spec__.name, "--case", kind, str(tokens)]
-    folder, variables = Path(__file__).parents[1], {**os.environ, **GLIBC}
+    folder, variables = Path(__file__).parents[1], {**os.environ, **GLIBC, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=variables)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")

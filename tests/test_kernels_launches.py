@@ -18,9 +18,9 @@ TABLES = sorted(set(device.TABLES.values()))
 # Problems have bfloat16 for both halves where they compile to the same but for the matrix instruction's type.
 AS_BF16 = {"wide_output_kernel", "outer_product_kernel", "squares_kernel"}
 AS_BF16 |= {"product_kernel", "basis_columns_kernel", "similarities_kernel"}
-AS_BF16 |= {"remainder_similarities_kernel"}
-# Constants that follow from the size, not from a configuration: the columns that an example takes, and the like.
-OF_SIZE = {"BAND", "LAG", "PADDED"}
+AS_BF16 |= {"remainder_similarities_kernel", "attention_kernel", "tangents_kernel"}
+# Constants that follow from the call, not from a configuration: the columns that an example takes, and the like.
+OF_SIZE = {"BAND", "LAG", "PADDED", "MASK"}
 
 
 def configuration(launch):
@@ -90,6 +90,11 @@ def vocabularies():
         launches.vocabularies(tuple(itertools.product(DTYPES, DTYPES)), examples, samples)
 
 
+def attentions():
+    for tokens in (1, 50):
+        launches.attentions((1, 20, 64, 80, 128, 130, 256), DTYPES, tokens)
+
+
 def what_no_problem_calls():
     from bayesian_lora_kernels.ops.incremental_svd import kernel
     from bayesian_lora_kernels.ops.jacobian_covariance import kernel_launch
@@ -117,6 +122,7 @@ def what_no_problem_calls():
         jacobians_of_few_tokens,
         jacobians_through_tokens,
         vocabularies,
+        attentions,
         what_no_problem_calls,
     ],
     ids=lambda function: function.__name__,

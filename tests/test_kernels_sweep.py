@@ -125,6 +125,18 @@ class Problems(random.Random):
         g = self.tensor(examples, self.size(64), tokens, d_out, dtype=dtype)
         return ops.jacobian_gram(a, g, mask=self.mask(examples, tokens), impl="triton")
 
+    def attention_jvp(self):
+        dtype, heads, groups = self.choice(DTYPES), self.size(8), self.size(4)
+        queries, keys, width, values = self.size(300), self.size(300), self.size(256), self.size(256)
+        shapes = (2, heads * groups, queries, width), (2, heads, keys, width), (2, heads, keys, values)
+        inputs = [self.tensor(*shape, dtype=dtype) for shape in shapes]
+        count = self.size(40)
+        changes = [self.choice((None, self.tensor(count, *shape, dtype=dtype))) for shape in shapes]
+        changes[0] = self.tensor(count, *shapes[0], dtype=dtype)
+        of_mask = self.choice((torch.bool, *DTYPES))
+        mask = self.choice((None, self.tensor(2, 1, queries, keys, dtype=of_mask), self.tensor(keys, dtype=of_mask)))
+        return ops.attention_jvp(*inputs, *changes, mask=mask, causal=self.random() < 0.5, impl="triton")
+
     def vocabulary(self):
         examples, samples, width, tokens = self.size(40), self.size(300), self.size(2000), self.size(60000)
         weight = self.tensor(tokens, width, dtype=self.choice(DTYPES))

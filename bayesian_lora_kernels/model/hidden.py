@@ -90,17 +90,29 @@ def _own_parameters(model: nn.Module, names: Iterable[str]) -> Callable[[], None
     return restore
 
 
+def _configs(model: nn.Module) -> dict[int, Any]:
+    """Configurations of a model's parts by their identity, outer ones first."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    for config in list(configs.values()):
+        for value in vars(config).values():
+            if hasattr(value, "_attn_implementation"):
+                configs[id(value)] = value
+    return configs
+
+
+def attention_weights_are_formed(model: nn.Module) -> bool:
+    """Whether attention has a matrix of T x T, as eager attention does; also of models that do not say."""
+    kinds = {kind for one in _configs(model).values() if (kind := getattr(one, "_attn_implementation", None))}
+    return not kinds or "eager" in kinds
+
+
 @contextmanager
 def differentiable_attention(model: nn.Module) -> Iterator[None]:
     """A transformers model with attention of another make (flash, flex, its own) runs with PyTorch's inside.
 
     Afterwards everything is as it was.
     """
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    for config in list(configs.values()):
-        for value in vars(config).values():
-            if hasattr(value, "_attn_implementation"):
-                configs[id(value)] = value
+    configs = _configs(model)
     kinds = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}
     changed = [key for key, kind in kinds.items() if isinstance(kind, str) and kind not in PLAIN_ATTENTION]
 

@@ -18,7 +18,7 @@ from bayesian_lora_kernels.model.batches import Batch
 from bayesian_lora_kernels.model.dora import constant_norms
 from bayesian_lora_kernels.model.forward import Forward, model_device
 from bayesian_lora_kernels.model.head import OutputHead, read_head
-from bayesian_lora_kernels.model.hidden import HiddenStates, differentiable_attention
+from bayesian_lora_kernels.model.hidden import HiddenStates, attention_weights_are_formed, differentiable_attention
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import inference_mode, measuring, uninterrupted
 from bayesian_lora_kernels.model.memory import default_budget
@@ -195,7 +195,8 @@ class HiddenSampler:
         )
         heads = getattr(getattr(self.forward.base, "config", None), "num_attention_heads", None) or 1
         item = max(p.element_size() for p in self.model.parameters())
-        one = item * tokens * (6 * width + 3 * int(heads) * tokens)
+        square = attention_weights_are_formed(self.model) or self.jvp.method == "double-backward"
+        one = item * tokens * (6 * width + (3 * int(heads) * tokens if square else 0))
         device = model_device(self.model)
         budget = self.memory_budget or default_budget(device)
         rows = budget // max(one, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .attention import Attention
 from .case import Case, Provider, Target, Work, interpretable
 from .incremental_svd import IncrementalSvd
 from .jacobian import JacobianCovariance
@@ -38,6 +39,7 @@ def all_cases() -> list[Case]:
         VocabularyVariance(BF16, 1350, (of_gemm,)),
         VocabularyProbs(BF16, 2700, recomputed),
         VocabularyStatistics(BF16, 2700),
+        Attention(BF16, 1420, (Target("triton", memory=1 / 10, over="torch"),)),
         SquareSum(BF16),
         *masked_cases(),
         JacobianCovariance(FP32, 310, tokens=8, outputs=4, wide_output=True),
@@ -48,6 +50,8 @@ def all_cases() -> list[Case]:
         SmallEigh(FP32, None, (fast,), n=32),
         SmallEigh(FP32, None, (fast,), n=74),
         IncrementalSvd(BF16, columns=74),
+        Attention(BF16, width=64),
+        Attention(FP32, width=64),
         OuterProduct(FP16),
         OuterProduct(FP32),
         GroupedOuterProduct(FP32),

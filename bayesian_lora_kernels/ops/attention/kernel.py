@@ -15,7 +15,7 @@ Per head, T queries and keys of width d, S tangents, b bytes, G tangents a progr
     L2           (T / M) T d b (2 S + 2 S / G): keys and values once for every block of queries
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment"
 # ruff: noqa: RUF005 (Triton compiles no unpacking)
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def attention_kernel(
     tl.store(out + row[:, None] * value_width + o_v[None, :], acc, mask=m_m[:, None] & m_v[None, :])
 
 
-@triton.jit(do_not_specialize=("tangents", *_SIZES))
+@triton.jit(do_not_specialize=("tangents", "pairs", *_SIZES))
 def tangents_kernel(
     q,
     k,

@@ -8,9 +8,7 @@ from torch import Tensor
 
 from ..device import is_aligned, on_device
 from . import kernel
-from .variants import mask_dtype, variants
-
-_COLUMNS = 16  # that rows begin at multiples of, so that they are loaded 16 bytes at a time
+from .variants import COLUMNS, mask_dtype, variants
 
 
 def attention_jvp(
@@ -27,12 +25,12 @@ def attention_jvp(
     scale: float,
 ) -> None:
     """As ``reference.attention_jvp``, in Triton."""
-    if value.shape[3] % _COLUMNS:
-        wide = [one.new_empty(*one.shape[:-1], -(-one.shape[-1] // _COLUMNS) * _COLUMNS) for one in (out, dout)]
+    if value.shape[3] % COLUMNS:
+        wide, dwide = (x.new_empty(*x.shape[:-1], -(-x.shape[-1] // COLUMNS) * COLUMNS) for x in (out, dout))
         value, dvalue = _in_vectors(value), None if dvalue is None else _in_vectors(dvalue)
-        attention_jvp(*wide, query, key, value, dquery, dkey, dvalue, mask, causal, scale)
-        for one, padded in zip((out, dout), wide, strict=True):
-            one.copy_(padded[..., : one.shape[-1]])
+        attention_jvp(wide, dwide, query, key, value, dquery, dkey, dvalue, mask, causal, scale)
+        for narrow, padded in ((out, wide), (dout, dwide)):
+            narrow.copy_(padded[..., : narrow.shape[-1]])
         return
     (chosen,) = variants(out, dout, query, key, value, dquery, dkey, dvalue, mask, causal, scale)
     one, tangents = chosen.configuration, len(dout)
@@ -40,9 +38,7 @@ def attention_jvp(
     tensors = [_in_vectors(x) for x in (query, key, value)]
     pairs = zip((dquery, dkey, dvalue), (query, key, value), strict=True)
     changes = [_in_vectors(_zeros(like, tangents) if x is None else x) for x, like in pairs]
-    # What the mask is expanded over has stride 0, and is not copied.
-    seen = query if mask is None else mask.to(mask_dtype(query, mask))
-    seen = seen.view(torch.uint8) if seen.dtype == torch.bool else seen
+    seen = query if mask is None else _as_read(mask, mask_dtype(query, mask))
     mask_strides = (0, 0, 0, 0) if mask is None else seen.stride()
     largest, total = (query.new_empty(examples, heads, queries, dtype=torch.float32) for _ in range(2))
     sizes = (heads, heads // key.shape[1], queries, key.shape[2], tensors[0].shape[3], value.shape[3])
@@ -74,6 +70,12 @@ def attention_jvp(
         )  # fmt: skip
 
 
+def _as_read(mask: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In that dtype, a bool as bytes; what it is expanded over is not copied."""
+    one = mask[tuple(slice(1 if stride == 0 else None) for stride in mask.stride())].to(dtype)
+    return (one.view(torch.uint8) if one.dtype == torch.bool else one).expand(mask.shape)
+
+
 def _zeros(like: Tensor, tangents: int) -> Tensor:
     """A tangent that is zero: one row."""
     return like.new_zeros(like.shape[-1]).expand(tangents, *like.shape)
@@ -87,6 +89,6 @@ def _strides(x: Tensor) -> list[int]:
 def _in_vectors(x: Tensor) -> Tensor:
     """As it is, if rows lie without gaps and begin and end at multiples of 16 columns; else a copy of which they do."""
     width = x.shape[-1]
-    if x.stride(-1) == 1 and is_aligned(x) and not any(one % _COLUMNS for one in (width, *_strides(x))):
+    if x.stride(-1) == 1 and is_aligned(x) and not any(one % COLUMNS for one in (width, *_strides(x))):
         return x
-    return torch.nn.functional.pad(x, (0, -width % _COLUMNS)).contiguous()
+    return torch.nn.functional.pad(x, (0, -width % COLUMNS)).contiguous()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..device import architecture
 
+COLUMNS = 16  # heads are padded to a multiple of so many, and rows begin at one: 16 bytes are loaded at a time
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.bool: "bool"}
 
 
@@ -43,7 +44,7 @@ _HALF = {
     },
     "sm_100": {
         64: Configuration(64, 32, 64, 64, 2, 4, 2),
-        128: Configuration(64, 32, 128, 128, 1, 4, 2),
+        128: Configuration(64, 32, 128, 128, 1, 8, 2),
         256: Configuration(64, 32, 64, 64, 1, 4, 1),
     },
 }
@@ -51,7 +52,7 @@ _HALF = {
 _FLOAT32 = {
     "sm_80": {256: Configuration(32, 16, 16, 32, 1, 4, 1)},
     "sm_90": {256: Configuration(64, 16, 16, 32, 1, 4, 1)},
-    "sm_100": {256: Configuration(64, 16, 32, 32, 1, 8, 1)},
+    "sm_100": {16: Configuration(64, 32, 32, 32, 1, 8, 1), 256: Configuration(64, 16, 32, 32, 1, 8, 1)},
 }
 
 
@@ -65,8 +66,8 @@ class Variant:
         causal: whether a query sees no later key.
         even: whether no column of a tile is empty.
         parts: whether a head's columns are taken in parts.
-        width: of a head or a part of it, rounded up to a power of two.
-        value_width: likewise, of a value.
+        width: of a head and its values, rounded up to a power of two, or of a part.
+        value_width: likewise.
         configuration: how it is cut.
     """
 
@@ -108,9 +109,10 @@ def variants(
     scale: float,
 ) -> tuple[Variant, ...]:
     """What ``attention_jvp`` compiles for these arguments."""
-    width, value_width = (max(16, 1 << (one.shape[3] - 1).bit_length()) for one in (query, value))
+    columns, values = (-(-one.shape[3] // COLUMNS) * COLUMNS for one in (query, value))
+    widest = 1 << (max(columns, values) - 1).bit_length()
     table = (_FLOAT32 if query.dtype == torch.float32 else _HALF)[architecture(query.device)]
-    chosen = next(one for size, one in table.items() if max(width, value_width) <= size)
-    parts, width, value_width = width > chosen.columns, min(width, chosen.columns), min(value_width, chosen.values)
-    even = query.shape[3] % width == 0 and value.shape[3] % value_width == 0
-    return (Variant(query.dtype, mask_dtype(query, mask), causal, even, parts, width, value_width, chosen),)
+    chosen = next(one for size, one in table.items() if widest <= size)
+    width, value_width = min(widest, chosen.columns), min(widest, chosen.values)
+    even = columns % width == 0 and values % value_width == 0
+    return (Variant(query.dtype, mask_dtype(query, mask), causal, even, widest > width, width, value_width, chosen),)
