@@ -105,7 +105,6 @@ def _own_code(
         la.fit(_Loader(batches, sum(len(batch["labels"]) for batch in batches)))
         la.optimize_prior_precision(method="marglik", n_steps=100, lr=1e-1)
         parts = [la._glm_predictive_distribution(batch) for batch in tested]
-    model.zero_grad(set_to_none=True)
     posterior = LogitPosterior(*(torch.cat(part) for part in zip(*parts, strict=True)))
     ratio = kron_trace(la.H_facs) / truth
     return _of_posterior(posterior, test, seed) | {"prior precision": float(la.prior_precision), "trace / exact": ratio}
