@@ -14,6 +14,7 @@ from models import Case, bert, mlp
 from torch import Tensor
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.cli import main
 from bayesian_lora_kernels.posterior import storage
 
 CURVATURES = ("kfac", "ekfac", "exact")
@@ -205,6 +206,12 @@ def test_it_is_saved(tmp_path: Path):
     assert float(again.noise_variance) == 0.4
     assert again.log_likelihood == laplace.log_likelihood
     assert float(again.log_marginal_likelihood(2.0, 0.7)) == float(laplace.log_marginal_likelihood(2.0, 0.7))
+    assert main(["inspect", str(tmp_path), "--json", str(tmp_path / "inspect.json")]) == 0
+    said = json.loads((tmp_path / "inspect.json").read_text())
+    assert said["log_likelihood"] == pytest.approx(laplace.log_likelihood)
+    assert said["evidence"]["now"] == pytest.approx(float(laplace.log_marginal_likelihood()))
+    data = sum(float(one.to_dense().diagonal().sum()) - math.prod(one.shape) for one in laplace.posterior.values())
+    assert sum(kind["trace"] for kind in said["kinds"]) == pytest.approx(data)
     content = json.loads((tmp_path / "laplace.json").read_text())
     assert content["noise"] == {"variance": 0.4, "targets": 24.0}
     again.optimize_prior_precision(noise=True)

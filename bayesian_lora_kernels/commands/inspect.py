@@ -88,7 +88,7 @@ def run(args: Namespace) -> int:
         "n_modules": len(counts),
         "n_parameters": sum(counts.values()),
         "effective_parameters": sum(effective.values()),
-        "log_likelihood": content["log_likelihood"],
+        "log_likelihood": opened.log_likelihood,
         "prior_precision": content["prior_precision"],
         "calibrated": content.get("calibration") is not None,
         "evidence": _evidence(opened),
@@ -132,7 +132,7 @@ def _kind(opened: Opened, kind: str, names: Sequence[str], effective: Mapping[st
         "kind": kind,
         "n_modules": len(names),
         "n_parameters": sum(counts[name] for name in names),
-        "trace": _trace(opened.curvature, names) if independent else None,
+        "trace": _trace(opened.posterior, names) if independent else None,
         "effective_parameters": sum(effective[name] for name in names) if independent else None,
     }
 
@@ -152,8 +152,8 @@ def _picture(opened: Opened, evidence: Mapping[str, Any] | None) -> Figure:
     return posterior_diagram(opened.posterior, curve, best=(evidence["best_prior_precision"], evidence["best"]))
 
 
-def _trace(curvature: Curvature, names: Sequence[str]) -> float:
-    values, multiplicity = curvature.spectrum(names)
+def _trace(posterior: Posterior, names: Sequence[str]) -> float:
+    values, multiplicity = posterior.spectrum(names)
     return float((values * multiplicity).sum())
 
 

@@ -195,10 +195,10 @@ def _draw_spectrum(axes: Any, posterior: Posterior, colors: Mapping[str, str]) -
     for name in curvature.shapes if curvature.independent_layers else ():
         kinds.setdefault(place(name)[1], []).append(name)
     for kind, names in kinds.items():
-        rank, value = spectrum_line(*(x.cpu() for x in curvature.spectrum(names)))
+        rank, value = spectrum_line(*(x.cpu() for x in posterior.spectrum(names)))
         axes.plot(rank, value, color=colors[_module(kind)], linestyle=_dashes(kind), linewidth=1.4)
     if not kinds:
-        rank, value = spectrum_line(*(x.cpu() for x in curvature.spectrum()))
+        rank, value = spectrum_line(*(x.cpu() for x in posterior.spectrum()))
         axes.plot(rank, value, color=BLUE, label="all modules")
     low, high = _range(posterior)
     axes.axhspan(low, high, color=MUTED, alpha=0.3, linewidth=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -70,6 +70,11 @@ class Posterior(Mapping[str, KroneckerPosterior]):
             if self._noise is None:
                 return logdet
             return logdet - sum(self.curvature.n_parameters.values()) * self._noise.log().to(logdet.device)
+
+    def spectrum(self, layers: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of the curvature at this noise, and their multiplicities, as `Curvature.spectrum`."""
+        values, multiplicity = self.curvature.spectrum(layers)
+        return values if self._noise is None else values / self._noise.to(values.device), multiplicity
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
