@@ -79,7 +79,7 @@ def test_accelerate_on_two_processes(tmp_path: Path) -> None:
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `encoder` and `language-model`, and files of examples of words that no example knows."""
     folder = tmp_path_factory.mktemp("own")
-    words = ["[PAD]", "good", "bad", "yes", "no", "negative", "positive", "the", "user", "assistant"]
+    words = ["[PAD]", "good", "bad", "yes", "no", "negative", "positive", "the", "cat", "dog", "bird", "fish"]
     vocabulary = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="the")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(vocabulary),
@@ -110,6 +110,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "model", "data", "expected"),
     [
+        ("quickstart", "language-model", None, PRINTED["quickstart"]),
         ("sentiment", "language-model", "labelled", ["MAP", "Laplace", *["positive: MAP"] * 4]),
         ("reward_model", "language-model", "pairs", PRINTED["reward_model"]),
         ("trainer", "encoder", "labelled", [*PRINTED["trainer"][:2], *["negative 0.", "negative 0."] * 2]),
@@ -119,9 +120,10 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_an_example_with_a_model_of_ones_own(
-    name: str, model: str, data: str, expected: list[str], own: Path, tmp_path: Path
+    name: str, model: str, data: str | None, expected: list[str], own: Path, tmp_path: Path
 ) -> None:
-    options = ["--model", str(own / model), "--data", str(own / f"{data}.jsonl")]
+    options = ["--model", str(own / model)]
+    options += ["--data", str(own / f"{data}.jsonl")] if data else []
     options += ["--seeds", "2"] if name == "active_learning" else []
     starts(run(name, tmp_path, *options), expected)
 
