@@ -52,7 +52,7 @@ _HALF = {
 _FLOAT32 = {
     "sm_80": {256: Configuration(32, 16, 16, 32, 1, 8, 1)},
     "sm_90": {256: Configuration(64, 16, 16, 32, 1, 4, 1)},
-    "sm_100": {16: Configuration(64, 32, 32, 32, 1, 8, 1), 256: Configuration(64, 16, 32, 32, 1, 8, 1)},
+    "sm_100": {16: Configuration(64, 32, 32, 32, 1, 8, 1), 256: Configuration(64, 16, 32, 32, 1, 8, 1, 255)},
 }
 
 
