@@ -58,7 +58,7 @@ def test_splits_do_not_leak(name, tmp_path):
 
 def test_noise_is_in_every_split(tmp_path):
     clean, noisy = (make_task(name, tmp_path) for name in ("majority", "majority-noisy"))
-    grouping = majority._grouping(majority.RULES)
+    grouping = majority.groups_of(majority.RULES)
     for task, noise in ((clean, 0), (noisy, 0.25)):
         splits = task.make(0)
         for part in (splits.train, splits.held_out, splits.test, splits.shift):

@@ -318,8 +318,8 @@ def test_influence_and_choice_of_pairs():
     assert float(gain[0]) == pytest.approx(float(0.5 * torch.log1p(p * (1 - p) * variance).max()), rel=1e-6)
     with pytest.raises(ValueError, match="likelihood: bradley-terry expects the rewards of two answers"):
         blk.select_batch(laplace, below(examples), 1)
-    with pytest.raises(ValueError, match="train_loader: batch 0 has weights, and influence is of one unit"):
-        blk.influence(laplace, [{**beside(examples), "weights": torch.ones(4)}], [below(examples)], progress=False)
+    weighted = {**beside(examples), "weights": torch.tensor([0.5, 1.0, 2.0, 3.0])}  # influence is of a unit of weight
+    assert torch.equal(blk.influence(laplace, [weighted], [below(examples, extra=2)], progress=False), found)
 
 
 def test_it_is_saved_verified_and_estimated(tmp_path: Any):

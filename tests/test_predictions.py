@@ -225,5 +225,7 @@ def test_regression_predicts_scores_without_probabilities():
     predicted = blk.LaplaceLoRA(case.model, **case.arguments).fit([case.batch()], False).predict(case.batch())
     assert predicted.covariance.shape == (4, 1, 1)
     assert predicted.sample(5).shape == (5, 4, 1)
-    with pytest.raises(ValueError, match="expected a classification posterior, this one is of a regression"):
+    with pytest.raises(
+        ValueError, match="probs: expected classes, or two answers to compare, got a regression or single rewards"
+    ):
         predicted.probs()

@@ -683,6 +683,7 @@ def small(folder: Path, curvature: str = "kfac") -> Case:
 POSSIBLE = {  # another value of the same type
     "class_token_ids": ("null",),
     "calibration": ("null",),
+    "noise": ("null",),  # as it is: only a regression has any
     "log_likelihood": ("null", "negative", "number"),
     "row_dtype": ("null",),
     "rank": ("null",),
