@@ -38,7 +38,7 @@ if arguments.data:
 else:
     sentences = read_ratings(Path(sys.prefix) / "data" / FILE)["movies"]
     rows = [{"prompt": sentence, "label": labels[label]} for sentence, label in sentences]
-rows = random.sample(rows, min(180, len(rows)))
+rows = random.sample(rows, min(160, len(rows)))
 train, held_out, test = rows[:80], rows[80:120], rows[120:]
 
 if arguments.model:
