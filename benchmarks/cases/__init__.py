@@ -49,6 +49,10 @@ def all_cases() -> list[Case]:
         GroupedOuterProduct(BF16, rows=2048, widths=(4, 8, 16, 32, 64, 128), count=32),
         SmallEigh(FP32, None, (fast,), n=32),
         SmallEigh(FP32, None, (fast,), n=74),
+        # Where PyTorch's issues 174674, 175585 and 183806 find torch.linalg.eigh slow.
+        SmallEigh(FP32, count=500, n=100),
+        SmallEigh(FP64, count=128, n=128),
+        SmallEigh(FP64, count=512, n=3),
         IncrementalSvd(BF16, columns=74),
         Attention(BF16, width=64),
         Attention(FP32, width=64),

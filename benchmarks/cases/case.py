@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -193,6 +194,13 @@ def absent_here(operation: str, impl: str, device: torch.device) -> str | None:
     if impl == "triton" and device.type == "cpu" and not interpreting():
         return "the tensors lie on the CPU, and TRITON_INTERPRET=1 is not set"
     return None
+
+
+def absent_peer(module: str, device: torch.device | None = None) -> str | None:
+    """Why another package cannot be measured here, or None; with `device`, one that runs on GPUs only."""
+    if importlib.util.find_spec(module) is None:
+        return f"{module} is not installed"
+    return f"{module} needs a GPU" if device is not None and device.type != "cuda" else None
 
 
 def package(operation: str, call: Callable[[Any, str], Any], device: torch.device, *impls: str) -> list[Provider]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from bayesian_lora_kernels import ops
 
-from .case import Case, Provider, Work, generator, package, padding, poisoned, randn, zeroed
+from .case import Case, Provider, Work, absent_peer, generator, package, padding, poisoned, randn, zeroed
 
 FRESH = 10
 ROUNDS = 12  # of subspace iteration for the best possible error
@@ -102,7 +101,7 @@ class IncrementalSvd(Case):
             pairs = list(zip(*inputs[:2], strict=True))[:PEER]
             return [incremental_svd(basis.double(), x, n_kfac=self.columns) for basis, x in pairs]
 
-        missing = None if importlib.util.find_spec("bayesian_lora") else "bayesian_lora is not installed"
+        missing = absent_peer("bayesian_lora")
         ours = package(self.operation, grouped, device, "triton", "native", "reference")
         return [*ours, Provider("bayesian_lora", peer, missing, share=PEER / self.modules)] if self.extras else ours
 

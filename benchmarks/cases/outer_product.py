@@ -11,7 +11,20 @@ from torch import Tensor
 from bayesian_lora_kernels import ops
 from bayesian_lora_kernels.ops.outer_product import reference
 
-from .case import Case, Provider, Work, compiled, generator, package, padding, poisoned, randn, zeroed
+from .case import (
+    HALF,
+    Case,
+    Provider,
+    Work,
+    absent_peer,
+    compiled,
+    generator,
+    package,
+    padding,
+    poisoned,
+    randn,
+    zeroed,
+)
 
 
 def addmm(out: Tensor, x: Tensor) -> Tensor:
@@ -87,11 +100,20 @@ class OuterProduct(Case):
             x, out, mask = inputs
             return ops.outer_product(x, out=out, mask=mask, lower=lower, impl=impl)
 
+        def quack(inputs: Any) -> Tensor:
+            from quack.gemm_interface import gemm_symmetric
+
+            x, out, mask = inputs
+            rows = zeroed(x, mask)
+            return gemm_symmetric(rows.T, rows, C=out, out_dtype=out.dtype)
+
         lower = package(self.operation, lambda i, impl: call(i, impl, True), device, "triton")[0]
+        no_quack = absent_peer("quack", device) if self.dtype in HALF else "quack multiplies 16 bits"
         return [
             *package(self.operation, call, device, "triton"),
             replace(lower, name="triton lower", comparable=lambda out: out.tril() + out.tril(-1).T),
             Provider("addmm", lambda i: addmm(i[1], zeroed(i[0], i[2]))),
+            Provider("quack", quack, no_quack, compiles=True),
             *package(self.operation, call, device, "reference"),
             *([Provider("compiled reference", call_traced, compiles=True)] if self.extras else []),
         ]

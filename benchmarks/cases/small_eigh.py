@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesian_lora_kernels import ops
 
-from .case import Case, Provider, Work, generator, package, randn
+from .case import Case, Provider, Work, absent_peer, generator, package, randn
 
 SWEEPS = 8  # of Jacobi's method; it takes 6 to 10
 
@@ -66,8 +66,18 @@ class SmallEigh(Case):
         def eigh(a: Any) -> tuple[Tensor, Tensor]:
             return torch.linalg.eigh(a)
 
+        def of_cupy(a: Any) -> tuple[Tensor, Tensor]:
+            import cupy
+
+            values, vectors = cupy.linalg.eigh(cupy.from_dlpack(a))
+            return torch.from_dlpack(values), torch.from_dlpack(vectors)
+
+        def descending(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return result[0].flip(-1), result[1].flip(-1)
+
         return [
             *package(self.operation, lambda a, impl: ops.small_eigh(a, impl=impl), device, "native"),
-            Provider("torch.linalg.eigh", eigh, comparable=lambda r: (r[0].flip(-1), r[1].flip(-1))),
+            Provider("torch.linalg.eigh", eigh, comparable=descending),
+            Provider("cupy.linalg.eigh", of_cupy, absent_peer("cupy", device), comparable=descending),
             *package(self.operation, lambda a, impl: ops.small_eigh(a, impl=impl), device, "reference"),
         ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesian_lora_kernels import ops
 
-from .case import Case, Provider, Work, generator, package, randn
+from .case import Case, Provider, Work, absent_peer, generator, package, randn
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,27 @@ class VocabularyStatistics(VocabularyProbs):
                 [torch.stack(statistics(one, target)) for one, target in zip(logits, targets, strict=True)]
             ).unbind(1)
 
+        def rows(inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+            weight, hidden, targets = inputs
+            return weight, hidden.flatten(0, 1), targets.repeat_interleave(hidden.shape[1])
+
+        def cut(inputs: Any) -> Tensor:
+            from cut_cross_entropy import linear_cross_entropy
+
+            weight, hidden, targets = rows(inputs)
+            return linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+        def liger(inputs: Any) -> Tensor:
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            return LigerFusedLinearCrossEntropyLoss(reduction="none")(*rows(inputs))
+
+        # These give the log-probability of each sample's target, one of the three statistics.
+        losses = (("cut_cross_entropy", cut), ("liger_kernel", liger))
         return [
             *package(self.operation, call, device, "triton"),
             Provider("torch", materialised, tolerance=5e-2),
+            *(Provider(f"{name}: target", loss, absent_peer(name, device), gated=False) for name, loss in losses),
             *package(self.operation, call, device, "reference"),
         ]
 
