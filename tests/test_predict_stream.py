@@ -15,7 +15,7 @@ import pytest
 import test_commands
 from test_commands import CHOICES, LABELS, PROMPTS, blk, by_hand, error_of, padded, read_lines, write_data
 
-from bayesian_lora_kernels.commands import predict
+from bayesian_lora_kernels.commands import output, predict
 from bayesian_lora_kernels.plots.logits import REACH
 
 made, place, fitted = test_commands.made, test_commands.place, test_commands.fitted
@@ -76,6 +76,20 @@ def test_a_picture_of_the_first_lines(made: Path, many: Path, capsys: Any, monke
     assert not Path("p.svg").exists()
     assert blk("predict", "--json", "p.jsonl", "--plot", "p.svg", data="many.jsonl") == 0
     assert Path("p.svg").read_bytes() == Path("whole.svg").read_bytes()
+
+
+def test_a_table_that_nobody_reads_to_its_end(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `| head`: the file is written all the same."""
+    given_up = []
+
+    def closed(*_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(output, "show", closed)
+    monkeypatch.setattr(output, "give_up_stdout", lambda: given_up.append(True))
+    assert blk("predict", "--json", "all.jsonl", data="many.jsonl") == 0
+    assert given_up
+    assert len(read_lines("all.jsonl")) == len(MANY)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("full")])

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bayesian_lora_kernels as blk
+from bayesian_lora_kernels.model.hidden import differentiable_attention
 from bayesian_lora_kernels.predictive import attention, jvp
 from bayesian_lora_kernels.predictive.jvp import JacobianVectorProduct
 
@@ -151,3 +152,33 @@ def test_dropout_is_left_to_pytorch(calls):
 
     JacobianVectorProduct("forward-single")(function, {"a": torch.ones(8)}, {"a": torch.ones(1, 8)})
     assert not calls
+
+
+def test_autocast_casts_as_pytorch_s_function_does(calls):
+    """Rotations leave queries and keys in float32, where values are in half precision."""
+    x = torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(1))
+    parameters, deviations = {"a": torch.ones(8)}, {"a": torch.ones(3, 8)}
+
+    def function(p: dict[str, Tensor]) -> Tensor:
+        return scaled_dot_product_attention(x * p["a"], x, x.bfloat16())
+
+    def cast(p: dict[str, Tensor]) -> Tensor:
+        return scaled_dot_product_attention((x * p["a"]).bfloat16(), x.bfloat16(), x.bfloat16())
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = JacobianVectorProduct("forward-single")(function, parameters, deviations)
+    assert len(calls) == 3  # one for each sample
+    assert torch.equal(found, JacobianVectorProduct("forward-single")(cast, parameters, deviations))
+
+
+@pytest.mark.parametrize(("supported", "kind"), [(True, "sdpa"), (False, "eager")])
+def test_attention_of_another_make(supported, kind):
+    """Sinks, which PyTorch's function would leave out, are said by the model."""
+    model = llama(classes=None).model.eval()
+    for module in model.modules():
+        if hasattr(module, "_supports_sdpa"):
+            module._supports_sdpa = supported
+    model.config._attn_implementation = "flash_attention_2"
+    with differentiable_attention(model):
+        assert model.config._attn_implementation == kind
+    assert model.config._attn_implementation == "flash_attention_2"

@@ -242,6 +242,7 @@ def test_it_is_refused(place: Path, capsys: pytest.CaptureFixture[str], name: st
         (["inspect", "text.txt"], "text.txt: a file; expected a folder that blk fit wrote into"),
         (["inspect", "adapter", "--plot", "no/x.png"], "--plot no/x.png: the folder no does not exist"),
         (["inspect", "adapter", "--json", "adapter/laplace.json"], "this is a file of a model or a posterior"),
+        (["fit", "adapter", "data.jsonl", *JOB, "--json", "laplace.json"], "this is a file of a model or a posterior"),
         (["bench", "--device", "nowhere"], "--device nowhere: not usable"),
         (["bench", "--dtype", "float99"], "argument --dtype: invalid choice"),
         (["bench", "--json", "no/x"], "--json no/x: the folder no does not exist"),

@@ -31,7 +31,7 @@ SOURCES = {
     "text": "the text",
     "shift": "a file of examples",
 }
-MODEL_FILES = (".safetensors", ".bin", "laplace.json", "config.json", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = (".safetensors", ".bin", "config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def show(args: Namespace, *parts: Part) -> None:
@@ -71,7 +71,7 @@ def write_json(path: Path | None, content: Any) -> None:
     """
     if path is None:
         return
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if path == STDOUT:
         write(text)
         return
@@ -81,12 +81,12 @@ def write_json(path: Path | None, content: Any) -> None:
         write_text(path, text)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON knows no infinity."""
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -154,7 +154,7 @@ def _check_file(path: Path, option: str) -> None:
         raise InputError(f"{option} {path}: expected a file, this is a folder")
     if path.exists() and not path.is_file():
         raise InputError(f"{option} {path}: expected a file, this is a device or a pipe (--json - writes to stdout)")
-    if path.exists() and path.name.endswith(MODEL_FILES):
+    if path.name == "laplace.json" or (path.exists() and path.name.endswith(MODEL_FILES)):
         raise InputError(f"{option} {path}: this is a file of a model or a posterior; give another name")
     if not path.parent.is_dir():
         missing = "does not exist" if not path.parent.exists() else "is a file"

@@ -55,7 +55,7 @@ class PartialLines:
 
     def write(self, rows: Sequence[Any]) -> None:
         """Add rows; they are in the file when this returns."""
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = "".join(json.dumps(output.finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         if self.path == output.STDOUT:
             output.write(lines)
         elif self.path is not None and self._file is not None:

@@ -70,7 +70,7 @@ def run(args: Namespace) -> int:
                 results.write(rows)
                 first += rows[: MOST_QUESTIONS - len(first)]
                 with bar.external_write_mode():
-                    output.show(args, table.part(rows, name))
+                    _show(args, table.part(rows, name))
                 bar.update(len(some))
     if args.plot is not None:
         with writing(args.plot, "--plot"):
@@ -79,6 +79,16 @@ def run(args: Namespace) -> int:
     loaded.warn_of_truncation(truncated, total - results.done)
     hint_at_calibration(posterior.calibration, args, folder)
     return 0
+
+
+def _show(args: Namespace, part: Groups) -> None:
+    """Who reads no more of the table, such as `head`, does not end a run that writes a file."""
+    try:
+        output.show(args, part)
+    except BrokenPipeError:
+        if args.json is None or args.json == output.STDOUT:
+            raise
+        output.give_up_stdout()
 
 
 def _count(examples: Iterator[Example], path: Path) -> tuple[int, int]:

@@ -110,7 +110,8 @@ def attention_weights_are_formed(model: nn.Module) -> bool:
 def differentiable_attention(model: nn.Module) -> Iterator[None]:
     """A transformers model with attention of another make (flash, flex, its own) runs with PyTorch's inside.
 
-    Afterwards everything is as it was.
+    One that PyTorch's function does not serve, such as one with sinks, which would be left out in silence, runs with
+    eager attention. Afterwards everything is as it was.
     """
     configs = _configs(model)
     kinds = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}
@@ -121,6 +122,7 @@ def differentiable_attention(model: nn.Module) -> Iterator[None]:
             configs[key]._attn_implementation = kinds[key]
 
     with undone(restore):
+        served = all(getattr(module, "_supports_sdpa", True) for module in model.modules())
         for key in changed:
-            configs[key]._attn_implementation = "sdpa"
+            configs[key]._attn_implementation = "sdpa" if served else "eager"
         yield

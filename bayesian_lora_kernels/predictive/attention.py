@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,11 +16,9 @@ from torch.overrides import TorchFunctionMode
 from bayesian_lora_kernels.ops import attention_jvp
 
 
-@contextmanager
-def plain_attention() -> Iterator[None]:
+def plain_attention() -> AbstractContextManager[None]:
     """PyTorch's attention runs inside as its math kernel, which has derivatives of every kind."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 @contextmanager
@@ -50,12 +49,16 @@ def _served(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """The result with its tangent; None: not served. Arguments are those of PyTorch's function."""
-    inputs = (query, key, value)
-    masked = attn_mask is not None
+    if torch.is_autocast_enabled(query.device.type):  # which casts them for PyTorch's function
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+    inputs, masked = (query, key, value), attn_mask is not None
     if dropout_p or (masked and (is_causal or forward_ad.unpack_dual(attn_mask).tangent is not None)):
         return None
-    alike = query.ndim == 4 and key.shape[:3] == value.shape[:3] and key.shape[0] == query.shape[0]
-    if not alike or not key.shape[2] or not (query.shape[1] == key.shape[1] or enable_gqa):
+    if not query.ndim == key.ndim == value.ndim == 4 or not query.dtype == key.dtype == value.dtype:
+        return None
+    alike = key.shape[:3] == value.shape[:3] and key.shape[0] == query.shape[0] and key.shape[1] and key.shape[2]
+    if not alike or query.shape[1] % key.shape[1] or not (query.shape[1] == key.shape[1] or enable_gqa):
         return None
     primals, tangents = zip(*(forward_ad.unpack_dual(one) for one in inputs), strict=True)
     if all(tangent is None for tangent in tangents):
