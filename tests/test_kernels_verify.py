@@ -201,7 +201,7 @@ def test_problems_near_a_variant_take_it(operation, make):
     claim = next(claim for claim in CLAIMS if claim.operation == operation)
     suite, variants = attribute(claim.evidence.suite), attribute(claim.evidence.variants)
     draw = random.Random(0)
-    for _ in range(25):
+    for _ in range(100):
         for taken in map(str, variants(*make(draw))):
             near = catalogue(suite.near(taken), variants, Runtime(CPU))
             assert next((problem for problem, some in near if taken in some), None) is not None, taken

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..verify.problem import HALF, Arguments, Draw, Problem, Suite, off_alignment
 from ..verify.rows import dtypes
+from .variants import COLUMNS
 
 _SEEN = [(None, False), (None, True), *((mask, False) for mask in ("bool", "added", "float32")), ("bool", True)]
 _WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 192, 256)
@@ -77,8 +78,9 @@ def _near(variant: str) -> Iterator[_Kind]:
     of_mask = next((word.partition("=")[2] for word in words if word.startswith("mask=")), None)
     mask = {None: None, "bool": "bool", name: "added"}.get(of_mask, "float32")
     tile = {key: int(size) for key, _, size in (word.partition("=") for word in words) if key in ("D", "V")}
+    # Tiles that are full, and such as have an empty column, also where rows are no whole vectors.
     whole = [
-        [times * size - less for times in (1, 2, 4, 8, 16) for less in (0, 8) if times * size <= 256]
+        [times * size - less for times in (1, 2, 4, 8, 16) for less in (0, COLUMNS + 8) if less < times * size <= 256]
         for size in tile.values()
     ]
     for width, values in itertools.product(*whole):
