@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -119,7 +118,7 @@ def install_and_try(name: str, file: Path, work: Path, triton: str | None, nativ
         check(f"{what}: examples/quickstart.py runs", good, "" if good else last_line(log))
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(quick_start, itertools.product((False, True), {None, triton})))
+        list(pool.map(quick_start, [(False, None), (True, triton)]))
     good, log = run(place / "bin" / "blk", "doctor", cwd=place, env=environment(compiler=False))
     check(f"{name}: blk doctor passes", good, "" if good else last_line(log))
     return Path(site)
