@@ -185,6 +185,8 @@ def test_weights_and_noise_are_those_of_the_data():
         ).fit(data, progress=False)
         found = blk.influence(laplace, data, data, progress=False)
         assert dense.relative(found, torch.autograd.functional.jacobian(losses, weights)) < 1e-10
+        without = [{**batch, "weights": torch.zeros(len(batch["x"]))} for batch in data]
+        assert torch.equal(blk.influence(laplace, without, without, progress=False), found)
 
 
 @pytest.mark.parametrize("curvature", KINDS)
