@@ -159,3 +159,21 @@ def test_what_is_refused():
     empty = {key: value[:0] for key, value in case.batch().items()}
     with pytest.raises(ValueError, match="joint: expected at least one example"):
         laplace.joint(case.batch(), empty)
+
+
+def test_logits_that_are_not_finite_are_refused():
+    class Shifted(torch.nn.Linear):
+        shift = 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.shift
+
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 3), Shifted(3, 2)
+    laplace = blk.LaplaceLoRA(model).fit([(x, torch.tensor([0, 1, 0, 1]))], progress=False)
+    model.shift = torch.tensor([0.0, torch.inf])
+    for call in (laplace.joint, lambda x: laplace.joint(x, x), lambda x: blk.joint_samples(laplace, x, 2)):
+        with pytest.raises(ValueError, match="joint: the logits are not finite"):
+            call(x)
+    with pytest.raises(ValueError, match="joint: the logits are not finite"):
+        blk.select_batch(laplace, x, 1)

@@ -24,7 +24,7 @@ from bayesian_lora_kernels.model.pieces import captures
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
-from bayesian_lora_kernels.predictive.logits import UNKNOWN_LOGITS, choose_logits
+from bayesian_lora_kernels.predictive.logits import UNKNOWN_LOGITS, checked_logits
 from bayesian_lora_kernels.predictive.probabilities import contrasts
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 
@@ -139,16 +139,7 @@ class JointPredictor:
         checks = Deferred()
         for examples, recorded in captures(self.layers, self.forward, batch, step):
             logits = recorded.logits
-            if logits.ndim != 2:
-                raise ValueError(
-                    f"joint: expected forward to return logits [N, C], got {list(logits.shape)}; with a token "
-                    "dimension, return the logits of one position per example"
-                )
-            _, indices = choose_logits(logits.detach(), outputs)
-            count = indices.shape[1]
-            if differences and count < 2:
-                raise ValueError("differences: expected at least 2 logits, got 1, of which there is no difference")
-            columns = contrasts(count, logits) if differences else None
+            _, indices, columns = checked_logits(logits, outputs, differences, checks, "joint")
             jacobians = Jacobians(recorded, indices, True, columns, checks)
             n, c = jacobians.shape
             vectors = {layer.name: jacobians.matrix(layer.name).flatten(end_dim=1) for layer in self.layers}

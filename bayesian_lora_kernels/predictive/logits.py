@@ -107,18 +107,7 @@ class LogitPredictor:
         checks: Deferred,
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         logits = recorded.logits
-        if logits.ndim != 2:
-            raise ValueError(
-                f"predict: expected forward to return logits [N, C], got {list(logits.shape)}; with a token dimension, "
-                "return the logits of one position per example"
-            )
-        bad = ~torch.isfinite(logits.detach()).all().reshape(1)
-        checks.add(bad, lambda _: ValueError("predict: the logits are not finite (NaN or infinity)"))
-        indices, per_example = choose_logits(logits.detach(), outputs)
-        count = per_example.shape[1]
-        if differences and count < 2:
-            raise ValueError("differences: expected at least 2 logits, got 1, of which there is no difference")
-        columns = contrasts(count, logits) if differences else None
+        indices, per_example, columns = checked_logits(logits, outputs, differences, checks, "predict")
         jacobians = Jacobians(recorded, per_example, self.whole, columns, checks)
         covariances = [posterior.covariance(jacobians) for posterior in posteriors]
         bad = ~torch.isfinite(covariances[0]).flatten(1).all(dim=1)
@@ -138,6 +127,30 @@ def _not_finite(size: int, example: int) -> ValueError:
         "gradients are not: numbers that overflow in half precision, or attention over rows that are masked altogether "
         "(another attn_implementation may do without)"
     )
+
+
+def checked_logits(
+    logits: Tensor, outputs: Outputs, differences: bool, checks: Deferred, what: str
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """As `choose_logits`, and the contrasts of the chosen ones with `differences`; `what` is the caller's name.
+
+    Raises:
+        TypeError: as `choose_logits`.
+        ValueError: as `choose_logits`; for a token dimension, numbers that are not finite (by `checks`), and
+            differences of a single logit.
+    """
+    if logits.ndim != 2:
+        raise ValueError(
+            f"{what}: expected forward to return logits [N, C], got {list(logits.shape)}; with a token dimension, "
+            "return the logits of one position per example"
+        )
+    bad = ~torch.isfinite(logits.detach()).all().reshape(1)
+    checks.add(bad, lambda _: ValueError(f"{what}: the logits are not finite (NaN or infinity)"))
+    indices, per_example = choose_logits(logits.detach(), outputs)
+    count = per_example.shape[1]
+    if differences and count < 2:
+        raise ValueError("differences: expected at least 2 logits, got 1, of which there is no difference")
+    return indices, per_example, contrasts(count, logits) if differences else None
 
 
 def choose_logits(logits: Tensor, outputs: Outputs) -> tuple[Tensor | None, Tensor]:
