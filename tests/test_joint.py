@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 
@@ -14,7 +15,7 @@ from torch import Tensor
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.model.dry_run import LiveBytes
 from bayesian_lora_kernels.posterior.posterior import Posterior
-from bayesian_lora_kernels.predictive.joint import JointPredictor
+from bayesian_lora_kernels.predictive import joint
 
 KINDS = ("kfac", "ekfac", "exact")
 
@@ -46,8 +47,8 @@ def test_it_is_the_dense_product(make, curvature, monkeypatch):
     order = torch.tensor([2, 0, 1])
     columns = (order[:, None] * c + torch.arange(c)).flatten()
     for step in (n, 1, 3):  # all at once, one by one, in unequal pieces; each block of the second batch held by itself
-        monkeypatch.setattr(JointPredictor, "_at_once", lambda self, batch, outputs, step=step: step)
-        monkeypatch.setattr(laplace.config.__class__, "memory_budget", 10**9 if step == n else 1)
+        monkeypatch.setattr(joint, "examples_at_once", lambda *args, step=step, **kwargs: step)
+        laplace.config = dataclasses.replace(laplace.config, memory_budget=10**9 if step == n else 1)
         found = laplace.joint(a)
         assert found.shape == (n * c, n * c)
         assert torch.equal(found, found.mT)

@@ -56,14 +56,8 @@ class LogitPredictor:
 
     def examples_at_once(self, batch: Batch, outputs: Outputs) -> int:
         """How many examples of a batch run together."""
-        count = outputs if isinstance(outputs, int) else None
-        count = outputs.shape[-1] if isinstance(outputs, Tensor) and outputs.ndim else count
-        if self.forward.answers is not None:
-            count = count or answers_in(batch.inputs) or 1
-        count = count or self.forward.n_logits or UNKNOWN_LOGITS
-        step = examples_within(self.memory_budget, batch, self.layers, outputs=count, weight_gradients=self.whole)
-        # The exact curvature goes over all of its rows for every piece.
-        return step if self.whole else min(step, frugal_examples(batch, self.layers))
+        whole, budget = self.whole, self.memory_budget
+        return examples_at_once(self.forward, self.layers, batch, outputs, budget, whole=whole, weight_gradients=whole)
 
     def predict(
         self, batch: Batch, outputs: Outputs, posteriors: Sequence[Posterior], differences: bool = False
@@ -127,6 +121,39 @@ def _not_finite(size: int, example: int) -> ValueError:
         "gradients are not: numbers that overflow in half precision, or attention over rows that are masked altogether "
         "(another attn_implementation may do without)"
     )
+
+
+def examples_at_once(
+    forward: Forward,
+    layers: Sequence[LinearLayer],
+    batch: Batch,
+    outputs: Outputs,
+    budget: int | None,
+    *,
+    whole: bool,
+    weight_gradients: bool,
+) -> int:
+    """How many examples of a batch run together: `examples_within` of the logits that are asked for.
+
+    Args:
+        forward: that returns the logits.
+        layers: that are captured.
+        batch: on the device where it will run.
+        outputs: as for `predict`.
+        budget: bytes; None: half of what is free.
+        whole: see `LogitPredictor`: the exact curvature goes over all of its rows for every piece.
+        weight_gradients: see `examples_within`.
+    """
+    count = outputs if isinstance(outputs, int) else None
+    if isinstance(outputs, Tensor):
+        count = outputs.shape[-1] if outputs.ndim else None
+    elif isinstance(outputs, (list, tuple)):
+        count = len(outputs)
+    if forward.answers is not None:
+        count = count or answers_in(batch.inputs) or 1
+    count = count or forward.n_logits or UNKNOWN_LOGITS
+    step = examples_within(budget, batch, layers, outputs=count, weight_gradients=weight_gradients)
+    return step if whole else min(step, frugal_examples(batch, layers))
 
 
 def checked_logits(
