@@ -109,6 +109,19 @@ def test_the_batch_that_tells_most():
     assert sum(found.gains.tolist()) == pytest.approx(worth(chosen), rel=1e-8)
 
 
+def test_margins_of_a_pool_do_not_count():
+    """Like labels; also where a forward of one's own returns the rewards."""
+    torch.manual_seed(0)
+    x, model = torch.randn(5, 2, 3), torch.nn.Linear(3, 1, bias=False)
+
+    def rewards(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["x"]).squeeze(-1)
+
+    laplace = blk.LaplaceLoRA(model, rewards, likelihood="bradley-terry").fit([{"x": x}], progress=False)
+    expected = blk.select_batch(laplace, {"x": x}, 3).gains
+    assert torch.equal(blk.select_batch(laplace, {"x": x, "margin": torch.full((5,), 2.0)}, 3).gains, expected)
+
+
 def test_noise_is_in_the_covariance_and_in_what_labels_tell():
     generator = torch.Generator().manual_seed(0)
     x, prior, noise = torch.randn(7, 4, dtype=torch.float64, generator=generator), 0.5, 0.2
