@@ -253,6 +253,34 @@ def test_an_index_knows_its_posterior(tmp_path):
         blk.InfluenceIndex.open(laplace, tmp_path)
 
 
+@pytest.mark.parametrize("curvature", KINDS)
+def test_an_index_tells_fits_to_other_data(curvature, tmp_path):
+    """Data that leave most of the prior's variance alone, so that random directions hardly tell them apart."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2000, 3))
+    x, y = torch.randn(4, 2000) / 100, torch.tensor([0, 1, 2, 0])
+
+    def fit(rows: slice) -> blk.LaplaceLoRA:
+        return blk.LaplaceLoRA(model, curvature=curvature).fit([(x[rows], y[rows])], progress=False)
+
+    laplace = fit(slice(0, 2))
+    blk.InfluenceIndex.build(laplace, [(x[:2], y[:2])], tmp_path / "index", 2, progress=False)
+    laplace.save_pretrained(tmp_path / "posterior")
+    blk.InfluenceIndex.open(blk.LaplaceLoRA.from_pretrained(model, tmp_path / "posterior"), tmp_path / "index")
+    with pytest.raises(ValueError, match="of another posterior"):
+        blk.InfluenceIndex.open(fit(slice(2, 4)), tmp_path / "index")
+
+
+def test_an_index_knows_its_noise(tmp_path):
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 3), torch.nn.Linear(3, 2)
+    laplace = blk.LaplaceLoRA(model, likelihood="regression").fit([(x, x[:, :2])], progress=False)
+    blk.InfluenceIndex.build(laplace, [(x, x[:, :2])], tmp_path / "index", 2, progress=False)
+    laplace.noise_variance = 0.5
+    with pytest.raises(ValueError, match="of another posterior"):
+        blk.InfluenceIndex.open(laplace, tmp_path / "index")
+
+
 def unlabelled(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
 

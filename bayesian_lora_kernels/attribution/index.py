@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels import ops
-from bayesian_lora_kernels.attribution.scores import budget_of, damped, gradients, products
+from bayesian_lora_kernels.attribution.scores import budget_of, damped, gradients
 from bayesian_lora_kernels.config import PriorPrecision
 from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.measuring import measuring
@@ -27,7 +27,7 @@ from bayesian_lora_kernels.model.names import adapters_of
 from bayesian_lora_kernels.model.reading import check_loader
 from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.posterior import Posterior
-from bayesian_lora_kernels.posterior.tensor_file import TensorFile, write_tensors
+from bayesian_lora_kernels.posterior.tensor_file import TensorFile, values_digest, write_tensors
 from bayesian_lora_kernels.posterior.weights import adapter_digest
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 
@@ -39,8 +39,6 @@ JSON_NAME, TENSORS_NAME = "influence.json", "influence.safetensors"
 BASE, ROWS, LEFT = "base_model", "rows", "left"
 # Bytes for each weight and column of the basis while that is found: it, its update and both in float64.
 STATE_BYTES = 32
-PROBES = 4
-ROUNDING = 1e-3  # of the variance along a probe, on another machine or in another dtype of the same weights
 
 
 class TruncatedScores(NamedTuple):
@@ -124,7 +122,7 @@ class InfluenceIndex:
             "rank": rows.shape[1],
             "kept": kept / max(kept + float(left.double().square().sum()), torch.finfo(torch.float64).tiny),
             "damping": [float(posterior.prior[layer.name]) for layer in laplace.layers],
-            "variances": _probes(laplace, posterior),
+            "posterior": _posterior_of(posterior),
             "adapter_sha256": adapter_digest(laplace._parameters()),
             "adapters": adapters_of(laplace._parameters()),
             "base_model": base,
@@ -170,12 +168,11 @@ class InfluenceIndex:
         values = tensors.read(BASE)
         fingerprint.check(laplace.model, laplace._parameters().values(), adapters, values, content["base_model"])
         found = cls(laplace, folder, content, tensors)
-        for here, there in zip(_probes(laplace, found._posterior), content["variances"], strict=True):
-            if abs(here - there) > ROUNDING * abs(there):
-                raise ValueError(
-                    f"{folder}: of another posterior (its variance along a probe is {there:.6g}, here {here:.6g}); "
-                    "load the posterior that it was built of, or build it again"
-                )
+        if _posterior_of(found._posterior) != content.get("posterior"):
+            raise ValueError(
+                f"{folder}: of another posterior (its fit or its noise variance); load the posterior that it was "
+                "built of, or build it again"
+            )
         return found
 
     @in_own_surroundings
@@ -237,15 +234,10 @@ def _coordinates(
     return torch.cat(rows), torch.cat(left)
 
 
-def _probes(laplace: LaplaceLoRA, posterior: Posterior) -> list[float]:
-    """The posterior's variances along a few random directions, by which another one is told."""
-    generator = torch.Generator().manual_seed(0)
-    probes = {
-        layer.name: torch.randn(PROBES, *layer.shape, generator=generator, dtype=torch.float64).to(layer.device)
-        for layer in laplace.layers
-    }
-    variances = products(found := posterior.root(probes, transpose=True), found).diagonal()
-    return [float(value) for value in variances]
+def _posterior_of(posterior: Posterior) -> dict[str, Any]:
+    """What one is told by, but for the prior, of which an index has its own."""
+    tensors, _ = posterior.curvature.pack()
+    return {"noise_variance": float(posterior.noise_variance), "curvature_sha256": values_digest(tensors)}
 
 
 def _adapters(laplace: LaplaceLoRA, there: list[str]) -> dict[str, str]:

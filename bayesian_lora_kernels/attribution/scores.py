@@ -103,6 +103,11 @@ def damped(laplace: LaplaceLoRA, damping: PriorPrecision | None) -> Posterior:
     """
     curvature = laplace._fitted("influence").curvature
     not_sharded(laplace.model, "influence")
+    if curvature.processes.size > 1:
+        raise ValueError(
+            f"influence: the curvature's rows are spread over {curvature.processes.size} processes, and influence runs "
+            "on one; fit on one process, or with curvature='kfac' or 'ekfac'"
+        )
     if damping is None:
         return laplace._gaussian()
     prior = Prior(damping).over([layer.name for layer in laplace.layers])
