@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels import ops
+from bayesian_lora_kernels.attribution.order import InOrder
 from bayesian_lora_kernels.attribution.scores import budget_of, damped, gradients
 from bayesian_lora_kernels.config import PriorPrecision
 from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.names import adapters_of
-from bayesian_lora_kernels.model.reading import check_loader
 from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.posterior.tensor_file import TensorFile, values_digest, write_tensors
@@ -107,12 +107,12 @@ class InfluenceIndex:
         most = (budget_of(laplace) // per_column - 10) // 2
         if not 1 <= rank <= max(most, 1):
             raise ValueError(f"rank: expected 1 to {max(most, 1)}, for which memory_budget has room, got {rank}")
-        check_loader(train_loader, "train_loader")
+        train = InOrder(train_loader, "train_loader")
         if isinstance(train_loader, Iterator):
             raise ValueError("train_loader: gone over twice, expected a DataLoader or a list, got an iterator")
         with measuring(laplace.model):
-            basis = _directions(laplace, train_loader, posterior, rank, progress)
-            rows, left = _coordinates(laplace, train_loader, "train_loader", posterior, basis, progress)
+            basis = _directions(laplace, train, posterior, rank, progress)
+            rows, left = _coordinates(laplace, train, posterior, basis, progress)
         values, base = fingerprint.take(laplace.model, laplace._parameters().values())
         kept = float(rows.double().square().sum())
         description = {
@@ -189,31 +189,28 @@ class InfluenceIndex:
         """
         if self._laplace._fitted("influence").curvature is not self._posterior.curvature:
             raise ValueError("influence: fit was called again since; build the index again")
-        check_loader(queries, "queries")
         layers = self._laplace.layers
         parts = [self._tensors.read(f"{i}.basis", layer.device).flatten(1).mT for i, layer in enumerate(layers)]
         basis = torch.cat([part.to(parts[0].device) for part in parts])
         with measuring(self._laplace.model):
-            own, own_left = _coordinates(self._laplace, queries, "queries", self._posterior, basis, False)
+            own, own_left = _coordinates(self._laplace, InOrder(queries, "queries"), self._posterior, basis, False)
         rows, left = (self._tensors.read(name, own.device).double() for name in (ROWS, LEFT))
         return TruncatedScores(-own.double() @ rows.mT, own_left.double()[:, None] * left)
 
 
-def _rooted(
-    laplace: LaplaceLoRA, loader: Iterable[Any], name: str, posterior: Posterior, progress: bool
-) -> Iterator[Tensor]:
+def _rooted(laplace: LaplaceLoRA, loader: InOrder, posterior: Posterior, progress: bool) -> Iterator[Tensor]:
     """`B^T grad l [n, P]` of some examples at a time, in the dtype of their gradients."""
-    for piece in gradients(laplace, posterior, loader, name, progress, share=16):
+    for piece in gradients(laplace, posterior, loader, progress, share=16):
         dtype = piece[laplace.layers[0].name].dtype
         found = posterior.root(piece, transpose=True)
         flat = [found[layer.name].flatten(1) for layer in laplace.layers]
         yield torch.cat([part.to(flat[0].device, dtype) for part in flat], dim=1)
 
 
-def _directions(laplace: LaplaceLoRA, loader: Iterable[Any], posterior: Posterior, rank: int, progress: bool) -> Tensor:
+def _directions(laplace: LaplaceLoRA, loader: InOrder, posterior: Posterior, rank: int, progress: bool) -> Tensor:
     """`[P, r]` orthonormal columns that hold most of the squares of all rows; a pass over the data."""
     basis, generator = None, torch.Generator().manual_seed(0)
-    for rows in _rooted(laplace, loader, "train_loader", posterior, progress):
+    for rows in _rooted(laplace, loader, posterior, progress):
         basis = ops.incremental_svd(basis, rows, columns=2 * rank + 10, generator=generator)
     assert basis is not None
     columns = basis[:, :rank].double()
@@ -224,11 +221,11 @@ def _directions(laplace: LaplaceLoRA, loader: Iterable[Any], posterior: Posterio
 
 
 def _coordinates(
-    laplace: LaplaceLoRA, loader: Iterable[Any], name: str, posterior: Posterior, basis: Tensor, progress: bool
+    laplace: LaplaceLoRA, loader: InOrder, posterior: Posterior, basis: Tensor, progress: bool
 ) -> tuple[Tensor, Tensor]:
     """Of every example, `[n, r]` and the length of what these leave, `[n]`; a pass over the data."""
     rows, left = [], []
-    for x in _rooted(laplace, loader, name, posterior, progress):
+    for x in _rooted(laplace, loader, posterior, progress):
         rows.append(x @ basis)
         left.append((x - rows[-1] @ basis.mT).norm(dim=1))
     return torch.cat(rows), torch.cat(left)
