@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.curvature import shares, takeover
 from bayesian_lora_kernels.curvature.likelihood import BradleyTerry, PlackettLuce
+from bayesian_lora_kernels.predictive import joint
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
 REWARDS = {
@@ -304,10 +305,10 @@ def test_influence_and_choice_of_pairs():
     model, examples = reward_model().eval(), texts("pairs")
     laplace = blk.LaplaceLoRA(model, likelihood="bradley-terry", curvature="exact").fit([below(examples)], False)
     truth = Truth(model, examples, [lambda r: pair(r, 1.0, 0.0)] * 4)
-    joint = laplace.joint(lists(examples, extra=1), lists(examples))
+    across = laplace.joint(lists(examples, extra=1), lists(examples))
     jacobian = flat(truth.jacobian).flatten(0, 1)
     sigma = torch.linalg.inv(truth.curvature + torch.eye(len(truth.theta), **DOUBLE))
-    assert relative(joint, jacobian @ sigma @ jacobian.T) < 1e-7
+    assert relative(across, jacobian @ sigma @ jacobian.T) < 1e-7
     slopes = [torch.autograd.functional.jacobian(lambda r: -pair(r, 1.0, 0.0), r) for r in truth.rewards]
     losses = torch.einsum("nc,ncp->np", torch.stack(slopes), flat(truth.jacobian))
     found = blk.influence(laplace, [beside(examples)], [below(examples, extra=2)], progress=False)
@@ -320,6 +321,22 @@ def test_influence_and_choice_of_pairs():
         blk.select_batch(laplace, below(examples), 1)
     weighted = {**beside(examples), "weights": torch.tensor([0.5, 1.0, 2.0, 3.0])}  # influence is of a unit of weight
     assert torch.equal(blk.influence(laplace, [weighted], [below(examples, extra=2)], progress=False), found)
+
+
+def test_influence_sizes_pieces_of_joint_by_the_answers(monkeypatch: pytest.MonkeyPatch):
+    examples, steps = texts("pairs"), []
+
+    def noted(layers: Any, forward: Any, batch: Any, step: int) -> Any:
+        steps.append(step)
+        return captures(layers, forward, batch, step)
+
+    captures = joint.captures
+    monkeypatch.setattr(joint, "captures", noted)
+    laplace = blk.LaplaceLoRA(reward_model().eval(), likelihood="bradley-terry", memory_budget=200_000)
+    laplace.fit([beside(examples)], progress=False)
+    found = laplace.joint(beside(examples))
+    assert relative(laplace.joint(beside(examples), outputs=[0, 1]), found) < 1e-12
+    assert steps[0] == steps[1] > 1
 
 
 def test_it_is_saved_verified_and_estimated(tmp_path: Any):

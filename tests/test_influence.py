@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import dense
 import models
@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_joint import KINDS, fitted, precision
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.attribution import scores
@@ -185,6 +186,8 @@ def test_weights_and_noise_are_those_of_the_data():
         ).fit(data, progress=False)
         found = blk.influence(laplace, data, data, progress=False)
         assert dense.relative(found, torch.autograd.functional.jacobian(losses, weights)) < 1e-10
+        without = [{**batch, "weights": torch.zeros(len(batch["x"]))} for batch in data]
+        assert torch.equal(blk.influence(laplace, without, without, progress=False), found)
 
 
 @pytest.mark.parametrize("curvature", KINDS)
@@ -249,6 +252,82 @@ def test_an_index_knows_its_posterior(tmp_path):
         blk.InfluenceIndex.open(laplace, folder)
     with pytest.raises(FileNotFoundError, match="no influence index here"):
         blk.InfluenceIndex.open(laplace, tmp_path)
+
+
+@pytest.mark.parametrize("curvature", KINDS)
+def test_an_index_tells_fits_to_other_data(curvature, tmp_path):
+    """Data that leave most of the prior's variance alone, so that random directions hardly tell them apart."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2000, 3))
+    x, y = torch.randn(4, 2000) / 100, torch.tensor([0, 1, 2, 0])
+
+    def fit(rows: slice) -> blk.LaplaceLoRA:
+        return blk.LaplaceLoRA(model, curvature=curvature).fit([(x[rows], y[rows])], progress=False)
+
+    laplace = fit(slice(0, 2))
+    blk.InfluenceIndex.build(laplace, [(x[:2], y[:2])], tmp_path / "index", 2, progress=False)
+    laplace.save_pretrained(tmp_path / "posterior")
+    blk.InfluenceIndex.open(blk.LaplaceLoRA.from_pretrained(model, tmp_path / "posterior"), tmp_path / "index")
+    with pytest.raises(ValueError, match="of another posterior"):
+        blk.InfluenceIndex.open(fit(slice(2, 4)), tmp_path / "index")
+
+
+def test_an_index_knows_its_noise(tmp_path):
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 3), torch.nn.Linear(3, 2)
+    laplace = blk.LaplaceLoRA(model, likelihood="regression").fit([(x, x[:, :2])], progress=False)
+    blk.InfluenceIndex.build(laplace, [(x, x[:, :2])], tmp_path / "index", 2, progress=False)
+    laplace.noise_variance = 0.5
+    with pytest.raises(ValueError, match="of another posterior"):
+        blk.InfluenceIndex.open(laplace, tmp_path / "index")
+
+
+class Turning:
+    """Batches of which each time shows a slice."""
+
+    def __init__(self, batches: Sequence[dict[str, Tensor]], times: Sequence[slice]):
+        self.batches, self.times = batches, iter(times)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self.batches[next(self.times)])
+
+
+def test_the_order_of_the_examples_is_known(tmp_path):
+    torch.manual_seed(0)
+    x, y, model = torch.randn(6, 3), torch.arange(6) % 2, torch.nn.Linear(3, 2)
+    dataset, plain = TensorDataset(x, y), [(x, y)]
+    laplace = blk.LaplaceLoRA(model, memory_budget=1).fit(plain, progress=False)
+    build, folder = blk.InfluenceIndex.build, tmp_path / "index"
+    index = build(blk.LaplaceLoRA(model).fit(plain, progress=False), plain, folder, 1, progress=False)
+    share = DistributedSampler(dataset, num_replicas=2, rank=1, shuffle=False)
+    for loader, message in (
+        (DataLoader(dataset, batch_size=2, shuffle=True), "its RandomSampler draws the order of the examples"),
+        (DataLoader(dataset, batch_size=2, sampler=share), "its DistributedSampler gives this process one of 2 shares"),
+    ):
+        with pytest.raises(ValueError, match=f"train_loader: {message}"):
+            blk.influence(laplace, loader, plain, progress=False)
+        with pytest.raises(ValueError, match=f"train_loader: {message}"):
+            build(laplace, loader, tmp_path / "other", 1, progress=False)
+        for call in (lambda q: blk.influence(laplace, plain, q, progress=False), index.influence):
+            with pytest.raises(ValueError, match=f"queries: {message}"):
+                call(loader)
+    cut = [(x[i : i + 2], y[i : i + 2]) for i in (0, 2, 4)]
+    forth, back, less, more = slice(None), slice(None, None, -1), slice(0, 2), slice(0, 3)
+    for times, batch in (((forth, back), 0), ((forth, less), 2), ((less, more), 2)):
+        with pytest.raises(ValueError, match=f"train_loader: gone over more than once, and batch {batch} is not what"):
+            blk.influence(laplace, Turning(cut, times), plain, progress=False)
+        with pytest.raises(ValueError, match=f"train_loader: gone over more than once, and batch {batch} is not what"):
+            build(index._laplace, Turning(cut, times), tmp_path / "other", 1, progress=False)
+    blk.influence(laplace, Turning(cut, [forth] * 6), plain, progress=False)
+
+
+def test_a_curvature_that_is_spread_is_refused(tmp_path, monkeypatch):
+    case = models.llama()
+    laplace = fitted(case, curvature="exact")
+    blk.InfluenceIndex.build(laplace, case.loader(2), tmp_path / "index", 2, progress=False)
+    monkeypatch.setattr(laplace._fit.curvature.processes, "size", 2)
+    with pytest.raises(ValueError, match="influence: the curvature's rows are spread over 2 processes"):
+        blk.InfluenceIndex.open(laplace, tmp_path / "index")
 
 
 def unlabelled(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

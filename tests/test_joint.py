@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 
@@ -14,7 +15,7 @@ from torch import Tensor
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.model.dry_run import LiveBytes
 from bayesian_lora_kernels.posterior.posterior import Posterior
-from bayesian_lora_kernels.predictive.joint import JointPredictor
+from bayesian_lora_kernels.predictive import joint
 
 KINDS = ("kfac", "ekfac", "exact")
 
@@ -46,8 +47,8 @@ def test_it_is_the_dense_product(make, curvature, monkeypatch):
     order = torch.tensor([2, 0, 1])
     columns = (order[:, None] * c + torch.arange(c)).flatten()
     for step in (n, 1, 3):  # all at once, one by one, in unequal pieces; each block of the second batch held by itself
-        monkeypatch.setattr(JointPredictor, "_at_once", lambda self, batch, outputs, step=step: step)
-        monkeypatch.setattr(laplace.config.__class__, "memory_budget", 10**9 if step == n else 1)
+        monkeypatch.setattr(joint, "examples_at_once", lambda *args, step=step, **kwargs: step)
+        laplace.config = dataclasses.replace(laplace.config, memory_budget=10**9 if step == n else 1)
         found = laplace.joint(a)
         assert found.shape == (n * c, n * c)
         assert torch.equal(found, found.mT)
@@ -108,6 +109,19 @@ def test_the_batch_that_tells_most():
     assert sum(found.gains.tolist()) == pytest.approx(worth(chosen), rel=1e-8)
 
 
+def test_margins_of_a_pool_do_not_count():
+    """Like labels; also where a forward of one's own returns the rewards."""
+    torch.manual_seed(0)
+    x, model = torch.randn(5, 2, 3), torch.nn.Linear(3, 1, bias=False)
+
+    def rewards(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["x"]).squeeze(-1)
+
+    laplace = blk.LaplaceLoRA(model, rewards, likelihood="bradley-terry").fit([{"x": x}], progress=False)
+    expected = blk.select_batch(laplace, {"x": x}, 3).gains
+    assert torch.equal(blk.select_batch(laplace, {"x": x, "margin": torch.full((5,), 2.0)}, 3).gains, expected)
+
+
 def test_noise_is_in_the_covariance_and_in_what_labels_tell():
     generator = torch.Generator().manual_seed(0)
     x, prior, noise = torch.randn(7, 4, dtype=torch.float64, generator=generator), 0.5, 0.2
@@ -159,3 +173,21 @@ def test_what_is_refused():
     empty = {key: value[:0] for key, value in case.batch().items()}
     with pytest.raises(ValueError, match="joint: expected at least one example"):
         laplace.joint(case.batch(), empty)
+
+
+def test_logits_that_are_not_finite_are_refused():
+    class Shifted(torch.nn.Linear):
+        shift = 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.shift
+
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 3), Shifted(3, 2)
+    laplace = blk.LaplaceLoRA(model).fit([(x, torch.tensor([0, 1, 0, 1]))], progress=False)
+    model.shift = torch.tensor([0.0, torch.inf])
+    for call in (laplace.joint, lambda x: laplace.joint(x, x), lambda x: blk.joint_samples(laplace, x, 2)):
+        with pytest.raises(ValueError, match="joint: the logits are not finite"):
+            call(x)
+    with pytest.raises(ValueError, match="joint: the logits are not finite"):
+        blk.select_batch(laplace, x, 1)

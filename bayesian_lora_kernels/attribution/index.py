@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from bayesian_lora_kernels import ops
-from bayesian_lora_kernels.attribution.scores import budget_of, damped, gradients, products
+from bayesian_lora_kernels.attribution.order import InOrder
+from bayesian_lora_kernels.attribution.scores import budget_of, damped, gradients
 from bayesian_lora_kernels.config import PriorPrecision
 from bayesian_lora_kernels.model import fingerprint
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.names import adapters_of
-from bayesian_lora_kernels.model.reading import check_loader
 from bayesian_lora_kernels.posterior import storage
 from bayesian_lora_kernels.posterior.posterior import Posterior
-from bayesian_lora_kernels.posterior.tensor_file import TensorFile, write_tensors
+from bayesian_lora_kernels.posterior.tensor_file import TensorFile, values_digest, write_tensors
 from bayesian_lora_kernels.posterior.weights import adapter_digest
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 
@@ -39,8 +39,6 @@ JSON_NAME, TENSORS_NAME = "influence.json", "influence.safetensors"
 BASE, ROWS, LEFT = "base_model", "rows", "left"
 # Bytes for each weight and column of the basis while that is found: it, its update and both in float64.
 STATE_BYTES = 32
-PROBES = 4
-ROUNDING = 1e-3  # of the variance along a probe, on another machine or in another dtype of the same weights
 
 
 class TruncatedScores(NamedTuple):
@@ -109,12 +107,12 @@ class InfluenceIndex:
         most = (budget_of(laplace) // per_column - 10) // 2
         if not 1 <= rank <= max(most, 1):
             raise ValueError(f"rank: expected 1 to {max(most, 1)}, for which memory_budget has room, got {rank}")
-        check_loader(train_loader, "train_loader")
+        train = InOrder(train_loader, "train_loader")
         if isinstance(train_loader, Iterator):
             raise ValueError("train_loader: gone over twice, expected a DataLoader or a list, got an iterator")
         with measuring(laplace.model):
-            basis = _directions(laplace, train_loader, posterior, rank, progress)
-            rows, left = _coordinates(laplace, train_loader, "train_loader", posterior, basis, progress)
+            basis = _directions(laplace, train, posterior, rank, progress)
+            rows, left = _coordinates(laplace, train, posterior, basis, progress)
         values, base = fingerprint.take(laplace.model, laplace._parameters().values())
         kept = float(rows.double().square().sum())
         description = {
@@ -124,7 +122,7 @@ class InfluenceIndex:
             "rank": rows.shape[1],
             "kept": kept / max(kept + float(left.double().square().sum()), torch.finfo(torch.float64).tiny),
             "damping": [float(posterior.prior[layer.name]) for layer in laplace.layers],
-            "variances": _probes(laplace, posterior),
+            "posterior": _posterior_of(posterior),
             "adapter_sha256": adapter_digest(laplace._parameters()),
             "adapters": adapters_of(laplace._parameters()),
             "base_model": base,
@@ -170,12 +168,11 @@ class InfluenceIndex:
         values = tensors.read(BASE)
         fingerprint.check(laplace.model, laplace._parameters().values(), adapters, values, content["base_model"])
         found = cls(laplace, folder, content, tensors)
-        for here, there in zip(_probes(laplace, found._posterior), content["variances"], strict=True):
-            if abs(here - there) > ROUNDING * abs(there):
-                raise ValueError(
-                    f"{folder}: of another posterior (its variance along a probe is {there:.6g}, here {here:.6g}); "
-                    "load the posterior that it was built of, or build it again"
-                )
+        if _posterior_of(found._posterior) != content.get("posterior"):
+            raise ValueError(
+                f"{folder}: of another posterior (its fit or its noise variance); load the posterior that it was "
+                "built of, or build it again"
+            )
         return found
 
     @in_own_surroundings
@@ -192,31 +189,28 @@ class InfluenceIndex:
         """
         if self._laplace._fitted("influence").curvature is not self._posterior.curvature:
             raise ValueError("influence: fit was called again since; build the index again")
-        check_loader(queries, "queries")
         layers = self._laplace.layers
         parts = [self._tensors.read(f"{i}.basis", layer.device).flatten(1).mT for i, layer in enumerate(layers)]
         basis = torch.cat([part.to(parts[0].device) for part in parts])
         with measuring(self._laplace.model):
-            own, own_left = _coordinates(self._laplace, queries, "queries", self._posterior, basis, False)
+            own, own_left = _coordinates(self._laplace, InOrder(queries, "queries"), self._posterior, basis, False)
         rows, left = (self._tensors.read(name, own.device).double() for name in (ROWS, LEFT))
         return TruncatedScores(-own.double() @ rows.mT, own_left.double()[:, None] * left)
 
 
-def _rooted(
-    laplace: LaplaceLoRA, loader: Iterable[Any], name: str, posterior: Posterior, progress: bool
-) -> Iterator[Tensor]:
+def _rooted(laplace: LaplaceLoRA, loader: InOrder, posterior: Posterior, progress: bool) -> Iterator[Tensor]:
     """`B^T grad l [n, P]` of some examples at a time, in the dtype of their gradients."""
-    for piece in gradients(laplace, posterior, loader, name, progress, share=16):
+    for piece in gradients(laplace, posterior, loader, progress, share=16):
         dtype = piece[laplace.layers[0].name].dtype
         found = posterior.root(piece, transpose=True)
         flat = [found[layer.name].flatten(1) for layer in laplace.layers]
         yield torch.cat([part.to(flat[0].device, dtype) for part in flat], dim=1)
 
 
-def _directions(laplace: LaplaceLoRA, loader: Iterable[Any], posterior: Posterior, rank: int, progress: bool) -> Tensor:
+def _directions(laplace: LaplaceLoRA, loader: InOrder, posterior: Posterior, rank: int, progress: bool) -> Tensor:
     """`[P, r]` orthonormal columns that hold most of the squares of all rows; a pass over the data."""
     basis, generator = None, torch.Generator().manual_seed(0)
-    for rows in _rooted(laplace, loader, "train_loader", posterior, progress):
+    for rows in _rooted(laplace, loader, posterior, progress):
         basis = ops.incremental_svd(basis, rows, columns=2 * rank + 10, generator=generator)
     assert basis is not None
     columns = basis[:, :rank].double()
@@ -227,25 +221,20 @@ def _directions(laplace: LaplaceLoRA, loader: Iterable[Any], posterior: Posterio
 
 
 def _coordinates(
-    laplace: LaplaceLoRA, loader: Iterable[Any], name: str, posterior: Posterior, basis: Tensor, progress: bool
+    laplace: LaplaceLoRA, loader: InOrder, posterior: Posterior, basis: Tensor, progress: bool
 ) -> tuple[Tensor, Tensor]:
     """Of every example, `[n, r]` and the length of what these leave, `[n]`; a pass over the data."""
     rows, left = [], []
-    for x in _rooted(laplace, loader, name, posterior, progress):
+    for x in _rooted(laplace, loader, posterior, progress):
         rows.append(x @ basis)
         left.append((x - rows[-1] @ basis.mT).norm(dim=1))
     return torch.cat(rows), torch.cat(left)
 
 
-def _probes(laplace: LaplaceLoRA, posterior: Posterior) -> list[float]:
-    """The posterior's variances along a few random directions, by which another one is told."""
-    generator = torch.Generator().manual_seed(0)
-    probes = {
-        layer.name: torch.randn(PROBES, *layer.shape, generator=generator, dtype=torch.float64).to(layer.device)
-        for layer in laplace.layers
-    }
-    variances = products(found := posterior.root(probes, transpose=True), found).diagonal()
-    return [float(value) for value in variances]
+def _posterior_of(posterior: Posterior) -> dict[str, Any]:
+    """What one is told by, but for the prior, of which an index has its own."""
+    tensors, _ = posterior.curvature.pack()
+    return {"noise_variance": float(posterior.noise_variance), "curvature_sha256": values_digest(tensors)}
 
 
 def _adapters(laplace: LaplaceLoRA, there: list[str]) -> dict[str, str]:

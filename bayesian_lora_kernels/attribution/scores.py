@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bayesian_lora_kernels.attribution.order import InOrder
 from bayesian_lora_kernels.config import PriorPrecision
 from bayesian_lora_kernels.curvature.factor_sums import Rows, checked_square_sums, not_finite
 from bayesian_lora_kernels.curvature.passes import Passes
@@ -26,7 +27,6 @@ from bayesian_lora_kernels.model.capture import Capture
 from bayesian_lora_kernels.model.forward import model_device
 from bayesian_lora_kernels.model.measuring import measuring
 from bayesian_lora_kernels.model.memory import default_budget
-from bayesian_lora_kernels.model.reading import check_loader
 from bayesian_lora_kernels.model.sharding import not_sharded
 from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.posterior.prior import Prior
@@ -57,7 +57,7 @@ def influence(
     Args:
         laplace: after `fit` on the training data, in any kind of curvature.
         train_loader: labelled batches of N examples, in the order of the result's columns.
-        queries: labelled batches of Q examples.
+        queries: labelled batches of Q examples, in the order of its rows.
         damping: what is added to the curvature: one precision, or one for each module; None: the prior's.
         progress: whether to show a progress bar.
 
@@ -67,14 +67,14 @@ def influence(
 
     Raises:
         RuntimeError: before `fit`.
-        ValueError: for batches without labels, gradients that are not finite, a model that is sharded, a curvature
-            whose rows are spread over processes, and queries that do not fit the memory at once if `train_loader` is an
-            iterator, which cannot start again.
+        ValueError: for batches without labels, a loader that shuffles, is of a share of the data or gives other batches
+            the next time, gradients that are not finite, a model that is sharded, a curvature whose rows are spread
+            over processes, and queries that do not fit the memory at once if `train_loader` is an iterator, which
+            cannot start again.
         TypeError: for a single batch instead of a loader, or a curvature without `root`.
     """
     posterior, budget = damped(laplace, damping), budget_of(laplace)
-    check_loader(train_loader, "train_loader")
-    check_loader(queries, "queries")
+    train, queries = InOrder(train_loader, "train_loader"), InOrder(queries, "queries")
     rows: list[Tensor] = []
     with measuring(laplace.model):
         for count, solved in enumerate(_blocks(laplace, queries, posterior, budget // SHARE)):
@@ -83,7 +83,7 @@ def influence(
                     "train_loader: the queries do not fit the memory at once, so that it is gone over more than once: "
                     "expected a DataLoader or a list, got an iterator; or raise memory_budget"
                 )
-            parts = gradients(laplace, posterior, train_loader, "train_loader", progress)
+            parts = gradients(laplace, posterior, train, progress)
             rows.append(torch.cat([-products(solved, part) for part in parts], dim=1))
     return torch.cat(rows)
 
@@ -103,6 +103,11 @@ def damped(laplace: LaplaceLoRA, damping: PriorPrecision | None) -> Posterior:
     """
     curvature = laplace._fitted("influence").curvature
     not_sharded(laplace.model, "influence")
+    if curvature.processes.size > 1:
+        raise ValueError(
+            f"influence: the curvature's rows are spread over {curvature.processes.size} processes, and influence runs "
+            "on one; fit on one process, or with curvature='kfac' or 'ekfac'"
+        )
     if damping is None:
         return laplace._gaussian()
     prior = Prior(damping).over([layer.name for layer in laplace.layers])
@@ -117,8 +122,7 @@ def budget_of(laplace: LaplaceLoRA) -> int:
 def gradients(
     laplace: LaplaceLoRA,
     posterior: Posterior,
-    loader: Iterable[Any],
-    name: str,
+    loader: InOrder,
     progress: bool,
     share: int = SHARE,
 ) -> Iterator[dict[str, Tensor]]:
@@ -130,7 +134,6 @@ def gradients(
         laplace: whose model it is.
         posterior: whose noise variance counts.
         loader: labelled batches.
-        name: of that argument.
         progress: whether to show a progress bar.
         share: of the memory budget, the part that captures and gradients may take: one over this.
 
@@ -139,6 +142,7 @@ def gradients(
     """
     config = replace(laplace.config, fisher="empirical", memory_budget=max(1, budget_of(laplace) // share))
     passes = _Losses(laplace.model, laplace.layers, laplace._forward, loader, config, progress)
+    name = loader.name
     names, noise = [layer.name for layer in laplace.layers], float(posterior.noise_variance)
     for index, recorded in passes.captures(name, weight_gradients=True):
         if recorded.result.labels is None:
@@ -157,14 +161,12 @@ def products(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([one.to(found[0].device) for one in found]).sum(dim=0)
 
 
-def _blocks(
-    laplace: LaplaceLoRA, queries: Iterable[Any], posterior: Posterior, room: int
-) -> Iterator[dict[str, Tensor]]:
+def _blocks(laplace: LaplaceLoRA, queries: InOrder, posterior: Posterior, room: int) -> Iterator[dict[str, Tensor]]:
     """The queries' gradients times Sigma, as many at a time as fit `room` bytes; at least one piece of a batch."""
     held: list[dict[str, Tensor]] = []
     free = room
     # Solving takes the gradients in float64, twice.
-    for piece in gradients(laplace, posterior, queries, "queries", False, share=4 * SHARE):
+    for piece in gradients(laplace, posterior, queries, False, share=4 * SHARE):
         size = sum(gradient.nbytes for gradient in piece.values())
         if held and size > free:
             yield _joined(held)

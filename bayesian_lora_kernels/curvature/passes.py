@@ -295,7 +295,7 @@ class Passes:
         )
 
     def _example_weights(self, recorded: Capture) -> Tensor | None:
-        """By whose roots the columns of the examples are multiplied."""
+        """How often each of them counts, `[N]`; None: once."""
         return recorded.batch.weights
 
     def _generator(self, device: torch.device) -> torch.Generator:
@@ -340,7 +340,7 @@ class Passes:
         self.checks.prefix = f"batch {index}: "
         added = self._check(recorded)
         self.checks.prefix = ""
-        logits, mask, weights = recorded.logits, recorded.result.mask, recorded.batch.weights
+        logits, mask, weights = recorded.logits, recorded.result.mask, self._example_weights(recorded)
         counted: Tensor | int
         if weights is None:
             counted = len(logits) if mask is None else mask.sum()
@@ -367,7 +367,7 @@ class Passes:
         labels = self.likelihood.check_labels(logits, labels, self.checks)
         recorded.result = recorded.result._replace(labels=labels)
         shifted = self.likelihood.shifted(logits.detach(), labels, recorded.batch.inputs, self.checks)
-        each, weights = self.likelihood.log_likelihood(shifted, labels, mask), recorded.batch.weights
+        each, weights = self.likelihood.log_likelihood(shifted, labels, mask), self._example_weights(recorded)
         return (each if weights is None else weights.to(each) * each).sum()
 
 

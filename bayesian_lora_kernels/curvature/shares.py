@@ -48,7 +48,9 @@ def share_of(loader: Any) -> Share | None:
     Seen are PyTorch's `DistributedSampler` and what is like it, accelerate's shards and dispatcher, and datasets'
     `split_dataset_by_node` of a stream.
     """
-    return next((share for share in map(_own_share, _parts(loader)) if share is not None and share.size > 1), None)
+    return next(
+        (share for share in map(_own_share, parts_of_loader(loader)) if share is not None and share.size > 1), None
+    )
 
 
 def own_share(loader: Any, processes: Processes, what: str, read: Callable[[Any], Batch] = Batch.of) -> Any:
@@ -131,7 +133,7 @@ def _say_alone(what: str) -> None:
         )
 
 
-def _parts(loader: Any) -> Iterator[Any]:
+def parts_of_loader(loader: Any) -> Iterator[Any]:
     """The loader, and what it takes its examples from."""
     found, seen = [loader], set()
     while found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -63,6 +64,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | Columns]) -> None:
                 file.write(_bytes(tensor).data)
             else:
                 _write_columns(file, tensor, *kinds[name])
+
+
+def values_digest(tensors: Mapping[str, Tensor | Columns]) -> str:
+    """SHA-256 over dtypes, shapes and values, in this order, whatever the names; the same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        dtype, shape = _kind(name, tensor)
+        digest.update(f"{dtype} {shape}\n".encode())
+        pieces = [(0, tensor)] if isinstance(tensor, Tensor) else _pieces(tensor, dtype, shape)
+        for _, piece in pieces:
+            digest.update(_bytes(piece).data)
+    return digest.hexdigest()
 
 
 class TensorFile:
@@ -130,13 +143,19 @@ def _kind(name: str, tensor: Tensor | Columns) -> tuple[torch.dtype, list[int]]:
 def _write_columns(file: BinaryIO, columns: Columns, dtype: torch.dtype, shape: list[int]) -> None:
     n, width = shape
     start, row = file.tell(), width * dtype.itemsize
-    step = max(1, PIECE_BYTES // max(1, n * dtype.itemsize))
-    for first in range(0, width, step):
-        piece = columns.read(slice(first, min(first + step, width)))
+    for first, piece in _pieces(columns, dtype, shape):
         for i, part in enumerate(_bytes(piece).reshape(n, -1)):
             file.seek(start + i * row + first * dtype.itemsize)
             file.write(part.data)
     file.seek(start + n * row)
+
+
+def _pieces(columns: Columns, dtype: torch.dtype, shape: list[int]) -> Iterator[tuple[int, Tensor]]:
+    """Slices of the columns, and the first column of each."""
+    n, width = shape
+    step = max(1, PIECE_BYTES // max(1, n * dtype.itemsize))
+    for first in range(0, width, step):
+        yield first, columns.read(slice(first, min(first + step, width)))
 
 
 def _bytes(tensor: Tensor) -> numpy.ndarray[Any, Any]:

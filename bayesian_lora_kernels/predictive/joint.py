@@ -19,12 +19,12 @@ from bayesian_lora_kernels.model.forward import Forward
 from bayesian_lora_kernels.model.jacobians import Jacobians
 from bayesian_lora_kernels.model.layers import LinearLayer
 from bayesian_lora_kernels.model.measuring import measuring
-from bayesian_lora_kernels.model.memory import default_budget, examples_within, frugal_examples
+from bayesian_lora_kernels.model.memory import default_budget
 from bayesian_lora_kernels.model.pieces import captures
 from bayesian_lora_kernels.ops.checks import accumulate_dtype
 from bayesian_lora_kernels.posterior.posterior import Posterior
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
-from bayesian_lora_kernels.predictive.logits import UNKNOWN_LOGITS, choose_logits
+from bayesian_lora_kernels.predictive.logits import checked_logits, examples_at_once
 from bayesian_lora_kernels.predictive.probabilities import contrasts
 from bayesian_lora_kernels.surroundings import in_own_surroundings
 
@@ -135,20 +135,12 @@ class JointPredictor:
                 "outputs: expected None or indices [C], the same logits of every example; for the most probable of "
                 "some, take predict(batch, outputs=k).indices"
             )
-        step = self._at_once(batch, outputs)
+        whole, budget = self.posterior.curvature.whole_jacobians, self.memory_budget // SHARE
+        step = examples_at_once(self.forward, self.layers, batch, outputs, budget, whole=whole, weight_gradients=True)
         checks = Deferred()
         for examples, recorded in captures(self.layers, self.forward, batch, step):
             logits = recorded.logits
-            if logits.ndim != 2:
-                raise ValueError(
-                    f"joint: expected forward to return logits [N, C], got {list(logits.shape)}; with a token "
-                    "dimension, return the logits of one position per example"
-                )
-            _, indices = choose_logits(logits.detach(), outputs)
-            count = indices.shape[1]
-            if differences and count < 2:
-                raise ValueError("differences: expected at least 2 logits, got 1, of which there is no difference")
-            columns = contrasts(count, logits) if differences else None
+            _, indices, columns = checked_logits(logits, outputs, differences, checks, "joint")
             jacobians = Jacobians(recorded, indices, True, columns, checks)
             n, c = jacobians.shape
             vectors = {layer.name: jacobians.matrix(layer.name).flatten(end_dim=1) for layer in self.layers}
@@ -168,13 +160,6 @@ class JointPredictor:
             held.append(piece)
             room -= len(piece.mean)
         return held
-
-    def _at_once(self, batch: Batch, outputs: Sequence[int] | Tensor | None) -> int:
-        count = self.forward.n_logits or UNKNOWN_LOGITS if outputs is None else len(outputs)
-        step = examples_within(self.memory_budget // SHARE, batch, self.layers, outputs=count, weight_gradients=True)
-        # The exact curvature goes over all of its rows for every piece.
-        whole = self.posterior.curvature.whole_jacobians
-        return step if whole else min(step, frugal_examples(batch, self.layers))
 
     def _finished(self, result: Tensor, differences: bool) -> Tensor:
         """Checked, and as a matrix; of contrasts, for the logits less their mean."""

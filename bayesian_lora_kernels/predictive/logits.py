@@ -56,14 +56,8 @@ class LogitPredictor:
 
     def examples_at_once(self, batch: Batch, outputs: Outputs) -> int:
         """How many examples of a batch run together."""
-        count = outputs if isinstance(outputs, int) else None
-        count = outputs.shape[-1] if isinstance(outputs, Tensor) and outputs.ndim else count
-        if self.forward.answers is not None:
-            count = count or answers_in(batch.inputs) or 1
-        count = count or self.forward.n_logits or UNKNOWN_LOGITS
-        step = examples_within(self.memory_budget, batch, self.layers, outputs=count, weight_gradients=self.whole)
-        # The exact curvature goes over all of its rows for every piece.
-        return step if self.whole else min(step, frugal_examples(batch, self.layers))
+        whole, budget = self.whole, self.memory_budget
+        return examples_at_once(self.forward, self.layers, batch, outputs, budget, whole=whole, weight_gradients=whole)
 
     def predict(
         self, batch: Batch, outputs: Outputs, posteriors: Sequence[Posterior], differences: bool = False
@@ -107,18 +101,7 @@ class LogitPredictor:
         checks: Deferred,
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         logits = recorded.logits
-        if logits.ndim != 2:
-            raise ValueError(
-                f"predict: expected forward to return logits [N, C], got {list(logits.shape)}; with a token dimension, "
-                "return the logits of one position per example"
-            )
-        bad = ~torch.isfinite(logits.detach()).all().reshape(1)
-        checks.add(bad, lambda _: ValueError("predict: the logits are not finite (NaN or infinity)"))
-        indices, per_example = choose_logits(logits.detach(), outputs)
-        count = per_example.shape[1]
-        if differences and count < 2:
-            raise ValueError("differences: expected at least 2 logits, got 1, of which there is no difference")
-        columns = contrasts(count, logits) if differences else None
+        indices, per_example, columns = checked_logits(logits, outputs, differences, checks, "predict")
         jacobians = Jacobians(recorded, per_example, self.whole, columns, checks)
         covariances = [posterior.covariance(jacobians) for posterior in posteriors]
         bad = ~torch.isfinite(covariances[0]).flatten(1).all(dim=1)
@@ -138,6 +121,63 @@ def _not_finite(size: int, example: int) -> ValueError:
         "gradients are not: numbers that overflow in half precision, or attention over rows that are masked altogether "
         "(another attn_implementation may do without)"
     )
+
+
+def examples_at_once(
+    forward: Forward,
+    layers: Sequence[LinearLayer],
+    batch: Batch,
+    outputs: Outputs,
+    budget: int | None,
+    *,
+    whole: bool,
+    weight_gradients: bool,
+) -> int:
+    """How many examples of a batch run together: `examples_within` of the logits that are asked for.
+
+    Args:
+        forward: that returns the logits.
+        layers: that are captured.
+        batch: on the device where it will run.
+        outputs: as for `predict`.
+        budget: bytes; None: half of what is free.
+        whole: see `LogitPredictor`: the exact curvature goes over all of its rows for every piece.
+        weight_gradients: see `examples_within`.
+    """
+    count = outputs if isinstance(outputs, int) else None
+    if isinstance(outputs, Tensor):
+        count = outputs.shape[-1] if outputs.ndim else None
+    elif isinstance(outputs, (list, tuple)):
+        count = len(outputs)
+    if forward.answers is not None:
+        count = count or answers_in(batch.inputs) or 1
+    count = count or forward.n_logits or UNKNOWN_LOGITS
+    step = examples_within(budget, batch, layers, outputs=count, weight_gradients=weight_gradients)
+    return step if whole else min(step, frugal_examples(batch, layers))
+
+
+def checked_logits(
+    logits: Tensor, outputs: Outputs, differences: bool, checks: Deferred, what: str
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """As `choose_logits`, and the contrasts of the chosen ones with `differences`; `what` is the caller's name.
+
+    Raises:
+        TypeError: as `choose_logits`.
+        ValueError: as `choose_logits`; for a token dimension, numbers that are not finite (by `checks`), and
+            differences of a single logit.
+    """
+    if logits.ndim != 2:
+        raise ValueError(
+            f"{what}: expected forward to return logits [N, C], got {list(logits.shape)}; with a token dimension, "
+            "return the logits of one position per example"
+        )
+    bad = ~torch.isfinite(logits.detach()).all().reshape(1)
+    checks.add(bad, lambda _: ValueError(f"{what}: the logits are not finite (NaN or infinity)"))
+    indices, per_example = choose_logits(logits.detach(), outputs)
+    count = per_example.shape[1]
+    if differences and count < 2:
+        raise ValueError("differences: expected at least 2 logits, got 1, of which there is no difference")
+    return indices, per_example, contrasts(count, logits) if differences else None
 
 
 def choose_logits(logits: Tensor, outputs: Outputs) -> tuple[Tensor | None, Tensor]:

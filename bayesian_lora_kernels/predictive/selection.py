@@ -58,8 +58,8 @@ def select_batch(laplace: LaplaceLoRA, pool: Any, count: int) -> Selection:
     mean, covariance = laplace._joint_predictor().gaussian(inputs)
     n, c = mean.shape
     likelihood.check_logits(mean)
-    logits = likelihood.shifted(mean.double(), None, inputs.inputs)
-    columns = likelihood.exact_columns(logits) / laplace.noise_variance.detach().sqrt().to(mean.device)  # [N, C, m]
+    noise = laplace.noise_variance.detach().to(mean.device)
+    columns = likelihood.exact_columns(mean.double()) / noise.sqrt()  # [N, C, m]
     m = columns.shape[2]
     kernel = torch.einsum("acm,acx->amx", columns, covariance.reshape(n, c, n * c)).reshape(n, m, n, c)
     kernel = torch.einsum("ambc,bck->ambk", kernel, columns)
