@@ -50,7 +50,7 @@ _HALF = {
 }
 # A product of float32 takes three, and operands in two parts.
 _FLOAT32 = {
-    "sm_80": {256: Configuration(32, 16, 16, 32, 1, 8, 1)},
+    "sm_80": {256: Configuration(32, 16, 16, 32, 1, 8, 1, 255)},
     "sm_90": {256: Configuration(64, 16, 16, 32, 1, 4, 1)},
     "sm_100": {16: Configuration(64, 32, 32, 32, 1, 8, 1), 256: Configuration(64, 16, 32, 32, 1, 8, 1, 255)},
 }
