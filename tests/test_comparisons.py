@@ -194,6 +194,15 @@ def test_pairs_in_any_batch(family: str, form: str):
     check(laplace, truth, lists(examples), 4)
 
 
+def test_the_padding_of_a_shorter_side_is_masked():
+    """Sides of texts of one length each need no masks, and have other widths."""
+    model, examples = reward_model("bert").eval(), [[one[0][:3], one[1].repeat(4)[:6]] for one in texts("pairs")]
+    truth = Truth(model, examples, [lambda r: pair(r, 1.0, 0.0)] * 4)
+    laplace = blk.LaplaceLoRA(model, likelihood="bradley-terry", curvature="exact", prior_precision=0.8)
+    batch = {key: value for key, value in beside(examples).items() if "mask" not in key}
+    check(laplace.fit([batch], progress=False), truth, batch, 4)
+
+
 def test_labels_margins_and_weights_of_pairs():
     model, examples = reward_model().eval(), texts("pairs")
     columns = {
