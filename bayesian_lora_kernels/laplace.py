@@ -106,6 +106,11 @@ class LaplaceLoRA:
             raise ValueError(
                 f"class_token_ids: expected none with likelihood={self.config.likelihood!r}, a reward model"
             )
+        if answers is not None and self.config.tokens != "expand":
+            raise ValueError(
+                f"tokens: expected 'expand' with likelihood={self.config.likelihood!r}, got {self.config.tokens!r}, which "
+                "would make one row of all answers to a prompt; leave it out"
+            )
         self._forward = Forward(model, forward, self.config.class_token_ids, masked, self.config.check, answers)
         self.model = model
         self.layers: Sequence[LinearLayer] = find_layers(model, self.config.modules, self._forward.head_rows)
