@@ -70,6 +70,15 @@ def test_a_given_noise_against_dense_matrices(outputs: int):
         assert relative(found.observation_variance, found.variance + noise) < 1e-12
 
 
+def test_observations_less_the_mean_of_their_outputs():
+    case, eye = regression(outputs=3), torch.eye(3, dtype=torch.float64)
+    laplace = fitted(case, curvature="exact", noise_variance=0.3, prior_precision=2.0)
+    observed = laplace.predict(case.batch()).covariance + 0.3 * eye
+    found = laplace.predict(case.batch(), differences=True)
+    expected = ((eye - 1 / 3) @ observed @ (eye - 1 / 3)).diagonal(dim1=1, dim2=2)
+    assert relative(found.observation_variance, expected) < 1e-8
+
+
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
 def test_layers_at_a_noise(curvature: str):
     """Each layer's precision is `curvature / noise + prior`, and everything follows it."""
