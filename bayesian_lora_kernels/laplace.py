@@ -29,7 +29,7 @@ from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evid
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 from bayesian_lora_kernels.posterior.noise import Residuals
 from bayesian_lora_kernels.posterior.posterior import Posterior
-from bayesian_lora_kernels.posterior.prior import Prior, as_precision
+from bayesian_lora_kernels.posterior.prior import Prior, as_precision, has_derivative
 from bayesian_lora_kernels.posterior.weights import MeasuredWeights
 from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelLikelihood, Notice
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
@@ -712,7 +712,7 @@ class LaplaceLoRA:
 
     def _as_noise(self, value: float | Tensor) -> Tensor:
         found = as_precision(value, name="noise_variance")
-        if float(found.detach()) != 1 or found.requires_grad:
+        if float(found.detach()) != 1 or has_derivative(found):
             self._check_noise("noise_variance")
         return found
 
@@ -726,7 +726,7 @@ class LaplaceLoRA:
 
     def _log_likelihood(self, at_unit_noise: float, fit: Fit, noise: Tensor) -> float | Tensor:
         """Of the labels, at a noise variance."""
-        if float(noise.detach()) == 1 and not noise.requires_grad:
+        if float(noise.detach()) == 1 and not has_derivative(noise):
             return at_unit_noise
         if not fit.targets:
             raise RuntimeError("noise_variance: this fit was saved before the number of its targets was; fit again")

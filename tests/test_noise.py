@@ -133,6 +133,10 @@ def test_the_evidence_has_derivatives_in_both(curvature: str):
     laplace = fitted(regression(n=6), curvature=curvature)
     numbers = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.5, 0.2)]
     assert torch.autograd.gradcheck(laplace.log_marginal_likelihood, numbers)
+    noise = torch.ones((), dtype=torch.float64)  # unit noise, which changes nothing but derivatives
+    _, slope = torch.func.jvp(lambda x: laplace.log_marginal_likelihood(1.0, x), (noise,), (noise,))
+    values = [float(laplace.log_marginal_likelihood(1.0, 1 + step)) for step in (1e-5, -1e-5)]
+    assert float(slope) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
     laplace.noise_variance = numbers[1]
     assert laplace.log_marginal_likelihood().requires_grad
     assert laplace.posterior.logdet.requires_grad
