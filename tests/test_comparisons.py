@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.curvature import shares, takeover
 from bayesian_lora_kernels.curvature.likelihood import BradleyTerry, PlackettLuce
+from bayesian_lora_kernels.model.deferred import AtOnce, Error
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
 REWARDS = {
@@ -77,6 +78,27 @@ def test_a_list_of_two_is_a_pair():
     rewards = REWARDS["two"]
     pairs, lists = BradleyTerry().exact_columns(rewards), PlackettLuce().exact_columns(rewards)
     assert relative(lists @ lists.mT, pairs @ pairs.mT) < 1e-12
+
+
+class Later(AtOnce):
+    """As on a GPU, where numbers are looked at when they have been used."""
+
+    def __init__(self) -> None:
+        self.found: list[Exception | None] = []
+
+    def add(self, bad: Tensor, error: Error) -> None:
+        if bad.any():
+            self.found.append(error(0))
+
+
+def test_bad_ranks_are_no_bad_indices():
+    model, rewards, checks = PlackettLuce(), REWARDS["certain"], Later()
+    ranks = model.check_labels(rewards, torch.tensor([[2, 0, 1], [-1, 7, 7]]), checks)
+    assert "got [-1, 7, 7]" in str(checks.found[0])
+    assert ranks[0].tolist() == [2, 0, 1]
+    assert ranks[1].sort().values.tolist() == [0, 1, 2]
+    model.exact_columns(rewards, ranks)
+    model.score(rewards, ranks)
 
 
 @pytest.mark.parametrize("kind", [BradleyTerry, PlackettLuce])

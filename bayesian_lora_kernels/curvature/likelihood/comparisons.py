@@ -139,7 +139,7 @@ class PlackettLuce(Likelihood):
                 "plackett-luce has no ties"
             ),
         )
-        return labels
+        return labels.argsort(dim=1).argsort(dim=1)  # always ranks: an index out of range breaks a GPU's context
 
     def shifted(self, logits: Tensor, labels: Tensor | None, inputs: Any, checks: AtOnce | None = None) -> Tensor:
         """The rewards.
