@@ -108,8 +108,8 @@ class LaplaceLoRA:
             )
         if answers is not None and self.config.tokens != "expand":
             raise ValueError(
-                f"tokens: expected 'expand' with likelihood={self.config.likelihood!r}, got {self.config.tokens!r}, which "
-                "would make one row of all answers to a prompt; leave it out"
+                f"tokens: expected 'expand' with likelihood={self.config.likelihood!r}, got {self.config.tokens!r}, "
+                "which would make one row of all answers to a prompt; leave it out"
             )
         self._forward = Forward(model, forward, self.config.class_token_ids, masked, self.config.check, answers)
         self.model = model
@@ -180,6 +180,7 @@ class LaplaceLoRA:
         ):
             loader = own_share(loader, processes, "fit", self._forward.read)
             passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress, processes, kept)
+            passes.likelihood.certain = self.config.fisher == "empirical"
             found = fit_curvature(passes)
             weights = MeasuredWeights.of(self.model, self._parameters())
             processes.values(None)  # all of them have it

@@ -402,6 +402,26 @@ def test_examples_are_pairs_wherever_they_are_told_apart():
     assert torch.equal(forward.read(cut).given["input_ids"], whole[:3])
 
 
+def test_the_empirical_fisher_takes_no_ties():
+    """It would be that of both orders with half a weight each, `(1 - p)^2 / 2 + p^2 / 2`; the score is 1/2 - p."""
+    model, examples = reward_model().eval(), texts("pairs")
+    laplace = blk.LaplaceLoRA(model, likelihood="bradley-terry", curvature="exact", fisher="empirical")
+    with pytest.raises(ValueError, match=r"batch 0: labels: expected 0 or 1 with fisher='empirical', got 0\.5"):
+        laplace.fit([{**beside(examples), "labels": torch.full((4,), 0.5)}], progress=False)
+    half = torch.full((4,), 0.5)
+    orders = [{**beside(examples), "weights": half, "labels": y} for y in (torch.ones(4), torch.zeros(4))]
+    found = laplace.fit(orders, progress=False).predict(beside(examples)).covariance
+    truth = Truth(model, examples, [lambda r: pair(r, 1.0, 0.0)] * 4)
+    p = (truth.rewards[:, 0] - truth.rewards[:, 1]).sigmoid()
+    square = ((1 - p).square() + p.square()) / 2
+    truth.curvature = ggn(
+        flat(truth.jacobian), square[:, None, None] * torch.tensor([[1.0, -1.0], [-1.0, 1.0]], **DOUBLE)
+    )
+    assert relative(found, truth.predicted(1.0)) < 1e-7
+    tie = {**beside(examples), "labels": half}  # the gradient of a tie's loss is no square
+    assert blk.influence(laplace, [tie], [tie], progress=False).shape == (4, 4)
+
+
 EMPTY = torch.tensor([[[1, 1], [0, 0]]])
 
 
