@@ -29,7 +29,7 @@ from bayesian_lora_kernels.posterior.evidence import log_evidence, maximise_evid
 from bayesian_lora_kernels.posterior.kronecker import KroneckerFactors
 from bayesian_lora_kernels.posterior.noise import Residuals
 from bayesian_lora_kernels.posterior.posterior import Posterior
-from bayesian_lora_kernels.posterior.prior import Prior, as_precision
+from bayesian_lora_kernels.posterior.prior import Prior, as_precision, has_derivative
 from bayesian_lora_kernels.posterior.weights import MeasuredWeights
 from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelLikelihood, Notice
 from bayesian_lora_kernels.predictive.distribution import LogitPosterior
@@ -106,6 +106,11 @@ class LaplaceLoRA:
             raise ValueError(
                 f"class_token_ids: expected none with likelihood={self.config.likelihood!r}, a reward model"
             )
+        if answers is not None and self.config.tokens != "expand":
+            raise ValueError(
+                f"tokens: expected 'expand' with likelihood={self.config.likelihood!r}, got {self.config.tokens!r}, "
+                "which would make one row of all answers to a prompt; leave it out"
+            )
         self._forward = Forward(model, forward, self.config.class_token_ids, masked, self.config.check, answers)
         self.model = model
         self.layers: Sequence[LinearLayer] = find_layers(model, self.config.modules, self._forward.head_rows)
@@ -175,6 +180,7 @@ class LaplaceLoRA:
         ):
             loader = own_share(loader, processes, "fit", self._forward.read)
             passes = Passes(self.model, self.layers, self._forward, loader, self.config, progress, processes, kept)
+            passes.likelihood.certain = self.config.fisher == "empirical"
             found = fit_curvature(passes)
             weights = MeasuredWeights.of(self.model, self._parameters())
             processes.values(None)  # all of them have it
@@ -707,7 +713,7 @@ class LaplaceLoRA:
 
     def _as_noise(self, value: float | Tensor) -> Tensor:
         found = as_precision(value, name="noise_variance")
-        if float(found.detach()) != 1 or found.requires_grad:
+        if float(found.detach()) != 1 or has_derivative(found):
             self._check_noise("noise_variance")
         return found
 
@@ -721,7 +727,7 @@ class LaplaceLoRA:
 
     def _log_likelihood(self, at_unit_noise: float, fit: Fit, noise: Tensor) -> float | Tensor:
         """Of the labels, at a noise variance."""
-        if float(noise.detach()) == 1 and not noise.requires_grad:
+        if float(noise.detach()) == 1 and not has_derivative(noise):
             return at_unit_noise
         if not fit.targets:
             raise RuntimeError("noise_variance: this fit was saved before the number of its targets was; fit again")

@@ -534,13 +534,15 @@ def test_what_a_killed_writing_left_is_removed(tmp_path):
     laplace(one, "exact").fit(batches(), progress=False, checkpoint=tmp_path)
 
 
-def test_a_newer_version(tmp_path):
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_version(version, tmp_path):
+    """Also an earlier one, which did not know of the targets of a regression."""
     one = case()
     stopped("exact", tmp_path, 2, one)
     path = tmp_path / RANK / "checkpoint.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "version": 2}))
-    with refused(tmp_path, "format version 2, this package reads version 1"):
+    path.write_text(json.dumps({**content, "version": version}))
+    with refused(tmp_path, f"format version {version}, this package reads version 2"):
         laplace(one, "exact").fit(one.loader(2), progress=False, checkpoint=tmp_path)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.curvature import shares, takeover
 from bayesian_lora_kernels.curvature.likelihood import BradleyTerry, PlackettLuce
+from bayesian_lora_kernels.model.deferred import AtOnce, Error
 from bayesian_lora_kernels.predictive import joint
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
@@ -78,6 +79,27 @@ def test_a_list_of_two_is_a_pair():
     rewards = REWARDS["two"]
     pairs, lists = BradleyTerry().exact_columns(rewards), PlackettLuce().exact_columns(rewards)
     assert relative(lists @ lists.mT, pairs @ pairs.mT) < 1e-12
+
+
+class Later(AtOnce):
+    """As on a GPU, where numbers are looked at when they have been used."""
+
+    def __init__(self) -> None:
+        self.found: list[Exception | None] = []
+
+    def add(self, bad: Tensor, error: Error) -> None:
+        if bad.any():
+            self.found.append(error(0))
+
+
+def test_bad_ranks_are_no_bad_indices():
+    model, rewards, checks = PlackettLuce(), REWARDS["certain"], Later()
+    ranks = model.check_labels(rewards, torch.tensor([[2, 0, 1], [-1, 7, 7]]), checks)
+    assert "got [-1, 7, 7]" in str(checks.found[0])
+    assert ranks[0].tolist() == [2, 0, 1]
+    assert ranks[1].sort().values.tolist() == [0, 1, 2]
+    model.exact_columns(rewards, ranks)
+    model.score(rewards, ranks)
 
 
 @pytest.mark.parametrize("kind", [BradleyTerry, PlackettLuce])
@@ -195,6 +217,15 @@ def test_pairs_in_any_batch(family: str, form: str):
     check(laplace, truth, lists(examples), 4)
 
 
+def test_the_padding_of_a_shorter_side_is_masked():
+    """Sides of texts of one length each need no masks, and have other widths."""
+    model, examples = reward_model("bert").eval(), [[one[0][:3], one[1].repeat(4)[:6]] for one in texts("pairs")]
+    truth = Truth(model, examples, [lambda r: pair(r, 1.0, 0.0)] * 4)
+    laplace = blk.LaplaceLoRA(model, likelihood="bradley-terry", curvature="exact", prior_precision=0.8)
+    batch = {key: value for key, value in beside(examples).items() if "mask" not in key}
+    check(laplace.fit([batch], progress=False), truth, batch, 4)
+
+
 def test_labels_margins_and_weights_of_pairs():
     model, examples = reward_model().eval(), texts("pairs")
     columns = {
@@ -224,22 +255,20 @@ def test_ranked_lists(labelled: bool):
     check(laplace, truth, lists(examples), 5)
 
 
-@pytest.mark.parametrize("tokens", ["expand", "reduce", "last"])
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
-def test_layerwise_curvature_of_pairs_is_that_of_two_calls(curvature: str, tokens: str):
+def test_layerwise_curvature_of_pairs_is_that_of_two_calls(curvature: str):
     """The same pairs through a forward of one's own and a softmax over two classes, in batches without padding."""
 
     def two_calls(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([model(input_ids=batch[f"input_ids_{side}"]).logits for side in ("chosen", "rejected")], dim=1)
 
     model, examples = reward_model().eval(), [[one[0][:3], one[1][:2].repeat(2)[:3]] for one in texts("pairs")]
-    settings: dict[str, Any] = {"curvature": curvature, "tokens": tokens, "rank": None}
+    settings: dict[str, Any] = {"curvature": curvature, "rank": None}
     found = blk.LaplaceLoRA(model, likelihood="bradley-terry", **settings).fit([below(examples)], progress=False)
     loader = [{**beside(examples), "labels": torch.zeros(4, dtype=torch.long)}]
     truth = blk.LaplaceLoRA(model, forward=two_calls, **settings).fit(loader, progress=False)
     for name, factors in found.factors.items():
-        if tokens == "expand":  # the others take one row of a pair, whose two answers may stand in either order
-            assert relative(factors.a, truth.factors[name].a) < 1e-10
+        assert relative(factors.a, truth.factors[name].a) < 1e-10
         assert relative(found.posterior[name].to_dense(), truth.posterior[name].to_dense()) < 1e-9
     assert found.log_likelihood == pytest.approx(truth.log_likelihood, rel=1e-10)
 
@@ -390,6 +419,26 @@ def test_examples_are_pairs_wherever_they_are_told_apart():
     assert torch.equal(forward.read(cut).given["input_ids"], whole[:3])
 
 
+def test_the_empirical_fisher_takes_no_ties():
+    """It would be that of both orders with half a weight each, `(1 - p)^2 / 2 + p^2 / 2`; the score is 1/2 - p."""
+    model, examples = reward_model().eval(), texts("pairs")
+    laplace = blk.LaplaceLoRA(model, likelihood="bradley-terry", curvature="exact", fisher="empirical")
+    with pytest.raises(ValueError, match=r"batch 0: labels: expected 0 or 1 with fisher='empirical', got 0\.5"):
+        laplace.fit([{**beside(examples), "labels": torch.full((4,), 0.5)}], progress=False)
+    half = torch.full((4,), 0.5)
+    orders = [{**beside(examples), "weights": half, "labels": y} for y in (torch.ones(4), torch.zeros(4))]
+    found = laplace.fit(orders, progress=False).predict(beside(examples)).covariance
+    truth = Truth(model, examples, [lambda r: pair(r, 1.0, 0.0)] * 4)
+    p = (truth.rewards[:, 0] - truth.rewards[:, 1]).sigmoid()
+    square = ((1 - p).square() + p.square()) / 2
+    truth.curvature = ggn(
+        flat(truth.jacobian), square[:, None, None] * torch.tensor([[1.0, -1.0], [-1.0, 1.0]], **DOUBLE)
+    )
+    assert relative(found, truth.predicted(1.0)) < 1e-7
+    tie = {**beside(examples), "labels": half}  # the gradient of a tie's loss is no square
+    assert blk.influence(laplace, [tie], [tie], progress=False).shape == (4, 4)
+
+
 EMPTY = torch.tensor([[[1, 1], [0, 0]]])
 
 
@@ -442,3 +491,11 @@ def test_what_is_no_reward_model():
         blk.LaplaceLoRA(llama().model, likelihood="bradley-terry").fit([small], False)
     with pytest.raises(ValueError, match="class_token_ids: expected none"):
         blk.LaplaceLoRA(llama().model, class_token_ids=[1, 2], likelihood="bradley-terry")
+
+
+@pytest.mark.parametrize("likelihood", ["bradley-terry", "plackett-luce"])
+@pytest.mark.parametrize("tokens", ["reduce", "last"])
+def test_one_row_of_several_answers_is_refused(likelihood: Any, tokens: Any):
+    """The last token of all answers is that of the one that happens to stand last."""
+    with pytest.raises(ValueError, match=f"tokens: expected 'expand' with likelihood='{likelihood}', got '{tokens}'"):
+        blk.LaplaceLoRA(reward_model(), likelihood=likelihood, tokens=tokens)

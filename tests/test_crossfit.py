@@ -9,7 +9,8 @@ import logging
 import math
 import os
 import weakref
-from collections import Counter
+from collections import Counter, namedtuple
+from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from torch import nn
 
 import bayesian_lora_kernels as blk
 from bayesian_lora_kernels.crossfitting.folds import assign_folds, digest, labels_of, subset
+from bayesian_lora_kernels.model.batches import Batch
+from bayesian_lora_kernels.model.reading import unweighted
 from bayesian_lora_kernels.predictive.calibrate import Calibration, LabelLikelihood
 
 N, CLASSES = 60, 3
@@ -113,6 +116,33 @@ def test_it_is_what_the_folds_say_together(crossed):
         batch = {"x": torch.stack([e["x"] for e in make_data(20, seed=1)])}
         found, truth = crossed.predict(batch).probs(method), full.predict(batch).probs(method)
         assert (found - truth).abs().max() < 1e-4
+
+
+def test_weights_count_in_fits_only(crossed):
+    data = [{**example, "weights": torch.tensor(1.0)} for example in make_data()]
+    found = blk.crossfit(fine_tune, data, folds=3, **SETTINGS)
+    for name, table in crossed.calibration.weights.items():
+        assert relative(found.calibration.weights[name], table) < 1e-6
+    doubled = [{**example, "weights": torch.tensor(2.0)} for example in make_data()]
+    found = blk.crossfit(fine_tune, doubled, folds=2, prior_precision=1.0, **SETTINGS)
+    assert found.calibration.n_labels == N
+    assert found.log_likelihood == pytest.approx(2 * crossed.log_likelihood, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mapping", "dataclass", "named tuple", "pair"])
+def test_batches_without_their_weights(kind):
+    columns = {"input_ids": torch.ones(2, 3).long(), "labels": torch.tensor([0, 1]), "weights": torch.ones(2)}
+    batch = {
+        "mapping": columns,
+        "dataclass": make_dataclass("Columns", columns)(**columns),
+        "named tuple": namedtuple("Columns", columns)(**columns),
+        "pair": ({key: columns[key] for key in ("input_ids", "weights")}, columns["labels"]),
+    }[kind]
+    found = Batch.of(unweighted(batch), torch.device("cpu"))
+    assert found.weights is None
+    assert torch.equal(found.labels, columns["labels"])
+    assert torch.equal(found.inputs["input_ids"], columns["input_ids"])
+    assert Batch.of(batch, torch.device("cpu")).weights is not None
 
 
 def test_every_example_is_held_out_once_and_never_trained_on_then():

@@ -70,6 +70,15 @@ def test_a_given_noise_against_dense_matrices(outputs: int):
         assert relative(found.observation_variance, found.variance + noise) < 1e-12
 
 
+def test_observations_less_the_mean_of_their_outputs():
+    case, eye = regression(outputs=3), torch.eye(3, dtype=torch.float64)
+    laplace = fitted(case, curvature="exact", noise_variance=0.3, prior_precision=2.0)
+    observed = laplace.predict(case.batch()).covariance + 0.3 * eye
+    found = laplace.predict(case.batch(), differences=True)
+    expected = ((eye - 1 / 3) @ observed @ (eye - 1 / 3)).diagonal(dim1=1, dim2=2)
+    assert relative(found.observation_variance, expected) < 1e-8
+
+
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
 def test_layers_at_a_noise(curvature: str):
     """Each layer's precision is `curvature / noise + prior`, and everything follows it."""
@@ -124,6 +133,10 @@ def test_the_evidence_has_derivatives_in_both(curvature: str):
     laplace = fitted(regression(n=6), curvature=curvature)
     numbers = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.5, 0.2)]
     assert torch.autograd.gradcheck(laplace.log_marginal_likelihood, numbers)
+    noise = torch.ones((), dtype=torch.float64)  # unit noise, which changes nothing but derivatives
+    _, slope = torch.func.jvp(lambda x: laplace.log_marginal_likelihood(1.0, x), (noise,), (noise,))
+    values = [float(laplace.log_marginal_likelihood(1.0, 1 + step)) for step in (1e-5, -1e-5)]
+    assert float(slope) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
     laplace.noise_variance = numbers[1]
     assert laplace.log_marginal_likelihood().requires_grad
     assert laplace.posterior.logdet.requires_grad

@@ -27,6 +27,7 @@ from bayesian_lora_kernels.config import LaplaceConfig
 from bayesian_lora_kernels.crossfitting.folds import assign_folds, digest, labels_of, subset
 from bayesian_lora_kernels.laplace import LaplaceLoRA
 from bayesian_lora_kernels.model.forward import ForwardFunction
+from bayesian_lora_kernels.model.reading import unweighted
 from bayesian_lora_kernels.posterior.storage import write_text
 from bayesian_lora_kernels.predictive.calibrate import LabelLikelihood
 
@@ -66,6 +67,7 @@ def crossfit(
         dataset: a sequence of examples, or anything with `len` and indices: a `torch` data set, one of `datasets`.
         folds: 2 are enough for 300 examples and more, 5 are better for 100.
         collate: from a list of examples to a batch with labels, as `fit` takes it; None: torch's `default_collate`.
+            Weights count in the fits; of a fold that is held out each label counts once.
         batch_size: of fits and predictions.
         labels: `[N]`, the classes, to spread over the folds; None: as the examples say.
         groups: `[N]`, what examples share that may not be split between folds, such as a document or an author.
@@ -209,7 +211,7 @@ class _Task:
         laplace, loader, seconds = self.job.posterior(subset(self.dataset, others), known)
         start = perf_counter()
         held_out = subset(self.dataset, self.rows)
-        evidence = laplace.label_likelihood(loader(held_out), progress=False)
+        evidence = laplace.label_likelihood([unweighted(batch) for batch in loader(held_out)], progress=False)
         seconds["seconds_beyond"] += perf_counter() - start
         n = evidence.n_labels
         _check_count("calibrate", n, held_out)

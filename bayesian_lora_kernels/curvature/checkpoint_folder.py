@@ -29,7 +29,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = "bayesian_lora_kernels.checkpoint"
-VERSION = 1
+VERSION = 2  # 1 did not count the targets of a regression
 JSON_NAME, LOCK_NAME, WRITING = "checkpoint.json", ".lock", "writing"
 
 _locks: set[int] = set()  # descriptors of the folders that this process holds
@@ -45,7 +45,7 @@ class CheckpointFolder:
         identity: whose state it is, as JSON; None if there is none.
 
     Raises:
-        ValueError: if a file is damaged, missing, of another kind, or of a newer version than this package reads.
+        ValueError: if a file is damaged, missing, of another kind, or of another version than this package reads.
     """
 
     def __init__(self, folder: Path):
@@ -161,7 +161,8 @@ class CheckpointFolder:
             raise ValueError(f"{path}: expected a checkpoint ({FORMAT})")
         if content.get("version") != VERSION:
             raise ValueError(
-                f"{path}: written in format version {content.get('version')}, this package reads version {VERSION}"
+                f"{path}: written in format version {content.get('version')}, this package reads version {VERSION}; "
+                f"{ADVICE}"
             )
         if content.get("digest") != _content_digest(content):
             raise ValueError(f"{path}: damaged or altered, its content does not match its checksum; {ADVICE}")

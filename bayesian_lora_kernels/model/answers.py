@@ -30,7 +30,8 @@ def grouped(batch: Any, *, pairs: bool, labelled: bool, pad: int | None) -> Any:
         pairs: whether examples are pairs, rather than lists of any length.
         labelled: whether it is one to learn from, where columns `[2 N, T]` are pairs below each other; else these are
             single answers, and nobody asks for margins.
-        pad: the id of padding tokens, with which the shorter side of a pair is filled up; None: there is none.
+        pad: the id of padding tokens, with which the shorter side of a pair is filled up, and masked; None: there is
+            none.
 
     Raises:
         TypeError: for a batch that is no mapping.
@@ -60,9 +61,11 @@ def grouped(batch: Any, *, pairs: bool, labelled: bool, pad: int | None) -> Any:
             if counts[0] != counts[1]:
                 raise ValueError(f"{names[1]}: expected one for each of {counts[0]} of {names[0]}, got {counts[1]}")
         width = max(_width(part) for part in parts)
+        if items.get(MASK) is None and MASK not in sides and any(_width(part) < width for part in parts):
+            parts = [{**part, MASK: _ones(part)} for part in parts]  # of what is filled up below
         filled = [_filled(part, width, pad or 0) for part in parts]
         items = {key: value for key, value in items.items() if not any(key in names for names in sides.values())}
-        items |= {key: torch.stack([part[key] for part in filled], dim=1) for key in sides}
+        items |= {key: torch.stack([part[key] for part in filled], dim=1) for key in filled[0]}
     _check_masks(items.get(MASK))
     items = {key: items[key] for key in (*(key for key in COLUMNS if key in items), *items)}
     return rebuilt(batch, items) if isinstance(batch, Mapping) else items
@@ -142,6 +145,11 @@ def _unstacked(items: Mapping[Any, Any], key: str, rows: int) -> dict[str, Tenso
 
 def _width(columns: Mapping[str, Tensor]) -> int:
     return max(x.shape[1] for x in columns.values())
+
+
+def _ones(columns: Mapping[str, Tensor]) -> Tensor:
+    first = next(iter(columns.values()))
+    return first.new_ones((len(first), _width(columns)), dtype=torch.long)
 
 
 def _filled(columns: Mapping[str, Tensor], width: int, pad: int) -> dict[str, Tensor]:

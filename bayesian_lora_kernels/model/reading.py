@@ -76,6 +76,17 @@ def weights_of(batch: Any) -> Tensor | None:
     return items_of(batch).get(WEIGHTS)
 
 
+def unweighted(batch: Any) -> Any:
+    """The same kind of batch, without weights: no key in a mapping, None in a field."""
+    if weights_of(batch) is None:
+        return batch
+    items = items_of(batch)
+    if not has_names(batch):
+        return rebuilt(batch, {**items, 0: unweighted(batch[0])})
+    bare = {key: value for key, value in items.items() if key != WEIGHTS}
+    return rebuilt(batch, bare if isinstance(batch, Mapping) else {**items, WEIGHTS: None})
+
+
 def size_of(batch: Any) -> int | None:
     """Number of examples: that of the labels, of inputs known to have examples first, or of the first tensor."""
     if isinstance(batch, (Tensor, np.ndarray)):

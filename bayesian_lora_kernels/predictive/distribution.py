@@ -66,14 +66,16 @@ class LogitPosterior:
 
     @property
     def observation_variance(self) -> Tensor:
-        """`[N, C]`, of a new observation of a regression: that of its mean, and the noise.
+        """`[N, C]`, of a new observation of a regression: that of its mean, and the noise; of `differences`, of an
+        observation less the mean of its outputs.
 
         Raises:
             ValueError: where there is no noise.
         """
         if self.noise_variance is None:
             raise ValueError("observation_variance: expected a regression, this posterior has no noise")
-        return self.variance + self.noise_variance.to(self.variance)
+        share = 1 - 1 / self.mean.shape[1] if self.differences else 1  # of the noise, less its mean over the outputs
+        return self.variance + share * self.noise_variance.to(self.variance)
 
     def difference(self, first: int = 0, second: int = 1) -> tuple[Tensor, Tensor]:
         """Mean and variance, `[N]` each, of one logit less another: of two rewards, the part that data know of.

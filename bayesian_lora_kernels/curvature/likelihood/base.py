@@ -24,10 +24,12 @@ class Likelihood(ABC):
     Attributes:
         answers: whether a model of one score is asked about `pairs` or `lists` of answers, `[N, K]`; None: it is not.
         noisy: whether there is a noise variance; what the methods say is of variance 1.
+        certain: whether labels that are probabilities are refused, as the empirical Fisher demands.
     """
 
     answers: ClassVar[Literal["pairs", "lists"] | None] = None
     noisy: ClassVar[bool] = False
+    certain: bool = False
 
     def check_logits(self, logits: Tensor) -> None:  # noqa: B027 (most shapes mean something)
         """Raises ValueError if logits of this shape mean nothing."""
@@ -75,7 +77,8 @@ class Likelihood(ABC):
     def choose_fisher(self, fisher: str, logits: Tensor) -> str:
         """Resolve `auto`: exact up to 16 backward passes, then mc; mc with a token dimension, whatever its length.
 
-        The number of positions changes from batch to batch, and one fit should not mix the two.
+        The number of positions changes from batch to batch, and one fit should not mix the two. So does the length of
+        ranked lists, which are always exact.
         """
         if fisher != "auto":
             return fisher

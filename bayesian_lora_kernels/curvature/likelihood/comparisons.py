@@ -27,6 +27,7 @@ class BradleyTerry(Likelihood):
 
     A batch without labels says that the first always is. Labels `[N]`, floats, are the probability that it is: 0.5 for
     a tie, which counts as half a win and half a loss. A column `margin [N]` is by how much the first was to win.
+    The squared score of a tie is not that of half a win and half a loss: `certain` labels are 0 or 1.
     """
 
     answers: ClassVar[Literal["pairs", "lists"] | None] = "pairs"
@@ -56,6 +57,15 @@ class BradleyTerry(Likelihood):
             wrong.any().reshape(1),
             lambda _: ValueError(f"labels: expected probabilities from 0 to 1, got {float(labels[wrong][0]):g}"),
         )
+        if self.certain:
+            between = (labels != 0) & (labels != 1)
+            checks.add(
+                between.any().reshape(1),
+                lambda _: ValueError(
+                    f"labels: expected 0 or 1 with fisher='empirical', got {float(labels[between][0]):g}; take another "
+                    "Fisher, or both orders of a pair, with weights"
+                ),
+            )
         return labels.double()
 
     def shifted(self, logits: Tensor, labels: Tensor | None, inputs: Any, checks: AtOnce | None = None) -> Tensor:
@@ -139,7 +149,7 @@ class PlackettLuce(Likelihood):
                 "plackett-luce has no ties"
             ),
         )
-        return labels
+        return labels.argsort(dim=1).argsort(dim=1)  # always ranks: an index out of range breaks a GPU's context
 
     def shifted(self, logits: Tensor, labels: Tensor | None, inputs: Any, checks: AtOnce | None = None) -> Tensor:
         """The rewards.
