@@ -66,7 +66,8 @@ class LaplaceConfig:
     fisher: Fisher = field(
         default="auto",
         metadata=_about(
-            "`mc`, `exact`, `empirical`; `auto` is exact up to 16 backward passes for logits `[N, C]`, else mc",
+            "`mc`, `exact`, `empirical`; `auto` is exact up to 16 backward passes for logits `[N, C]`, and for ranked "
+            "lists, else mc",
             kind=Fisher,
         ),
     )
